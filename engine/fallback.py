@@ -1,0 +1,137 @@
+"""Any other causal LM of transformers: slower, the same records.
+
+The model's own code runs each sequence alone, unpadded. Its head runs afterwards over chunks of
+hidden states, through the model's own wrapper, so that what the wrapper does to logits (scaling,
+soft caps) is done and the logits of a whole document never exist.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+log = logging.getLogger(__name__)
+
+NO_LIMIT = 1 << 30
+"""`max_positions` of a model that states none."""
+
+
+class Fallback:
+    """A transformers model behind the faces of `Decoder`."""
+
+    def __init__(self, model: nn.Module, *, vocab_size: int, max_positions: int, block_rows: int):
+        self.vocab_size = vocab_size
+        self.max_positions = max_positions
+        self.block_rows = block_rows
+        self.device = next(model.parameters()).device
+        self._model = model
+        self._body = model.base_model
+        if self._body is model:
+            raise ValueError(
+                f"model: {type(model).__name__} has no body apart from its head, so its logits "
+                "cannot be computed in bounded memory"
+            )
+        self._output_type: type | None = None
+        self._widen_head()
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        block_rows: int,
+        trust_remote_code: bool,
+    ) -> Fallback:
+        """Load a model folder through `AutoModelForCausalLM`.
+
+        Raises:
+            ValueError: if transformers does not know the model, or needs its own code to be run.
+        """
+        from transformers import AutoModelForCausalLM
+
+        config = _read(folder, trust_remote_code)
+        with _plain_errors(folder):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code
+            )
+        log.warning(
+            "%s has no native spec: it runs through transformers, slower, with the same records",
+            type(model).__name__,
+        )
+        sizes = read_sizes(folder, trust_remote_code=trust_remote_code)
+        return cls(
+            model.to(device).eval(),
+            vocab_size=model.get_output_embeddings().weight.shape[0],
+            max_positions=sizes[1],
+            block_rows=block_rows,
+        )
+
+    def hidden(self, ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """Hidden states after the final norm, float32 [T, D]; as `Decoder.hidden`."""
+        parts = []
+        start = 0
+        for length in lengths:
+            ids = ids_T[None, start : start + length]
+            output = self._body(input_ids=ids, use_cache=False)
+            self._output_type = type(output)
+            parts.append(output.last_hidden_state[0].float())
+            start += length
+        parts.append(parts[0].new_zeros(len(ids_T) - start, parts[0].shape[1]))
+        return torch.cat(parts)
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        """Logits of rows of hidden states, float32 [R, V], by the model's own wrapper."""
+        assert self._output_type is not None, "hidden states come from `hidden`"
+        output = self._output_type(last_hidden_state=hidden_RD[None])
+        ids = torch.zeros(1, len(hidden_RD), dtype=torch.long, device=hidden_RD.device)
+        forward = self._body.forward
+        self._body.forward = lambda *args, **kwargs: output
+        try:
+            return self._model(input_ids=ids, use_cache=False).logits[0].float()
+        finally:
+            self._body.forward = forward
+
+    def _widen_head(self) -> None:
+        """Give the model a float32 head of its own: narrow logits are no source of a score."""
+        head = self._model.get_output_embeddings()
+        if head.weight.dtype == torch.float32:
+            return
+        wide = nn.Linear(head.in_features, head.out_features, head.bias is not None)
+        wide.load_state_dict({name: value.float() for name, value in head.state_dict().items()})
+        self._model.set_output_embeddings(wide.to(self.device))
+
+
+def read_sizes(folder: Path, *, trust_remote_code: bool) -> tuple[int, int]:
+    """(vocab_size, max_positions) as the model folder's config says; errors as in `load`."""
+    config = _read(folder, trust_remote_code).get_text_config()
+    stated = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return config.vocab_size, next((n for n in stated if n), NO_LIMIT)
+
+
+def _read(folder: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    with _plain_errors(folder):
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _plain_errors(folder: Path) -> Iterator[None]:
+    """What transformers raises while loading, as a ValueError that says what would work."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise ValueError(
+                f"trust_remote_code: {folder} brings its own Python code; pass "
+                "trust_remote_code=True if you have read it and trust it"
+            ) from None
+        raise ValueError(f"model: transformers cannot load {folder}: {error}") from error

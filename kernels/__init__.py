@@ -1,0 +1,1 @@
+"""The arithmetic on packed tokens: plain torch functions that say what each kernel means."""
