@@ -49,8 +49,12 @@ class Checkpoint:
             with _open(folder / _SINGLE) as handle:
                 files = dict.fromkeys(handle.keys(), folder / _SINGLE)
         else:
-            others = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".gguf"))
-            found = f"; {', '.join(others)} cannot be read, convert to safetensors" if others else ""
+            others = sorted(
+                p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".gguf")
+            )
+            found = (
+                f"; {', '.join(others)} cannot be read, convert to safetensors" if others else ""
+            )
             raise ValueError(f"model: no {_SINGLE} or {_INDEX} in {folder}{found}")
         return cls(folder, config, files)
 
@@ -85,7 +89,9 @@ class Checkpoint:
     def unread(self) -> list[str]:
         """Names of tensors that were never read, without the buffers that old files carry."""
         return sorted(
-            name for name in set(self._files) - self._read if not name.endswith("rotary_emb.inv_freq")
+            name
+            for name in set(self._files) - self._read
+            if not name.endswith("rotary_emb.inv_freq")
         )
 
 

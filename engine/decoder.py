@@ -129,7 +129,8 @@ class Decoder:
             embedding_VD=embedding_VD,
             layers=layers,
             final_norm_D=final_norm_D,
-            head_VD=head_VD,
+            # Only a GPU multiplies 16-bit operands into a float32 result.
+            head_VD=head_VD if device.type == "cuda" else head_VD.float(),
             block_rows=block_rows,
         )
 
@@ -177,9 +178,7 @@ class Decoder:
         for start in range(0, num_rows, self.block_rows):
             yield slice(start, start + self.block_rows)
 
-    def _angles(
-        self, num_rows: int, lengths: Sequence[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _angles(self, num_rows: int, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosine and sine of every packed token's angles, [T, rotary dim / 2] each."""
         rotary = self.spec.rotary
         tables = [rotary.frequencies(n) for n in (lengths if rotary.depends_on_length else [0])]

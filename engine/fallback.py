@@ -25,7 +25,7 @@ NO_LIMIT = 1 << 30
 class Fallback:
     """A transformers model behind the faces of `Decoder`."""
 
-    def __init__(self, model: nn.Module, *, vocab_size: int, max_positions: int, block_rows: int):
+    def __init__(self, model: Any, *, vocab_size: int, max_positions: int, block_rows: int):
         self.vocab_size = vocab_size
         self.max_positions = max_positions
         self.block_rows = block_rows
@@ -59,7 +59,7 @@ class Fallback:
 
         config = _read(folder, trust_remote_code)
         with _plain_errors(folder):
-            model = AutoModelForCausalLM.from_pretrained(
+            model: Any = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code
             )
         log.warning(

@@ -99,7 +99,9 @@ def _read(config: Mapping[str, Any], model_type: str) -> Any:
 def _spec(config: Any, **biases: bool) -> DecoderSpec:
     """The spec of a Llama-like config object; `biases` are the spec's own fields."""
     if config.hidden_act not in _HIDDEN_ACT:
-        raise ValueError(f"hidden_act: {config.hidden_act!r} is not one of {', '.join(_HIDDEN_ACT)}")
+        raise ValueError(
+            f"hidden_act: {config.hidden_act!r} is not one of {', '.join(_HIDDEN_ACT)}"
+        )
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     sliding = getattr(config, "sliding_window", None)
     layer_types = getattr(config, "layer_types", None) or (

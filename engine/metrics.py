@@ -63,7 +63,7 @@ def zlib_bytes(text: bytes) -> int:
 
 
 def zlib_ratio(loglikelihood: float, num_tokens: int, num_zlib_bytes: int) -> float:
-    """(S / n) / zlib length: the mean, not the sum (Carlini et al. 2021 as mink-plus-plus has it)."""
+    """(S / n) / zlib length: the mean, not the sum (Carlini et al. 2021, as mink-plus-plus)."""
     return loglikelihood / num_tokens / num_zlib_bytes
 
 

@@ -138,9 +138,7 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
         spec = family.spec(config)
         vocab_size, max_positions = spec.vocab_size, spec.max_positions
     else:
-        vocab_size, max_positions = read_sizes(
-            folder, trust_remote_code=settings.trust_remote_code
-        )
+        vocab_size, max_positions = read_sizes(folder, trust_remote_code=settings.trust_remote_code)
     return ModelFacts(
         architecture=architecture,
         native=family is not None,
@@ -301,9 +299,7 @@ class Pipeline:
         """The recipe as it would run on this model, context and stride resolved."""
         return find_recipe(recipe, **settings).resolve(self.max_positions)
 
-    def _forward(
-        self, sequences: Sequence[np.ndarray]
-    ) -> Iterator[tuple[list[int], torch.Tensor]]:
+    def _forward(self, sequences: Sequence[np.ndarray]) -> Iterator[tuple[list[int], torch.Tensor]]:
         """Packed batches of whole sequences: (their indices, hidden states [T, D])."""
         order = ((i, len(ids)) for i, ids in enumerate(sequences))
         for group in rounds(order, self._budget):

@@ -225,7 +225,9 @@ def find_recipe(
         recipe = PRESETS[base]
         context = int(number) if number else context
     if overlap is not None and recipe.name != "rolling":
-        raise ValueError(f"overlap: {overlap} has no meaning for recipe {recipe.name}, only rolling")
+        raise ValueError(
+            f"overlap: {overlap} has no meaning for recipe {recipe.name}, only rolling"
+        )
     if stride is not None and recipe.name != "strided":
         raise ValueError(f"stride: {stride} has no meaning for recipe {recipe.name}, only strided")
     if isinstance(prefix, str) and re.fullmatch("[0-9]+", prefix):

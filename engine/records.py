@@ -59,7 +59,7 @@ class TokenRecords:
     varentropy: np.ndarray
     """float32 [n], nats^2: sum p (log p)^2 - entropy^2, never negative."""
     rank: np.ndarray
-    """int32 [n]: 1 + number of tokens with a strictly larger logit, so ties share the better rank."""
+    """int32 [n]: 1 + number of tokens with a larger logit, so that ties share the better rank."""
     top1_id: np.ndarray
     """int32 [n]: the most likely token, the lowest id among equals."""
     top1_logprob: np.ndarray

@@ -45,7 +45,7 @@ def _frozen(value: Any) -> Any:
 def _frequencies(
     dim: int, max_positions: int, parameters: tuple[tuple[str, Any], ...], length: int
 ) -> tuple[torch.Tensor, float]:
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in parameters}
+    values: dict[str, Any] = {k: list(v) if isinstance(v, tuple) else v for k, v in parameters}
     kind = values["rope_type"]
     if kind == "default":
         exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim

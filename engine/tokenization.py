@@ -29,7 +29,7 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._hf = tokenizer
-        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is None:
             raise ValueError(
                 f"tokenizer: {type(tokenizer).__name__} gives no offsets; a tokenizer.json is needed"

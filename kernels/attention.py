@@ -36,8 +36,7 @@ def attend(
         stop = start + count * length
         part = slice(start, stop)
         q, k, v = (
-            x[part].view(count, length, *x.shape[1:]).transpose(1, 2)
-            for x in (q_THD, k_TGD, v_TGD)
+            x[part].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q_THD, k_TGD, v_TGD)
         )
         if window is None or length <= window:
             out = F.scaled_dot_product_attention(

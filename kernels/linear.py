@@ -16,11 +16,9 @@ def multiply(
 def multiply_wide(x_TK: torch.Tensor, weight_NK: torch.Tensor) -> torch.Tensor:
     """x @ weight^T with a float32 result, never rounded to a narrower dtype; [T, N].
 
-    The products of 16-bit operands are exact in float32, so only the order of summation differs
-    from a product of the same operands widened first.
+    16-bit weights need a GPU, whose library accumulates and returns float32; a CPU is given
+    float32 weights. The products of 16-bit operands are exact in float32 either way.
     """
-    if x_TK.dtype == torch.float32:
-        return F.linear(x_TK, weight_NK)
-    if x_TK.is_cuda:
-        return torch.mm(x_TK, weight_NK.t(), out_dtype=torch.float32)
-    return F.linear(x_TK.float(), weight_NK.float())
+    if weight_NK.dtype == torch.float32:
+        return F.linear(x_TK.float(), weight_NK)
+    return torch.mm(x_TK, weight_NK.t(), out_dtype=torch.float32)

@@ -1,0 +1,22 @@
+"""Prefect flows: what runs where, in which order, and what it leaves behind."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .run import Run, open_run
+    from .score import score_corpus
+
+__all__ = ["Run", "open_run", "score_corpus"]
+
+
+def __getattr__(name: str) -> Any:
+    # On first use: reading a run needs no Prefect, and `logitmill --help` needs neither.
+    if name == "score_corpus":
+        from .score import score_corpus
+
+        return score_corpus
+    if name in ("Run", "open_run"):
+        from . import run
+
+        return getattr(run, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

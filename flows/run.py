@@ -1,0 +1,214 @@
+"""Reads a run back: tables, summaries, documents and logits, on any fsspec URI."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .parts import LOGITS_DTYPES
+from .store import MANIFEST, PLAN, REPORT, Folder, StoreError, find_receipts
+
+if TYPE_CHECKING:
+    import datasets
+    import pandas
+
+
+def open_run(
+    uri: str, *, partial: bool = False, storage_options: Mapping[str, Any] | None = None
+) -> Run:
+    """Open a run's folder, or a folder that holds one run.
+
+    Args:
+        uri: `<root>/<run key>`, or `<root>` if there is a single run below it.
+        partial: also open a run that is not complete, and read the shards that are.
+        storage_options: what fsspec opens the URI with.
+
+    Raises:
+        ValueError: if there is no run, more than one, or only an incomplete one.
+    """
+    folder = Folder(uri, storage_options)
+    if folder.read_json(PLAN) is None:
+        runs = sorted(_folders(folder))
+        found = [name for name in runs if folder.below(name).read_json(PLAN) is not None]
+        if not found:
+            raise StoreError(f"run: there is no run in {folder.uri!r}")
+        if len(found) > 1:
+            raise StoreError(f"run: {folder.uri!r} holds several, name one: {', '.join(found)}")
+        folder = folder.below(found[0])
+    return Run(folder, partial=partial)
+
+
+class Run:
+    """A run that was scored. Make one with `open_run`."""
+
+    def __init__(self, folder: Folder, *, partial: bool) -> None:
+        self.uri = folder.uri
+        """Where the run lies."""
+        self.plan: dict[str, Any] = folder.read_json(PLAN) or {}
+        """What was to be scored and how: `plan.json`."""
+        self.manifest: dict[str, Any] | None = folder.read_json(MANIFEST)
+        """What the run is made of: `manifest.json`; None for a partial run."""
+        self.folder = folder
+        """The run's folder, for what lies beside its tables."""
+        if self.manifest is not None:
+            names = [part["name"] for part in self.manifest["parts"]]
+        elif partial:
+            receipts = find_receipts(folder, len(self.plan["corpus"]["shards"]))
+            names = [part.name for _, r in sorted(receipts.items()) for part in r.parts]
+        else:
+            raise StoreError(
+                f"run: {folder.uri!r} is not complete; run the same command again to resume it, "
+                "or read what there is with partial=True"
+            )
+        self._parts: dict[str, list[str]] = {}
+        for name in names:
+            self._parts.setdefault(name.split("/")[0], []).append(name)
+
+    @property
+    def tiers(self) -> list[str]:
+        """Which tables the run kept."""
+        return list(self.plan["tiers"])
+
+    @property
+    def report_path(self) -> str:
+        """Where the run's report lies."""
+        return f"{self.uri}/{REPORT}"
+
+    def table(self, tier: str = "scores", columns: Sequence[str] | None = None) -> pa.Table:
+        """Rows of a tier in corpus order: `scores` one a document, `tokens` lists a document."""
+        parts = self._names(tier)
+        tables = [self._read(name, columns) for name in parts]
+        return pa.concat_tables(tables)
+
+    def paths(self, tier: str = "scores") -> list[str]:
+        """Full paths of a tier's Parquet files, for readers of one's own (DuckDB, Polars)."""
+        return [
+            self.folder.filesystem.unstrip_protocol(self.folder.path(n)) for n in self._names(tier)
+        ]
+
+    def to_pandas(
+        self, tier: str = "scores", columns: Sequence[str] | None = None
+    ) -> pandas.DataFrame:
+        """The rows of a tier as a pandas data frame."""
+        return self.table(tier, columns).to_pandas()
+
+    def to_dataset(
+        self, tier: str = "scores", columns: Sequence[str] | None = None
+    ) -> datasets.Dataset:
+        """The rows of a tier as a Hugging Face dataset."""
+        import datasets
+
+        return datasets.Dataset(self.table(tier, columns).replace_schema_metadata(None))
+
+    def summary(self, name: str = "counts") -> pa.Table:
+        """A merged summary table: `counts` or `outliers`."""
+        return self._read(f"summary/{name}.parquet", None)
+
+    def document(self, doc_id: str) -> dict[str, Any]:
+        """The document's record, with its token records as arrays if they were kept.
+
+        Raises:
+            KeyError: if the run has no such document.
+        """
+        shard, row = self._find(doc_id)
+        record = self._read(self._names("scores")[shard], None).slice(row, 1).to_pylist()[0]
+        if "tokens" in self._parts:
+            tokens = self._rows("tokens", shard, doc_id)
+            if len(tokens):
+                record["tokens"] = {
+                    name: tokens.column(name).combine_chunks().flatten().to_numpy()
+                    for name in tokens.column_names
+                    if name != "doc_id"
+                }
+        return record
+
+    def logprobs(self, doc_id: str) -> np.ndarray:
+        """Log-probabilities over the vocabulary, [n, V]: row i scored the document's i-th token.
+
+        Nats, in the dtype they were stored in. Needs the tier `logits`.
+
+        Raises:
+            KeyError: if the run has no such document.
+        """
+        return np.concatenate([rows for rows, _ in self._logits(doc_id)])
+
+    def logits(self, doc_id: str) -> np.ndarray:
+        """Logits, float32 [n, V]: row i scored the document's i-th scored token.
+
+        With a prefix token in front (the default recipe) these are the rows that `get_logits`
+        gives for prefix + document, the last left out. Needs the tier `logits`.
+
+        Raises:
+            KeyError: if the run has no such document.
+        """
+        return np.concatenate(
+            [rows.astype(np.float32) + lse[:, None] for rows, lse in self._logits(doc_id)]
+        )
+
+    def _logits(self, doc_id: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        shard, _ = self._find(doc_id)
+        stored = self._rows("logits", shard, doc_id)
+        dtype = np.dtype(LOGITS_DTYPES[self.plan["logits_dtype"]]).newbyteorder("<")
+        if not len(stored):
+            empty = np.zeros((0, self.plan["model"]["vocab_size"]), dtype)
+            return [(empty, np.zeros(0, np.float32))]
+        return [
+            (
+                np.frombuffer(row["logprobs"], dtype).reshape(row["num_rows"], -1),
+                np.array(row["logsumexp"], np.float32),
+            )
+            for row in stored.to_pylist()
+        ]
+
+    def _rows(self, tier: str, shard: int, doc_id: str) -> pa.Table:
+        name = self._names(tier)[shard]
+        path = self.folder.path(name)
+        return pq.read_table(
+            path, filesystem=self.folder.filesystem, filters=pc.field("doc_id") == doc_id
+        )
+
+    def _names(self, tier: str) -> list[str]:
+        if tier not in self._parts:
+            kept = ", ".join(self.tiers)
+            raise StoreError(f"tier: {tier!r} was not kept by this run, which has {kept}")
+        return self._parts[tier]
+
+    def _read(self, name: str, columns: Sequence[str] | None) -> pa.Table:
+        with self.folder.filesystem.open(self.folder.path(name), "rb") as file:
+            return pq.read_table(file, columns=list(columns) if columns is not None else None)
+
+    @cached_property
+    def _index(self) -> dict[str, tuple[int, int]]:
+        index: dict[str, tuple[int, int]] = {}
+        for shard, name in enumerate(self._names("scores")):
+            for row, doc_id in enumerate(self._read(name, ["doc_id"])["doc_id"].to_pylist()):
+                index.setdefault(doc_id, (shard, row))
+        return index
+
+    def _find(self, doc_id: str) -> tuple[int, int]:
+        if doc_id not in self._index:
+            raise KeyError(f"doc_id: {doc_id!r} is not in the run {self.uri}")
+        return self._index[doc_id]
+
+
+def _folders(folder: Folder) -> list[str]:
+    try:
+        listed = folder.filesystem.ls(folder.path(""), detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in listed if e["type"] == "directory"]
+
+
+def is_run(uri: str) -> bool:
+    """Whether a run lies at the URI, or a single one below it."""
+    try:
+        open_run(uri, partial=True)
+    except StoreError:
+        return False
+    return True

@@ -1,0 +1,47 @@
+"""What the engine's and the kernels' tests share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+settings.register_profile(
+    "logitmill",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("logitmill")
+
+DEMO_MODEL = Path(__file__).parents[1] / "infra" / "demo" / "model"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_threads() -> Iterator[None]:
+    """Tiny models run faster on few threads, and xdist brings processes of its own."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, before))
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    """The bundled trained model."""
+    return DEMO_MODEL
+
+
+@pytest.fixture(scope="session")
+def demo(demo_folder: Path):  # type: ignore[no-untyped-def]
+    """The bundled model, loaded."""
+    from logitmill.engine import pipeline
+
+    return pipeline(demo_folder, device="cpu")

@@ -1,0 +1,125 @@
+"""What no spec covers runs through transformers, with the same logits and the same records."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from logitmill.engine import pipeline
+from oracles import randomise, reference_logits, row_statistics_float64, save
+
+TOLERANCE = 1e-4
+DOCUMENTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], list(range(60)), [8] * 17]
+
+COMMON = {"vocab_size": 97, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+SMALL = COMMON | {
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "learned positions": (
+        "GPT2", COMMON | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    ),
+    "soft-capped logits": (
+        "Gemma2",
+        SMALL | {
+            "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8,
+            "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0,
+            "query_pre_attn_scalar": 16,
+        },
+    ),
+    "parallel residual": ("GPTNeoX", SMALL),
+    "no attention at all": (
+        "Mamba", COMMON | {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
+    ),
+}
+
+
+def write(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
+    import transformers
+
+    family, settings = MODELS[name]
+    config = getattr(transformers, f"{family}Config")(**settings)
+    model = randomise(getattr(transformers, f"{family}ForCausalLM")(config), seed=2)
+    return save(model, folder, dtype)
+
+
+def from_folder(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_transformers(
+    name: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, name)
+    with caplog.at_level(logging.WARNING):
+        pipe = pipeline(tmp_path, device="cpu")
+    assert "runs through transformers" in caplog.text
+    packed = pipe.get_logits(DOCUMENTS)
+    for ids, logits in zip(DOCUMENTS, packed, strict=True):
+        expected = reference_logits(tmp_path, from_folder, ids)
+        assert expected.std() > 0.1
+        assert (logits - expected).abs().max() < TOLERANCE
+        assert torch.equal(logits, pipe.get_logits(ids))
+
+
+def test_records_are_those_of_its_logits(tmp_path: Path) -> None:
+    write(tmp_path, "soft-capped logits")
+    pipe = pipeline(tmp_path, device="cpu")
+    for ids, score in zip(
+        DOCUMENTS[2:], pipe.score(DOCUMENTS[2:], recipe="truncated", prefix="none"), strict=True
+    ):
+        logits = pipe.get_logits(ids)
+        assert isinstance(logits, torch.Tensor)
+        expected = row_statistics_float64(logits[:-1].numpy(), np.array(ids[1:]))
+        for name, values in expected.items():
+            np.testing.assert_allclose(getattr(score.tokens, name), values, atol=2e-5, rtol=1e-4)
+
+
+def test_narrow_weights_get_a_wide_head(tmp_path: Path) -> None:
+    """Log-probabilities of bfloat16 logits would stand on a grid of 2^-8 relative steps."""
+    pipe = pipeline(write(tmp_path, "learned positions", torch.bfloat16), dtype="bfloat16")
+    logits = pipe.get_logits(DOCUMENTS[0])
+    assert isinstance(logits, torch.Tensor)
+    assert not torch.equal(logits, logits.bfloat16().float())
+
+
+def test_a_model_that_states_no_limit_takes_any_context(tmp_path: Path) -> None:
+    pipe = pipeline(write(tmp_path, "no attention at all"), device="cpu")
+    (score,) = pipe.score([list(range(90))], context=40, prefix="none")
+    assert score.record.num_tokens_scored == 89
+    assert score.record.num_windows == 3
+
+
+def test_remote_code_is_asked_for_by_name(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["OwnForCausalLM"],
+        "model_type": "own",
+        "auto_map": {
+            "AutoConfig": "configuration_own.OwnConfig",
+            "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+        },
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "configuration_own.py").write_text("raise SystemExit('was run')")
+    with pytest.raises(ValueError, match="trust_remote_code=True if you have read it"):
+        pipeline(tmp_path, device="cpu")
+
+
+def test_an_unknown_architecture_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
+    config = {"architectures": ["NobodyKnows"], "model_type": "nobody_knows"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="transformers cannot load") as raised:
+        pipeline(tmp_path, device="cpu")
+    assert str(tmp_path) in str(raised.value)

@@ -1,0 +1,384 @@
+"""The report as a page: what it says, that it loads nothing, and that no text breaks out of it."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import math
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from logitmill.engine import metrics
+from logitmill.engine.recipes import PRESETS
+from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
+from logitmill.flows import totals, wording
+from logitmill.flows.panels import _scale, histogram_panel
+from logitmill.flows.report import describe_recipe, render_report
+from logitmill.flows.summary import COUNTS, OUTLIERS, Summary
+
+EVIL = "</script><img src=x onerror=alert(1)>"
+
+FACTS: dict[str, Any] = {
+    "run_key": "0123abcd",
+    "uri": "s3://bucket/runs/0123abcd",
+    "model": "org/model",
+    "model_digest": "sha256:feed",
+    "corpus": "s3://bucket/text/*.parquet",
+    "recipe": {"name": "rolling", "context": 2048, "overlap": 1, "stride": None, "prefix": "auto"},
+    "recipe_hash": "cafe01234567",
+    "engine": {"dtype": "float32", "max_batch_tokens": None},
+    "tiers": ["scores", "tokens"],
+    "versions": {"torch": "2.11.0"},
+    "device": "cpu",
+    "created": None,
+    "seconds": 4.0,
+    "documents": 41,
+    "tokens": 8000,
+    "bytes": 32000,
+}
+
+
+def make(doc_id: str, bits: np.ndarray, text: str, source: str = "a") -> DocumentScore:
+    """A scored document; its text is split evenly among the tokens."""
+    n, num_bytes = len(bits), len(text.encode())
+    tokens = TokenRecords.empty(n)
+    tokens.logprob[:] = -bits * math.log(2.0)
+    tokens.rank[:] = 1 + (np.arange(n) % 7) ** 3
+    tokens.entropy[:] = 1.5
+    tokens.top1_logprob[:] = np.log(0.05 + 0.9 * (np.arange(n) % 10) / 10)
+    edges = np.linspace(0, num_bytes, n + 1).astype(np.int64)
+    tokens.byte_start[:], tokens.byte_end[:] = edges[:-1], edges[1:]
+    total = float(tokens.logprob.sum(dtype=np.float64))
+    record = DocumentRecord(
+        doc_id,
+        source=source,
+        loglikelihood=total,
+        num_tokens=n,
+        num_tokens_scored=n,
+        num_bytes=num_bytes,
+        sum_entropy=1.5 * n,
+        num_top1=int((tokens.rank == 1).sum()),
+        nll_per_token=metrics.nll_per_token(total, n),
+        token_perplexity=metrics.perplexity(total, n),
+        bits_per_byte=metrics.bits(total, num_bytes),
+    )
+    return DocumentScore(0, record, tokens, text)
+
+
+def make_run(num_sources: int = 3) -> Summary:
+    """40 documents of 200 tokens and 800 bytes, and one that failed."""
+    rng, made = np.random.default_rng(0), Summary()
+    for i in range(40):
+        bits = rng.exponential(2.0 + i / 10, 200)
+        made.add(make(f"doc{i:02}", bits, "word" * 200, f"source{i % num_sources}"))
+    failed = DocumentRecord("broken", source="source0", status="invalid_utf8", error="byte 7")
+    made.add(DocumentScore(0, failed))
+    return made
+
+
+def render(made: Summary, **facts: Any) -> str:
+    """The report of a summary."""
+    return render_report(made.counts(), made.outliers(), {**FACTS, **facts})
+
+
+class Page(HTMLParser):
+    """What a browser would make of a page: its elements and its visible text."""
+
+    VOID = frozenset({"meta", "img", "br", "link", "input", "hr"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.scripts: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        if "script" in self.open:
+            self.scripts.append(data)
+        elif "style" not in self.open:
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        """The text, and what is said or shown of elements, with single spaces."""
+        shown = [
+            v or "" for _, a in self.elements for k, v in a.items() if k in ("title", "aria-label")
+        ]
+        return " ".join(" ".join(self.text + shown).split())
+
+    def tags(self, name: str) -> list[dict[str, str | None]]:
+        """Attributes of the elements of a name."""
+        return [attributes for tag, attributes in self.elements if tag == name]
+
+
+@pytest.fixture(scope="module")
+def html() -> str:
+    return render(make_run())
+
+
+@pytest.fixture(scope="module")
+def page(html: str) -> Page:
+    return Page(html)
+
+
+def test_headline_is_the_totals(page: Page) -> None:
+    table = make_run().counts().to_pylist()
+    (ok,) = (
+        [r for r in table if r["panel"] == "status/ok" and r["source"] == s] for s in ["source0"]
+    )
+    assert len(ok) == 1
+    rows = [r for r in table if r["panel"] == "status/ok"]
+    nll, tokens, size, hits = (sum(r[c] for r in rows) for c in ("nll", "tokens", "bytes", "hits"))
+    words = page.words
+    assert "40 documents of s3://bucket/text/*.parquet (32 kB, 8,000 tokens)" in words
+    assert f"Bits per byte {nll / size / math.log(2):.3f}" in words
+    assert f"Token perplexity {math.exp(nll / tokens):.2f} token-weighted" in words
+    assert f"Top-1 accuracy {100 * hits / tokens:.1f} %" in words
+    assert "Tokens per second 2,000 8,000 tokens in 4.0 s on cpu" in words
+    assert words.index("Bits per byte") < words.index("Token perplexity")
+
+
+def test_failed_documents_are_named_before_any_panel(page: Page) -> None:
+    words = page.words
+    said = "1 of 41 documents could not be scored: 1 not valid UTF-8."
+    assert words.index(said) < words.index("How predictable the documents are")
+    assert "broken source0 invalid_utf8 byte 7" in words
+
+
+def test_everything_known_of_the_run_is_there(page: Page) -> None:
+    words = page.words
+    for text in ("0123abcd", "sha256:feed", "cafe01234567", "dtype float32", "torch 2.11.0"):
+        assert text in words
+    assert "Every token is scored exactly once, in windows of at most 2,048 tokens." in words
+    assert "reads 1 token before" in words
+    assert (
+        "logitmill score org/model 's3://bucket/text/*.parquet' --out s3://bucket/runs "
+        "--recipe rolling --context 2048 --overlap 1 --prefix auto --keep tokens" in words
+    )
+    assert "run = open_run('s3://bucket/runs/0123abcd')" in words
+
+
+def test_page_loads_nothing(html: str, page: Page) -> None:
+    assert not page.tags("link")
+    assert not page.tags("img")
+    for tag, attributes in page.elements:
+        for name in ("src", "srcset", "data", "action", "poster", "xlink:href"):
+            assert name not in attributes, (tag, attributes)
+        assert (attributes.get("href") or "#").startswith("#")
+    assert not re.search(r"url\s*\(\s*['\"]?\s*(?!#)", html)
+    assert "@import" not in html
+    # Namespaces are names.
+    addresses = set(re.findall(r"https?://[^\s\"'<>]*", html))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+
+
+def test_policy_allows_the_one_script_only(page: Page) -> None:
+    (policy,) = (a["content"] for a in page.tags("meta") if "http-equiv" in a)
+    (script,) = page.scripts
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy is not None
+    assert "default-src 'none'" in policy
+    assert f"script-src 'sha256-{digest}'" in policy
+
+
+def test_page_is_well_formed_and_in_order(page: Page) -> None:
+    assert not page.open
+    levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    ids = [a["id"] for _, a in page.elements if "id" in a]
+    assert len(ids) == len(set(ids))
+    targets = {(a["href"] or "").removeprefix("#") for a in page.tags("a")}
+    assert targets <= set(ids)
+
+
+def test_axes_have_units(page: Page) -> None:
+    titles = [t for t in page.text if t.strip()]
+    for title in (
+        "bits per byte",
+        "bytes",
+        "bits per token",
+        "position in the document (tokens, log scale)",
+        "probability of the first choice",
+        "expected calibration error (20 bins)",
+        "surprisal (bits per token)",
+    ):
+        assert title in titles
+
+
+def test_histogram_holds_every_document() -> None:
+    made = make_run()
+    made.add(make("far", np.full(40, 90.0), "x" * 80))
+    panel = histogram_panel(totals.Totals.of(made.counts()))
+    for chart in panel.charts:
+        assert sum(int(row[1].replace(",", "")) for row in chart.numbers.rows) == 41
+        labels = re.findall(r": (\d+) documents?,", chart.svg)
+        assert sum(map(int, labels)) == 41
+
+
+def test_scale_shows_all_or_says_what_is_beyond() -> None:
+    near = _scale({b: 100 for b in range(40, 80)}, 0.02)
+    assert (near.factor, near.last) == (1, 79)
+    assert (near.start(40), near.stop(40)) == (0.8, 0.82)
+    far = _scale({b: 100 for b in range(40, 80)} | {4000: 1}, 0.02)
+    assert far.last == 79
+    assert far.bar(4000) == 79
+    assert _scale(dict.fromkeys(range(500), 1), 0.02).factor == 25
+
+
+def test_many_sources_are_drawn_as_nine(page: Page) -> None:
+    made = make_run(num_sources=12)
+    sums = totals.Totals.of(made.counts())
+    assert len(sums.labels) == 9
+    assert sums.labels[-1] == "all other sources (4)"
+    assert sum(row["documents"] for row in sums.by("status/ok", "label").values()) == 40
+    assert "all other sources (4)" in Page(render(made)).words
+
+
+def test_heatmap_colours_by_surprisal() -> None:
+    made = Summary()
+    bits = np.array([0.1, 0.25, 0.9, 1.0, 3.0, 7.0, 15.0, 40.0])
+    made.add(make("d", bits, "ab\ncd\tef" * 10))
+    page = Page(render(made))
+    spans = [a for a in page.tags("span") if re.fullmatch("s[0-7]", a.get("class") or "")]
+    assert [a["class"] for a in spans] == [f"s{n}" for n in (0, 1, 2, 3, 4, 5, 6, 7)]
+    assert spans[4]["title"] == "3.00 bits, rank 65, entropy 2.16 bits"
+    assert "ab\u21b5\ncd\u21e5\tef" in "".join(page.text)
+
+
+def test_calibration_error_by_hand() -> None:
+    made = Summary()
+    score = make("d", np.full(40, 1.0), "abcd" * 40)
+    score.tokens.top1_logprob[:] = np.log(0.75)
+    score.tokens.rank[:] = [1] * 20 + [2] * 20
+    made.add(score)
+    assert "Expected calibration error: 25.0 %" in Page(render(made)).words
+
+
+def test_hostile_text_stays_text() -> None:
+    made = Summary()
+    bits = np.full(60, 2.0)
+    for n in range(2):
+        made.add(make(f"{EVIL}{n}", bits, f"{EVIL}\"' & \x00\u202e" * 4, EVIL + "\"'" + str(n)))
+    record = DocumentRecord(EVIL, source=EVIL, status=EVIL, error=EVIL)
+    made.add(DocumentScore(0, record))
+    evil: dict[str, Any] = dict.fromkeys(FACTS, EVIL)
+    evil |= {"recipe": {"name": EVIL}, "engine": {EVIL: EVIL}, "tiers": [EVIL]}
+    evil |= {"versions": {EVIL: EVIL}, "seconds": 1.0, "tokens": 1, "documents": 1, "bytes": 1}
+    html = render(made, **evil)
+    page = Page(html)
+    assert not page.open
+    assert not page.tags("img")
+    assert len(page.scripts) == 1
+    assert not any(name.startswith("on") for _, a in page.elements for name in a)
+    assert "<img" not in html
+    assert EVIL in page.words
+    assert "\x00" not in html
+    assert "\u202e" not in html
+
+
+@pytest.mark.parametrize("facts", [{}, FACTS, dict.fromkeys(FACTS)])
+def test_no_document_scored_is_a_page_too(facts: dict[str, Any]) -> None:
+    failed = Summary()
+    failed.add(DocumentScore(0, DocumentRecord("d", status="empty", error="nothing")))
+    for counts, outliers in (
+        (COUNTS.empty_table(), OUTLIERS.empty_table()),
+        (failed.counts(), failed.outliers()),
+    ):
+        page = Page(render_report(counts, outliers, facts))
+        assert "No document was scored." in page.words
+        assert not re.search(r"\b(None|nan|NaN|inf|undefined|null)\b", page.words)
+
+
+def test_nothing_undefined_is_visible(page: Page) -> None:
+    assert not re.search(r"\b(None|nan|NaN|inf|undefined|null)\b", page.words)
+
+
+def test_sums_that_are_not_finite_are_dashes() -> None:
+    made = Summary()
+    score = make("d", np.full(40, 1.0), "abcd" * 40)
+    score.tokens.entropy[:] = np.nan
+    score.record.sum_entropy = math.nan
+    score.record.token_perplexity = math.inf
+    score.record.min_k_plus_plus_20 = math.nan
+    made.add(score)
+    words = Page(render(made, seconds=math.nan)).words
+    assert not re.search(r"\b(None|nan|NaN|inf|undefined|null)\b", words)
+    assert "\u221e" in words
+
+
+def test_documents_of_ids() -> None:
+    made = Summary()
+    for n in range(3):
+        score = make(f"d{n}", np.full(40, 1.0 + n), "abcd" * 40)
+        score.text = None
+        score.record.num_bytes, score.record.bits_per_byte = 0, None
+        made.add(score)
+    words = Page(render(made)).words
+    assert "no document with bytes was scored" in words
+    assert "Bits per byte \u2013" in words
+    assert "0 0 0 0" in words
+
+
+def test_same_tables_same_page(html: str) -> None:
+    assert render(make_run()) == html
+
+
+def test_page_of_full_tables_is_small() -> None:
+    rng, made = np.random.default_rng(0), Summary()
+    for i in range(60):
+        bits = rng.exponential(3.0, 400)
+        made.add(make(f"{i}" * 100, bits, "<&>\n" * 400, f"{i % 40}" * 30))
+    assert len(render(made).encode()) < 3_000_000
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_recipes_have_words(name: str) -> None:
+    recipe = PRESETS[name].resolve(2048)
+    text = describe_recipe(vars(recipe))
+    assert "?" not in text
+    assert "None" not in text
+    assert f"{recipe.context:,}" in text
+
+
+def test_unknown_recipe_has_none() -> None:
+    assert describe_recipe({"name": "of tomorrow"}) == ""
+    assert describe_recipe({}) == ""
+
+
+def test_numbers_as_text() -> None:
+    assert wording.size(999) == "999 B"
+    assert wording.size(999_999) == "1 MB"
+    assert wording.size(23_400_000) == "23.4 MB"
+    assert wording.duration(59.94) == "59.9 s"
+    assert wording.duration(7200) == "2 h 0 min"
+    assert wording.number(None, 2) == wording.number(math.nan, 2) == "\u2013"
+    assert wording.number(1e12, 2) == "1.00e+12"
+    assert wording.plural(1, "token") == "1 token"
+    assert wording.show("a" * 10, 6) == "aaaa\u2026aa"
+    assert wording.show("a\nb\x1b\u202e") == "a\u240ab\u241b[U+202E]"
+
+
+def test_tables_of_many_shards() -> None:
+    tables = [make_run().counts() for _ in range(2)]
+    doubled = pa.concat_tables(tables)
+    assert "80 documents" in Page(render_report(doubled, OUTLIERS.empty_table(), FACTS)).words

@@ -1,0 +1,393 @@
+"""Summaries against closed forms and a plain loop over tokens; merging, order and bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections import defaultdict
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from logitmill.engine import metrics
+from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
+from logitmill.flows import summary
+from logitmill.flows.summary import (
+    COUNTS,
+    MAX_SOURCES,
+    OTHER,
+    OUTLIERS,
+    Summary,
+    merge_counts,
+    merge_outliers,
+)
+
+LN2 = math.log(2.0)
+
+
+def make(
+    doc_id: str,
+    bits: Any,
+    *,
+    text: str | None = None,
+    rank: Any = 1,
+    entropy: Any = 0.0,
+    top1: Any = 1.0,
+    source: str = "",
+    language: str = "",
+) -> DocumentScore:
+    """A scored document of tokens with these surprisals (bits); by default a token is 4 bytes."""
+    bits = np.asarray(bits, np.float64)
+    n = len(bits)
+    tokens = TokenRecords.empty(n)
+    tokens.token_id[:] = np.arange(n)
+    tokens.logprob[:] = -bits * LN2
+    tokens.rank[:] = rank
+    tokens.entropy[:] = entropy
+    tokens.top1_logprob[:] = np.log(top1)
+    text = "abcd" * n if text is None else text
+    edges = np.linspace(0, len(text.encode()), n + 1).astype(np.int64)
+    tokens.byte_start[:], tokens.byte_end[:] = edges[:-1], edges[1:]
+    total = float(tokens.logprob.sum(dtype=np.float64))
+    record = DocumentRecord(
+        doc_id,
+        source=source,
+        language=language,
+        loglikelihood=total,
+        num_tokens=n,
+        num_tokens_scored=n,
+        num_bytes=len(text.encode()),
+        sum_entropy=float(tokens.entropy.sum(dtype=np.float64)),
+        num_top1=int((tokens.rank == 1).sum()),
+        nll_per_token=metrics.nll_per_token(total, n),
+        token_perplexity=metrics.perplexity(total, n),
+        bits_per_byte=metrics.bits(total, len(text.encode())),
+    )
+    return DocumentScore(0, record, tokens, text)
+
+
+def make_ids(doc_id: str, bits: Any) -> DocumentScore:
+    """A scored document of token ids: no text, no bytes."""
+    score = make(doc_id, bits)
+    score.text = None
+    score.record.num_bytes = 0
+    score.record.bits_per_byte = None
+    score.tokens.byte_start[:] = score.tokens.byte_end[:] = 0
+    return score
+
+
+def make_failed(doc_id: str, status: str = "empty") -> DocumentScore:
+    """A document that was not scored."""
+    return DocumentScore(0, DocumentRecord(doc_id, status=status, error=f"why {doc_id} is not"))
+
+
+def make_random(rng: np.random.Generator, doc_id: str, num_tokens: int) -> DocumentScore:
+    """A scored document of plausible tokens from one of 3 sources in 2 languages."""
+    return make(
+        doc_id,
+        rng.exponential(3.0, num_tokens),
+        rank=rng.integers(1, 5000, num_tokens),
+        entropy=rng.exponential(2.0, num_tokens),
+        top1=rng.uniform(0.01, 1.0, num_tokens),
+        source="abc"[rng.integers(3)],
+        language=("en", "")[rng.integers(2)],
+    )
+
+
+def summarize(scores: list[DocumentScore]) -> Summary:
+    """The summary of one shard."""
+    made = Summary()
+    for score in scores:
+        made.add(score)
+    return made
+
+
+def panel(counts: pa.Table, name: str) -> dict[int, dict[str, Any]]:
+    """The rows of a panel by bin; one source and language."""
+    rows = [row for row in counts.to_pylist() if row["panel"] == name]
+    assert len({(row["source"], row["language"]) for row in rows}) <= 1
+    return {row["bin"]: row for row in rows}
+
+
+def kind(outliers: pa.Table, name: str) -> list[dict[str, Any]]:
+    """The rows of a kind, in order."""
+    return [row for row in outliers.to_pylist() if row["kind"] == name]
+
+
+def as_bytes(table: pa.Table) -> bytes:
+    """The table as a Parquet file."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink)
+    return sink.getvalue()
+
+
+def test_counts_of_a_document_by_hand() -> None:
+    bits = [0.0, 0.3, 2.0, 13.0]
+    score = make(
+        "d", bits, rank=[1, 2, 3, 1024], entropy=[1, 2, 3, 4], top1=[1.0, 0.52, 0.54, 0.049]
+    )
+    counts = summarize([score]).counts()
+    assert counts.schema == COUNTS
+
+    nlls = {0: 0.0, 1: 0.3, 8: 2.0, 52: 13.0}
+    rows = panel(counts, "token_nll")
+    assert {b: row["tokens"] for b, row in rows.items()} == dict.fromkeys(nlls, 1)
+    for b, expected in nlls.items():
+        assert rows[b]["nll"] == pytest.approx(expected * LN2, rel=1e-6)
+
+    # Positions 0, 1, 2, 3 are 1, 2, 3, 4 counted from one: 0, 4, 6.3, 8 quarter octaves.
+    rows = panel(counts, "position")
+    assert {b: row["value"] for b, row in rows.items()} == {0: 1.0, 4: 2.0, 6: 3.0, 8: 4.0}
+    assert all(row["tokens"] == 1 for row in rows.values())
+
+    rows = panel(counts, "calibration")
+    assert {b: (row["tokens"], row["hits"]) for b, row in rows.items()} == {
+        0: (1, 0),
+        10: (2, 0),
+        19: (1, 1),
+    }
+    assert rows[10]["value"] == pytest.approx(1.06, rel=1e-6)
+
+    rows = panel(counts, "rank")
+    assert {b: row["tokens"] for b, row in rows.items()} == {0: 1, 1: 2, 10: 1}
+    assert rows[1]["nll"] == pytest.approx(2.3 * LN2, rel=1e-6)
+
+    (row,) = panel(counts, "status/ok").values()
+    assert (row["documents"], row["tokens"], row["bytes"], row["hits"]) == (1, 4, 16, 1)
+    assert (row["nll"], row["value"]) == (pytest.approx(15.3 * LN2, rel=1e-6), 10.0)
+
+    # 15.3 bits over 16 bytes: 0.956.
+    (b,) = panel(counts, "bits_per_byte")
+    assert b == 47
+
+
+def test_uniform_byte_model_is_8_bits_per_byte() -> None:
+    text = "x" * 100
+    score = make("d", np.full(100, 8.0), text=text, entropy=8 * LN2, top1=1 / 256)
+    counts = summarize([score]).counts()
+    (row,) = panel(counts, "bits_per_byte").values()
+    assert row["bin"] in (399, 400)
+    assert row["nll"] / row["bytes"] / LN2 == pytest.approx(8.0, rel=1e-6)
+    for row in panel(counts, "position").values():
+        assert row["nll"] == pytest.approx(row["value"], rel=1e-6)
+
+
+def test_counts_equal_a_loop_over_tokens() -> None:
+    rng = np.random.default_rng(1)
+    scores = [make_random(rng, str(i), n) for i, n in enumerate([1, 2, 3, 17, 64, 1000, 4097])]
+    expected: dict[tuple[str, str, str, int], np.ndarray] = defaultdict(lambda: np.zeros(4))
+    for score in scores:
+        group, t = (score.record.source, score.record.language), score.tokens
+        for p in range(len(t)):
+            nll, top1 = -float(t.logprob[p]), math.exp(float(t.top1_logprob[p]))
+            hit, entropy, rank = t.rank[p] == 1, float(t.entropy[p]), int(t.rank[p])
+            position = math.floor(4 * math.log2(p + 1) + 1e-12)
+            for name, b, sums in (
+                ("token_nll", int(nll / LN2 / 0.25), (1, nll, 0, 0)),
+                ("position", position, (1, nll, entropy, 0)),
+                ("calibration", min(19, int(20 * top1)), (1, 0, top1, hit)),
+                ("rank", rank.bit_length() - 1, (1, nll, 0, 0)),
+            ):
+                expected[(name, *group, b)] += sums
+    counts = summarize(scores).counts()
+    rows = [r for r in counts.to_pylist() if r["panel"] in {key[0] for key in expected}]
+    assert len(rows) == len(expected)
+    for r in rows:
+        found = (r["tokens"], r["nll"], r["value"], r["hits"])
+        key = (r["panel"], r["source"], r["language"], r["bin"])
+        np.testing.assert_allclose(found, expected[key], rtol=1e-12, atol=1e-12)
+
+
+def test_every_document_and_token_is_in_every_histogram_once() -> None:
+    rng = np.random.default_rng(2)
+    scores = [make_random(rng, str(i), int(n)) for i, n in enumerate(rng.integers(1, 300, 50))]
+    failed = [make_failed(f"f{i}", ("empty", "invalid_utf8")[i % 2]) for i in range(7)]
+    rows = summarize(scores + failed).counts().to_pylist()
+    num_tokens = sum(len(score.tokens) for score in scores)
+    total = {
+        name: [
+            sum(r[column] for r in rows if r["panel"] == name) for column in ("documents", "tokens")
+        ]
+        for name in {r["panel"] for r in rows}
+    }
+    assert total.pop("bits_per_byte") == [50, num_tokens]
+    assert total.pop("status/ok") == [50, num_tokens]
+    assert total.pop("status/empty") == [4, 0]
+    assert total.pop("status/invalid_utf8") == [3, 0]
+    assert total == {
+        name: [0, num_tokens] for name in ("token_nll", "position", "calibration", "rank")
+    }
+
+
+def test_rows_are_in_the_order_of_their_keys() -> None:
+    rng = np.random.default_rng(3)
+    counts = summarize([make_random(rng, str(i), 40) for i in range(30)]).counts()
+    keys = [(r["panel"], r["source"], r["language"], r["bin"]) for r in counts.to_pylist()]
+    assert keys == sorted(set(keys))
+
+
+def test_documents_of_ids_have_no_bits_per_byte() -> None:
+    made = summarize([make_ids("a", [1.0] * 20), make_ids("b", [3.0] * 20)])
+    assert not panel(made.counts(), "bits_per_byte")
+    lowest = kind(made.outliers(), "lowest")
+    assert [row["doc_id"] for row in lowest] == ["a", "b"]
+    assert lowest[0]["score"] == pytest.approx(LN2, rel=1e-6)
+    assert lowest[0]["pieces"] == [str(i) for i in range(20)]
+
+
+def test_extreme_values_stay_in_the_last_bins() -> None:
+    score = make("d", [1e9, 4.0], text="ab", rank=[2**31 - 1, 1], top1=[1e-40, 1.0])
+    score.tokens.entropy[0] = np.nan
+    score.tokens.top1_logprob[1] = 1e-7
+    counts = summarize([score]).counts()
+    assert set(panel(counts, "token_nll")) == {16, 399}
+    assert set(panel(counts, "bits_per_byte")) == {4999}
+    assert set(panel(counts, "calibration")) == {0, 19}
+    assert set(panel(counts, "rank")) == {0, 30}
+
+
+def test_too_many_sources_are_counted_together() -> None:
+    made = summarize([make(str(i), [1.0], source=f"s{i}") for i in range(MAX_SOURCES + 5)])
+    rows = [r for r in made.counts().to_pylist() if r["panel"] == "status/ok"]
+    assert len(rows) == MAX_SOURCES + 1
+    assert {r["source"]: r["documents"] for r in rows}[OTHER] == 5
+
+
+def test_nothing_makes_empty_tables() -> None:
+    made = Summary()
+    assert made.counts().equals(COUNTS.empty_table())
+    assert made.outliers().equals(OUTLIERS.empty_table())
+    assert merge_counts([]).equals(COUNTS.empty_table())
+    assert merge_outliers([]).equals(OUTLIERS.empty_table())
+
+
+def test_outliers_are_the_ends_and_keep_few_tokens() -> None:
+    order = np.random.default_rng(4).permutation(40)
+    made = summarize([make(f"{i:02}", [1.0 + i / 10] * 400) for i in order])
+    table = made.outliers()
+    assert table.schema == OUTLIERS
+    lowest, highest, sample = (kind(table, name) for name in ("lowest", "highest", "sample"))
+    assert [row["doc_id"] for row in lowest] == [f"{i:02}" for i in range(10)]
+    assert [row["doc_id"] for row in highest] == [f"{i:02}" for i in range(39, 29, -1)]
+    hashed = sorted(range(40), key=lambda i: summary._hash(f"{i:02}"))
+    assert [row["doc_id"] for row in sample] == [f"{i:02}" for i in hashed[:3]]
+    for rows, num_shown in ((lowest, 3), (highest, 3), (sample, 3)):
+        for n, row in enumerate(rows):
+            lengths = {
+                row[name] and len(row[name]) for name in ("pieces", "logprob", "rank", "entropy")
+            }
+            assert lengths == ({300} if n < num_shown else {None})
+
+
+def test_short_documents_are_outliers_only_among_themselves() -> None:
+    short = [make(f"short{i}", [0.1 + i] * 2) for i in range(3)]
+    long = make("long", [1.0] * 100)
+    assert [row["doc_id"] for row in kind(summarize([*short, long]).outliers(), "lowest")] == [
+        "long"
+    ]
+    alone = summarize(short).outliers()
+    assert [row["doc_id"] for row in kind(alone, "lowest")] == ["short0", "short1", "short2"]
+    merged = merge_outliers([alone, summarize([long]).outliers()])
+    assert [row["doc_id"] for row in kind(merged, "highest")] == ["long"]
+
+
+def test_every_status_shows_among_the_failed() -> None:
+    scores = [make_failed(f"e{i}") for i in range(30)] + [make_failed("u", "invalid_utf8")]
+    failed = kind(summarize(scores).outliers(), "failed")
+    assert len(failed) == 10
+    assert [row["status"] for row in failed].count("invalid_utf8") == 1
+    assert failed[0]["error"].startswith("why e")
+    assert all(row["pieces"] is None and row["bits_per_byte"] is None for row in failed)
+
+
+def test_pieces_are_the_text_of_the_tokens() -> None:
+    text = "na\u00efve \u20ac\n" * 20
+    score = make("d", [1.0] * 40, text=text)
+    (row,) = kind(summarize([score]).outliers(), "lowest")
+    utf8, t = text.encode(), score.tokens
+    expected = [
+        utf8[a:b].decode(errors="replace") for a, b in zip(t.byte_start, t.byte_end, strict=True)
+    ]
+    assert row["pieces"] == expected
+    assert row["logprob"] == t.logprob.tolist()
+
+
+def test_a_piece_of_skipped_text_is_cut() -> None:
+    (row,) = kind(summarize([make("d", [1.0], text="x" * 10_000)]).outliers(), "lowest")
+    assert row["pieces"] == ["x" * 256 + "\u2026"]
+
+
+def shards(seed: int, num_shards: int) -> list[Summary]:
+    rng = np.random.default_rng(seed)
+    return [
+        summarize(
+            [make_random(rng, f"{s}/{i}", int(rng.integers(1, 200))) for i in range(12)]
+            + [make_failed(f"{s}/f{i}", "ab"[rng.integers(2)]) for i in range(4)]
+        )
+        for s in range(num_shards)
+    ]
+
+
+def test_merging_merged_counts_is_merging_all() -> None:
+    tables = [shard.counts() for shard in shards(5, 7)]
+    whole = merge_counts(tables)
+    parts = merge_counts([merge_counts(tables[:3]), merge_counts([]), merge_counts(tables[3:])])
+    for column in COUNTS.names:
+        a, b = whole[column], parts[column]
+        if column in ("nll", "value"):
+            np.testing.assert_allclose(a.to_numpy(), b.to_numpy(), rtol=1e-13)
+        else:
+            assert a.equals(b), column
+
+
+def test_counts_merge_to_those_of_one_shard() -> None:
+    rng = np.random.default_rng(6)
+    scores = [make_random(rng, str(i), 50) for i in range(40)]
+    whole = summarize(scores).counts()
+    merged = merge_counts([summarize(scores[:11]).counts(), summarize(scores[11:]).counts()])
+    assert merged.drop_columns(["nll", "value"]).equals(whole.drop_columns(["nll", "value"]))
+    for column in ("nll", "value"):
+        np.testing.assert_allclose(merged[column], whole[column], rtol=1e-12)
+
+
+def test_merging_merged_outliers_is_merging_all() -> None:
+    tables = [shard.outliers() for shard in shards(7, 9)]
+    whole = merge_outliers(tables)
+    assert whole.num_rows == 33
+    assert whole.equals(merge_outliers([merge_outliers(tables[:4]), merge_outliers(tables[4:])]))
+    assert whole.equals(merge_outliers([whole]))
+
+
+def test_outliers_merge_to_those_of_one_shard() -> None:
+    rng = np.random.default_rng(8)
+    scores = [make_random(rng, str(i), 50) for i in range(40)]
+    merged = merge_outliers([summarize(scores[:9]).outliers(), summarize(scores[9:]).outliers()])
+    assert merged.equals(summarize(scores).outliers())
+
+
+def test_many_tables_are_added_in_the_order_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = shards(9, 10)
+    counts, outliers = ([s.counts() for s in made], [s.outliers() for s in made])
+    whole = as_bytes(merge_counts(counts)), as_bytes(merge_outliers(outliers))
+    monkeypatch.setattr(summary, "_FOLD", 2)
+    assert (as_bytes(merge_counts(iter(counts))), as_bytes(merge_outliers(iter(outliers)))) == whole
+
+
+def test_equal_scores_give_equal_bytes() -> None:
+    first, again = (
+        [(as_bytes(s.counts()), as_bytes(s.outliers())) for s in shards(10, 2)] for _ in range(2)
+    )
+    assert first == again
+
+
+def test_reading_the_tables_changes_nothing() -> None:
+    rng = np.random.default_rng(11)
+    scores = [make_random(rng, str(i), 30) for i in range(20)]
+    read = Summary()
+    for score in scores:
+        read.add(score)
+        read.counts(), read.outliers()
+    assert read.counts().equals(summarize(scores).counts())
+    assert read.outliers().equals(summarize(scores).outliers())
