@@ -175,7 +175,13 @@ def load_pipeline(folder: Path, settings: EngineSettings) -> Pipeline:
         )
     tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
     budget = settings.max_batch_tokens or (8192 if where.type == "cpu" else 32768)
-    return Pipeline(model, tokenizer, max_batch_tokens=budget, logits_memory=settings.logits_memory)
+    return Pipeline(
+        model,
+        tokenizer,
+        dtype=facts.dtype,
+        max_batch_tokens=budget,
+        logits_memory=settings.logits_memory,
+    )
 
 
 class Pipeline:
@@ -186,9 +192,12 @@ class Pipeline:
         model: Model,
         tokenizer: Tokenizer | None,
         *,
+        dtype: str,
         max_batch_tokens: int,
         logits_memory: int,
     ) -> None:
+        self.dtype = dtype
+        """What the layers compute in; log-probabilities are float32 whatever it is."""
         self.vocab_size = model.vocab_size
         """Columns of the logits."""
         self.max_positions = model.max_positions

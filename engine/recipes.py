@@ -214,8 +214,8 @@ def find_recipe(
     if isinstance(name, Recipe):
         recipe = name
     else:
-        base, _, number = name.partition("-")
-        if base not in PRESETS or (number and not re.fullmatch("[0-9]+", number)):
+        base, dash, number = name.partition("-")
+        if base not in PRESETS or (dash and not re.fullmatch("[0-9]+", number)):
             raise ValueError(
                 f"recipe: {name!r} is not one of {', '.join(PRESETS)}, "
                 "each with an optional context as in disjoint-2048"

@@ -36,7 +36,7 @@ class _Work:
     sequence: np.ndarray
     """int32, the prefix token first if the recipe has one."""
     encoding: Encoding
-    num_prefix: int
+    truncated: bool
     windows: list[Window]
     tokens: TokenRecords
     num_done: int = 0
@@ -74,6 +74,12 @@ class Scorer:
         self._recipe = recipe
         self._budget = max_batch_tokens
         self._prefix = prefix_token(recipe, tokenizer)
+        # lm-evaluation-harness: where there is a context, the tokenizer decides what precedes it.
+        self._prefixes_context = recipe.prefix != AUTO or bool(tokenizer and tokenizer.adds_bos)
+        if self._prefix is not None and not 0 <= self._prefix < model.vocab_size:
+            raise ValueError(
+                f"prefix: {self._prefix} is not in the model's vocabulary of {model.vocab_size}"
+            )
 
     def score(
         self, documents: Iterable[Document], on_logits: LogitsSink | None = None
@@ -124,7 +130,13 @@ class Scorer:
     def _prepare(self, group: Sequence[tuple[int, Document]]) -> Iterator[_Work | DocumentScore]:
         """Tokenize a group of documents and lay out their windows."""
         checked = [(i, self._check(document)) for i, document in group]
-        plain = [d.text for _, d in checked if d.text is not None and d.messages is None]
+        # The joined string is encoded, so that merges across the border are as the model knows
+        # them; it is split where the context alone would end (lm-evaluation-harness).
+        plain = [
+            (d.context or "") + d.text
+            for _, d in checked
+            if d.text is not None and d.messages is None
+        ]
         chats = [d.text for _, d in checked if d.text is not None and d.messages is not None]
         contexts = [d.context for _, d in checked if d.context]
         plain_codes = iter(self._encode(plain))
@@ -134,6 +146,8 @@ class Scorer:
             context = next(context_codes).ids if document.context else np.zeros(0, np.int32)
             if document.text is not None:
                 encoding = next(plain_codes if document.messages is None else chat_codes)
+                if document.context and document.messages is None:
+                    encoding = _after(encoding, len(context), len(document.context.encode()))
             elif document.input_ids is not None:
                 ids = np.asarray(document.input_ids, np.int32)
                 encoding = Encoding(ids, np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64))
@@ -161,29 +175,38 @@ class Scorer:
 
     def _ready(self, document: Document) -> Document:
         if document.messages is not None:
+            tokenizer = self._need_tokenizer()
             try:
-                document = replace(document, text=self._need_tokenizer().render(document.messages))
+                document = replace(document, text=tokenizer.render(document.messages))
             except ValueError as error:
                 raise _Unscorable("invalid_value", str(error)) from None
+        if document.context and self._recipe.name != "conditional":
+            raise ValueError(
+                f"recipe: {self._recipe.name} reads no context, but document "
+                f"{document.doc_id!r} has one; use conditional"
+            )
+        for field, value in (("text", document.text or ""), ("context", document.context or "")):
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                raise _Unscorable(
+                    "invalid_utf8",
+                    f"{field}: character {error.start} is a lone surrogate, not text",
+                ) from None
         if document.text is not None:
             self._need_tokenizer()
             if not document.text:
                 raise _Unscorable("empty", "text: the document is empty")
-            for field, value in (("text", document.text), ("context", document.context or "")):
-                try:
-                    value.encode()
-                except UnicodeEncodeError as error:
-                    raise _Unscorable(
-                        "invalid_utf8",
-                        f"{field}: character {error.start} is a lone surrogate, not text",
-                    ) from None
             if document.context:
                 # lm-evaluation-harness: trailing whitespace of the context is continuation.
                 kept = document.context.rstrip()
                 moved = document.context[len(kept) :] + document.text
                 document = replace(document, context=kept, text=moved)
             return document
-        ids = np.asarray(document.input_ids if document.input_ids is not None else [])
+        try:
+            ids = np.asarray(document.input_ids if document.input_ids is not None else [])
+        except ValueError:  # rows of unlike lengths
+            ids = np.zeros((0, 0))
         if ids.ndim != 1 or (len(ids) and ids.dtype.kind not in "iu"):
             raise _Unscorable("invalid_ids", "input_ids: not a flat list of integers")
         if not len(ids):
@@ -220,18 +243,17 @@ class Scorer:
                 f"tokenizer: it gives token {ids.max()}, beyond the model's vocabulary of "
                 f"{self._model.vocab_size}; model and tokenizer do not belong together"
             )
-        if recipe.name == "conditional" and len(context):
-            ids = np.concatenate([context, ids])
-            num_context, num_prefix = len(context), 0
-        else:
-            doubled = len(ids) > 0 and ids[0] == self._prefix
-            num_context, num_prefix = 0, int(self._prefix is not None and not doubled)
+        ids = np.concatenate([context, ids])
+        doubled = len(ids) > 0 and ids[0] == self._prefix
+        wanted = not len(context) or self._prefixes_context
+        num_prefix = int(self._prefix is not None and wanted and not doubled)
+        num_context = num_prefix + len(context) if len(context) else 0
         sequence = np.concatenate([np.array([self._prefix] * num_prefix, np.int32), ids])
         windows = recipe.windows(
             len(sequence), has_prefix=self._prefix is not None, num_context=num_context
         )
         if not windows:
-            status = "empty" if not len(encoding.ids) else "too_short"
+            status = "too_short" if len(ids) else "empty"
             error = f"{len(sequence)} tokens are too few for recipe {recipe.name}"
             if recipe.context is not None and recipe.name != "rolling":
                 error += f" with a context of {recipe.context}"
@@ -239,17 +261,18 @@ class Scorer:
         num_targets = sum(w.num_targets for w in windows)
         tokens = TokenRecords.empty(num_targets)
         at = np.concatenate([np.arange(w.first_target, w.stop + 1) for w in windows])
-        of_document = at - num_prefix - num_context
+        of_document = at - num_prefix - len(context)
         tokens.token_id[:] = sequence[at]
         tokens.byte_start[:] = encoding.byte_start[of_document]
         tokens.byte_end[:] = encoding.byte_end[of_document]
+        cut_on_left = recipe.name == "conditional" and windows[0].first_target > max(1, num_context)
         return _Work(
             index=index,
             document=document,
             text=document.text,
             sequence=sequence,
             encoding=encoding,
-            num_prefix=num_prefix,
+            truncated=cut_on_left or windows[-1].stop < len(sequence) - 1,
             windows=windows,
             tokens=tokens,
         )
@@ -316,13 +339,15 @@ class Scorer:
         tokens, record = work.tokens, self._record(work.document)
         record.num_tokens = len(work.encoding.ids)
         record.num_windows = len(work.windows)
-        bad = np.flatnonzero(~np.isfinite(tokens.logprob))
+        bad = np.flatnonzero(~np.isfinite(tokens.logprob + tokens.entropy + tokens.varentropy))
         if len(bad):
             record.status = "nonfinite"
-            record.error = f"token {bad[0]} has a log-probability of {tokens.logprob[bad[0]]}"
+            record.error = (
+                f"token {bad[0]} has a log-probability of {tokens.logprob[bad[0]]} in a "
+                f"distribution of entropy {tokens.entropy[bad[0]]}"
+            )
             return DocumentScore(index=work.index, record=record, text=work.text)
-        num_scorable = len(work.sequence) - 1
-        record.truncated = len(tokens) < num_scorable and work.windows[-1].stop < num_scorable
+        record.truncated = work.truncated
         fill_scores(record, tokens, work.text, all_scored=len(tokens) == len(work.encoding.ids))
         return DocumentScore(index=work.index, record=record, tokens=tokens, text=work.text)
 
@@ -393,9 +418,18 @@ def fill_scores(
         record.byte_perplexity = metrics.perplexity(s, record.num_bytes)
     if record.num_chars:
         record.bits_per_char = metrics.bits(s, record.num_chars)
-    if all_scored:
+    if all_scored and record.num_bytes == len(utf8):
         record.num_words = metrics.count_words(text)
         record.word_perplexity = metrics.perplexity(s, record.num_words)
+
+
+def _after(encoding: Encoding, num_tokens: int, num_bytes: int) -> Encoding:
+    """The tokens after the first `num_tokens`, spans counted from byte `num_bytes` of the text."""
+    return Encoding(
+        encoding.ids[num_tokens:],
+        np.maximum(encoding.byte_start[num_tokens:] - num_bytes, 0),
+        np.maximum(encoding.byte_end[num_tokens:] - num_bytes, 0),
+    )
 
 
 def pad_ids(sequences: Sequence[np.ndarray], multiple: int) -> torch.Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+
+# Classes that a folder brings as Python code, though all they do is what its files say.
+_NEEDLESS_CODE = ("InternLM2Tokenizer", "InternLM2TokenizerFast")
 
 
 @dataclass(frozen=True)
@@ -25,14 +30,15 @@ class Encoding:
 
 
 class Tokenizer:
-    """A model's tokenizer as scoring needs it: no specials added, special tokens in text as text."""
+    """A model's tokenizer as scoring needs it: nothing added, special tokens in text as text."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._hf = tokenizer
         self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is None:
             raise ValueError(
-                f"tokenizer: {type(tokenizer).__name__} gives no offsets; a tokenizer.json is needed"
+                f"tokenizer: {type(tokenizer).__name__} gives no offsets; "
+                "a tokenizer.json is needed"
             )
         # A stored tokenizer may carry the cut or the padding of whoever saved it.
         self._backend.no_truncation()
@@ -42,6 +48,7 @@ class Tokenizer:
         first = self._backend.encode("").ids[:1]
         self.adds_bos = self.bos_id is not None and first == [self.bos_id]
         """Whether the tokenizer itself puts BOS in front."""
+        self._normalizer = self._backend.normalizer
         self._token_bytes = self._byte_lengths()
 
     @classmethod
@@ -53,9 +60,22 @@ class Tokenizer:
         """
         if not any((folder / name).is_file() for name in _FILES):
             return None
-        from transformers import AutoTokenizer
+        has_json = (folder / "tokenizer.json").is_file()
+        has_model = (folder / "tokenizer.model").is_file()
+        if has_model and not has_json and not (find_spec("sentencepiece") and find_spec("google")):
+            raise ValueError(
+                f"tokenizer: {folder / 'tokenizer.model'} needs the sentencepiece library; "
+                "pip install 'logitmill[sentencepiece]'"
+            )
+        from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
         try:
+            config = _read_config(folder)
+            if config.get("tokenizer_class") in _NEEDLESS_CODE and not trust_remote_code:
+                if has_json:
+                    return cls(PreTrainedTokenizerFast.from_pretrained(folder))
+                if has_model:
+                    return cls(_from_sentencepiece(folder / "tokenizer.model", config))
             return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
         except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
             raise ValueError(f"tokenizer: {folder} cannot be loaded: {error}") from error
@@ -105,10 +125,96 @@ class Tokenizer:
         num_bytes = len(text) if text.isascii() else len(text.encode())
         if self._token_bytes is not None:
             ends = np.cumsum(self._token_bytes[ids])
-            # Equal unless a normalizer changed the text on its way.
-            if len(ids) and ends[-1] == num_bytes:
+            # A normalizer may have changed the text on its way, even to as many bytes.
+            kept = self._normalizer is None or self._normalizer.normalize_str(text) == text
+            if len(ids) and ends[-1] == num_bytes and kept:
                 return Encoding(ids, ends - self._token_bytes[ids], ends)
         return Encoding(ids, *_tile(text, num_bytes, encoded.offsets))
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _from_sentencepiece(path: Path, config: Mapping[str, Any]) -> Any:
+    """A sentencepiece BPE model as a transformers tokenizer with offsets.
+
+    `config` is tokenizer_config.json: its `added_tokens_decoder` names reserved pieces, and BOS
+    stands in front unless its `add_bos_token` is false.
+    """
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as model_pb2
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        proto: Any = model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
+    except DecodeError as error:
+        raise ValueError(f"{path.name} is not a sentencepiece model: {error}") from None
+    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
+        raise ValueError(f"{path.name} is not a BPE model")
+    added = {
+        int(i): AddedToken(t["content"], special=t.get("special", False), normalized=False)
+        for i, t in config.get("added_tokens_decoder", {}).items()
+    }
+    piece = proto.SentencePiece
+    for i, p in enumerate(proto.pieces):
+        if p.type in (piece.CONTROL, piece.UNKNOWN):
+            added.setdefault(i, AddedToken(p.piece, special=True, normalized=False))
+    names = [added[i].content if i in added else p.piece for i, p in enumerate(proto.pieces)]
+    vocabulary = {name: i for i, name in enumerate(names)}
+    mergeable = {
+        p.piece: p.score
+        for i, p in enumerate(proto.pieces)
+        if i not in added and p.type in (piece.NORMAL, piece.USER_DEFINED)
+    }
+    # The best score merges first; which two pieces make it up decides nothing but the order.
+    merges = [
+        (-score, (name[:cut], name[cut:]))
+        for name, score in mergeable.items()
+        for cut in range(1, len(name))
+        if name[:cut] in mergeable and name[cut:] in mergeable
+    ]
+    backend = Tokenizer(
+        models.BPE(
+            vocabulary,
+            [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
+            unk_token=names[proto.trainer_spec.unk_id],
+            fuse_unk=True,
+            byte_fallback=proto.trainer_spec.byte_fallback,
+        )
+    )
+    rules = proto.normalizer_spec
+    steps: list[Any] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+        steps += [
+            normalizers.Replace(Regex(r"\A +| +\z"), ""),
+            normalizers.Replace(Regex(" {2,}"), " "),
+        ]
+    if rules.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    steps.append(normalizers.Replace(" ", "▁"))
+    backend.normalizer = normalizers.Sequence(steps)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_tokens([added[i] for i in sorted(added)])
+    named = {
+        name: config[name]["content"] if isinstance(config[name], Mapping) else config[name]
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        if config.get(name)
+    }
+    bos = named.get("bos_token")
+    if bos is not None and config.get("add_bos_token", True):
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, chat_template=config.get("chat_template"), **named
+    )
 
 
 def _tile(

@@ -5,11 +5,19 @@ Legend: T packed tokens, H query heads, G key/value heads (H a multiple of G), D
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
 
+from .linear import multiply
+
+# Lengths at which blocks of matrix products beat the library's attention on a CPU in float32.
+# The choice goes by a sequence's own length, so it is the same in every batch.
+_BLOCKS_FROM, _BLOCKS_TO = 513, 8192
+_BLOCK = 256
 # Queries of one block of a sliding window; bounds the mask to block x (block + window).
 _WINDOW_BLOCK = 1024
 
@@ -30,6 +38,8 @@ def attend(
     `sliding_window`). Runs of equal lengths share one call: the library computes every
     (sequence, head) alone, so a sequence keeps its bits whatever it is packed with.
     """
+    if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
+        return _attend_packed(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
     out_THD = torch.zeros_like(q_THD)
     start = 0
     for count, length in _runs(lengths):
@@ -38,12 +48,18 @@ def attend(
         q, k, v = (
             x[part].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q_THD, k_TGD, v_TGD)
         )
-        if window is None or length <= window:
+        if window is not None and length > window:
+            out = _attend_window(q, k, v, scale, window)
+        elif _takes_blocks(q_THD) and _BLOCKS_FROM <= length <= _BLOCKS_TO:
+            for sequence in range(count):
+                rows = slice(start + sequence * length, start + (sequence + 1) * length)
+                _attend_blocks(q_THD[rows], k_TGD[rows], v_TGD[rows], scale, out_THD[rows])
+            start = stop
+            continue
+        else:
             out = F.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
-        else:
-            out = _attend_window(q, k, v, scale, window)
         out_THD[part] = out.transpose(1, 2).reshape(count * length, *q_THD.shape[1:])
         start = stop
     return out_THD
@@ -57,6 +73,84 @@ def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
         if i + 1 == len(lengths) or lengths[i + 1] != length:
             yield count, length
             count = 0
+
+
+def _attend_packed(
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """FlashAttention-2 over all sequences at once; a row keeps its bits in any packing."""
+    from torch.nn.attention import varlen
+
+    offsets, longest = _offsets(lengths, q_THD.device)
+    used = sum(lengths)
+    # torch 2.11 takes fewer key heads as they are, later versions want to be told.
+    takes_flag = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+    shared = {"enable_gqa": True} if takes_flag and q_THD.shape[1] != k_TGD.shape[1] else {}
+    out_THD = torch.zeros_like(q_THD)
+    out_THD[:used] = varlen.varlen_attn(
+        q_THD[:used],
+        k_TGD[:used],
+        v_TGD[:used],
+        offsets,
+        offsets,
+        longest,
+        longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        **shared,
+    )
+    return out_THD
+
+
+@lru_cache(maxsize=2)
+def _offsets(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
+    """Where each sequence starts, int32 [sequences + 1] on the device, and the longest length.
+
+    Kept for the layers of a batch, which all ask for the same.
+    """
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
+    return starts, max(lengths)
+
+
+def _takes_blocks(q_THD: torch.Tensor) -> bool:
+    return q_THD.device.type == "cpu" and q_THD.dtype == torch.float32
+
+
+def _attend_blocks(
+    q_LHD: torch.Tensor,
+    k_LGD: torch.Tensor,
+    v_LGD: torch.Tensor,
+    scale: float,
+    out_LHD: torch.Tensor,
+) -> None:
+    """Causal attention of one sequence of L tokens, a block of queries at a time, into `out_LHD`.
+
+    The queries of all heads that share a key head are one matrix product against every key up to
+    the block's end; the block's own upper triangle is masked.
+    """
+    length, num_heads, _ = q_LHD.shape
+    num_groups = k_LGD.shape[1]
+    shared = num_heads // num_groups
+    q = (q_LHD * scale).unflatten(1, (num_groups, shared))
+    out = out_LHD.unflatten(1, (num_groups, shared))
+    ahead = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool).triu_(1)
+    for group in range(num_groups):
+        keys = k_LGD[:, group].contiguous()
+        values_t = v_LGD[:, group].t().contiguous()
+        for start in range(0, length, _BLOCK):
+            stop = min(start + _BLOCK, length)
+            size = stop - start
+            queries = q[start:stop, group].transpose(0, 1).reshape(shared * size, -1)
+            scores = multiply(queries, keys[:stop])
+            own = scores.view(shared, size, stop)[:, :, start:]
+            own.masked_fill_(ahead[:size, :size], float("-inf"))
+            mixed = multiply(torch.softmax(scores, dim=-1), values_t[:, :stop].contiguous())
+            out[start:stop, group] = mixed.view(shared, size, -1).transpose(0, 1)
 
 
 def _attend_window(
