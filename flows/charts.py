@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 
 # Drawn for half of a laptop's page; a phone shows it at about this size.
-_WIDTH, _HEIGHT = 460, 270
+_WIDTH, _HEIGHT = 430, 265
 
 _CONFIG = {
     "font": "system-ui, sans-serif",
@@ -31,8 +31,8 @@ _CONFIG = {
         "gridColor": "var(--line)",
         "domainColor": "var(--axis)",
         "tickColor": "var(--axis)",
-        "labelFontSize": 12,
-        "titleFontSize": 12,
+        "labelFontSize": 13,
+        "titleFontSize": 13,
         "titleFontWeight": "normal",
         "titlePadding": 8,
         "labelPadding": 4,

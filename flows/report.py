@@ -131,8 +131,9 @@ def render_report(counts: pa.Table, outliers: pa.Table, facts: Mapping[str, Any]
         style=Markup((_FOLDER / "report.css").read_text("utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        facts={key: show(value) for key, value in facts.items() if isinstance(value, str)},
-        recipe=(facts.get("recipe") or {}).get("name"),
+        model=_plain(facts.get("model")),
+        corpus=_plain(facts.get("corpus")),
+        recipe=_plain((facts.get("recipe") or {}).get("name")),
         scored=_scored(totals),
         tiles=_tiles(totals, facts),
         failure=_failure(totals),
@@ -180,8 +181,10 @@ def _tiles(totals: Totals, facts: Mapping[str, Any]) -> list[tuple[str, str, str
     seconds, device = facts.get("seconds") or 0.0, facts.get("device")
     tokens = facts.get("tokens") or scored["tokens"]
     where = f" on {show(str(device), MAX_LABEL)}" if device else ""
-    rate = tokens / seconds if seconds and tokens else None
-    time = f"{plural(tokens, 'token')} in {duration(seconds)}{where}" if rate else "not recorded"
+    rate, time = None, "not recorded"
+    if tokens and 0.0 < seconds < math.inf:
+        rate = tokens / seconds
+        time = f"{plural(tokens, 'token')} in {duration(seconds)}{where}"
     return [
         (
             "Bits per byte",
@@ -252,14 +255,14 @@ def _failed_table(rows: Sequence[Row]) -> Cells | None:
     failed = [
         (
             show(row["doc_id"]),
-            show(row["source"], MAX_LABEL) or NOTHING,
-            row["status"],
+            show(row["status"]),
             show(row["error"] or "") or NOTHING,
+            show(row["source"], MAX_LABEL) or NOTHING,
         )
         for row in rows
         if row["kind"] == FAILED
     ]
-    return Cells(("document", "source", "status", "error"), failed, 4) if failed else None
+    return Cells(("document", "status", "error", "source"), failed, 4) if failed else None
 
 
 def _mark_documents(rows: Sequence[Row]) -> list[Marked]:

@@ -7,6 +7,7 @@ import hashlib
 import math
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -160,7 +161,7 @@ def test_failed_documents_are_named_before_any_panel(page: Page) -> None:
     words = page.words
     said = "1 of 41 documents could not be scored: 1 not valid UTF-8."
     assert words.index(said) < words.index("How predictable the documents are")
-    assert "broken source0 invalid_utf8 byte 7" in words
+    assert "broken invalid_utf8 byte 7 source0" in words
 
 
 def test_everything_known_of_the_run_is_there(page: Page) -> None:
@@ -204,7 +205,7 @@ def test_page_is_well_formed_and_in_order(page: Page) -> None:
     levels = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
     assert levels[0] == 1
     assert levels.count(1) == 1
-    assert all(after <= before + 1 for before, after in zip(levels, levels[1:], strict=False))
+    assert all(after <= before + 1 for before, after in pairwise(levels))
     ids = [a["id"] for _, a in page.elements if "id" in a]
     assert len(ids) == len(set(ids))
     targets = {(a["href"] or "").removeprefix("#") for a in page.tags("a")}
