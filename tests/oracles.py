@@ -51,8 +51,8 @@ def row_statistics_float64(logits: np.ndarray, targets: np.ndarray) -> dict[str,
     """Every statistic of every row, in float64 and by its definition."""
     z = logits.astype(np.float64)
     top = z.max(1, keepdims=True)
-    lse = top[:, 0] + np.log(np.exp(z - top).sum(1))
-    log_p = z - lse[:, None]
+    log_total = np.log(np.exp(z - top).sum(1))
+    log_p = z - top - log_total[:, None]
     p = np.exp(log_p)
     weighted = np.where(p > 0, p * log_p, 0.0)
     mean = weighted.sum(1)
@@ -64,7 +64,7 @@ def row_statistics_float64(logits: np.ndarray, targets: np.ndarray) -> dict[str,
         "rank": 1 + (z > z[rows, targets][:, None]).sum(1),
         "top1_id": z.argmax(1),
         "top1_logprob": log_p.max(1),
-        "logsumexp": lse,
+        "logsumexp": top[:, 0] + log_total,
     }
 
 
@@ -255,7 +255,7 @@ def assert_spans_tile(text: str, starts: Sequence[int], ends: Sequence[int]) -> 
 
 
 def reference_logits(folder: Path, make: Callable[[Path], Any], ids: Sequence[int]) -> torch.Tensor:
-    """transformers' logits of one sequence; a fresh model, since some keep state of past lengths."""
+    """transformers' logits of one sequence; a fresh model, since some remember past lengths."""
     model = make(folder).eval()
     with torch.inference_mode():
         return model(torch.tensor([list(ids)]), use_cache=False).logits[0].float()

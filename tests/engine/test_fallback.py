@@ -26,19 +26,25 @@ SMALL = COMMON | {
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "learned positions": (
-        "GPT2", COMMON | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64}
+        "GPT2",
+        COMMON | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
     ),
     "soft-capped logits": (
         "Gemma2",
-        SMALL | {
-            "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8,
-            "final_logit_softcapping": 3.0, "attn_logit_softcapping": 5.0,
+        SMALL
+        | {
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "sliding_window": 8,
+            "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 5.0,
             "query_pre_attn_scalar": 16,
         },
     ),
     "parallel residual": ("GPTNeoX", SMALL),
     "no attention at all": (
-        "Mamba", COMMON | {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2}
+        "Mamba",
+        COMMON | {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
     ),
 }
 
@@ -48,8 +54,8 @@ def write(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
 
     family, settings = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**settings)
-    model = randomise(getattr(transformers, f"{family}ForCausalLM")(config), seed=2)
-    return save(model, folder, dtype)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    return save(randomise(model, seed=2), folder, dtype)
 
 
 def from_folder(folder: Path) -> Any:

@@ -67,9 +67,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama biases": ("Llama", shape(attention_bias=True, mlp_bias=True)),
     "llama gelu, one kv head": ("Llama", shape(kv_heads=1, hidden_act="gelu_pytorch_tanh")),
     "llama linear": ("Llama", shape(**rope(rope_type="linear", factor=4.0))),
-    "llama dynamic": ("Llama", shape(**rope(rope_type="dynamic", factor=2.0)) | {
-        "max_position_embeddings": 24
-    }),
+    "llama dynamic": (
+        "Llama",
+        shape(**rope(rope_type="dynamic", factor=2.0)) | {"max_position_embeddings": 24},
+    ),
     "llama yarn": ("Llama", shape(**rope(**YARN))),
     "llama llama3": ("Llama", shape(head_dim=128, **rope(**LLAMA3))),
     "llama longrope": ("Llama", shape(**rope(**longrope(64)))),
@@ -77,19 +78,33 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral window 40": ("Mistral", shape(sliding_window=40, tie_word_embeddings=True)),
     "mistral no window": ("Mistral", shape(sliding_window=None)),
     "qwen2": ("Qwen2", shape(heads=3, kv_heads=1, hidden_size=192)),
-    "qwen2 tied, sliding layers": ("Qwen2", shape(
-        heads=3, kv_heads=1, hidden_size=192, tie_word_embeddings=True,
-        use_sliding_window=True, sliding_window=7, max_window_layers=1,
-    )),
+    "qwen2 tied, sliding layers": (
+        "Qwen2",
+        shape(
+            heads=3,
+            kv_heads=1,
+            hidden_size=192,
+            tie_word_embeddings=True,
+            use_sliding_window=True,
+            sliding_window=7,
+            max_window_layers=1,
+        ),
+    ),
     "qwen2 yarn": ("Qwen2", shape(heads=3, kv_heads=1, hidden_size=192, **rope(**YARN))),
     "qwen3": ("Qwen3", shape(head_dim=128)),
-    "qwen3 tied, biases": ("Qwen3", shape(
-        head_dim=80, tie_word_embeddings=True, attention_bias=True
-    )),
-    "qwen3 sliding layers": ("Qwen3", shape(
-        use_sliding_window=True, sliding_window=11, max_window_layers=2,
-        **rope(rope_type="linear", factor=2.0),
-    )),
+    "qwen3 tied, biases": (
+        "Qwen3",
+        shape(head_dim=80, tie_word_embeddings=True, attention_bias=True),
+    ),
+    "qwen3 sliding layers": (
+        "Qwen3",
+        shape(
+            use_sliding_window=True,
+            sliding_window=11,
+            max_window_layers=2,
+            **rope(rope_type="linear", factor=2.0),
+        ),
+    ),
 }
 
 
@@ -156,8 +171,8 @@ def test_logits_of_drawn_configs_are_those_of_transformers(seed: int, tmp_path: 
         settings["attention_bias"] = draw.random() < 0.5
     if family == "Mistral":
         settings["sliding_window"] = draw.choice([None, 1, 5, 24, 64])
-    scaling = draw.choice([{"rope_type": "default"}, YARN, LLAMA3, longrope(head_dim)])
-    settings |= rope(**scaling)
+    kinds: list[dict[str, Any]] = [{"rope_type": "default"}, YARN, LLAMA3, longrope(head_dim)]
+    settings |= rope(**draw.choice(kinds))
     assert_agrees(save(make_model(family, settings, seed), tmp_path))
 
 
@@ -263,8 +278,14 @@ def write_internlm2(
         "use_cache": True,
     }
     kept = (
-        "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads",
-        "num_hidden_layers", "num_key_value_heads", "rms_norm_eps", "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "max_position_embeddings",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "rms_norm_eps",
+        "vocab_size",
     )
     published |= {name: config[name] for name in kept}
     folder.mkdir()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import assume, given
@@ -195,14 +196,14 @@ def test_conditional_keeps_the_right_end(num_context: int, rest: int, limit: int
 
 def test_hashes_are_stable() -> None:
     """They stand in stored outputs: a change here breaks every comparison with an older run."""
-    resolved = {name: recipe.resolve(1024 * 4) for name, recipe in PRESETS.items()}
+    resolved = {name: recipe.resolve(4096) for name, recipe in PRESETS.items()}
     assert {name: recipe.hash for name, recipe in resolved.items()} == {
-        "rolling": "HASH",
-        "disjoint": "HASH",
-        "strided": "HASH",
-        "llamacpp": "HASH",
-        "truncated": "HASH",
-        "conditional": "HASH",
+        "rolling": "3abd512ad388",
+        "disjoint": "3d876daef35b",
+        "strided": "55014991a3d1",
+        "llamacpp": "c78d4fd684d2",
+        "truncated": "7b588e98759b",
+        "conditional": "30dccdb56e5f",
     }
 
 
@@ -249,6 +250,6 @@ def test_a_context_can_stand_in_the_name() -> None:
         ({"name": "rolling", "prefix": "cls"}, "prefix: 'cls' is not a token id or one of"),
     ],
 )
-def test_errors_name_the_field_and_its_value(settings: dict[str, object], said: str) -> None:
+def test_errors_name_the_field_and_its_value(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        find_recipe(**settings).resolve(1024)  # type: ignore[arg-type]
+        find_recipe(**settings).resolve(1024)

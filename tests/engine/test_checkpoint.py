@@ -1,0 +1,172 @@
+"""What a model folder can be, and what a broken one gets: one line that names what is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from logitmill.engine import pipeline
+from logitmill.engine.checkpoint import digest, find_model
+from oracles import byte_tokenizer, shard, table_model
+from safetensors.torch import load_file, save_file
+
+Q = "model.layers.0.self_attn.q_proj.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    draw = np.random.default_rng(0)
+    return table_model(tmp_path / "model", draw.normal(size=(20, 20)), tokenizer=None)
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def refusal(folder: Path | str) -> str:
+    with pytest.raises(ValueError) as raised:  # noqa: PT011 - the callers look at the message
+        pipeline(folder, device="cpu")
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(folder: Path, value: float) -> None:
+    change_tensors(folder, lambda tensors: tensors[Q][0, 3].fill_(value))
+    said = refusal(folder)
+    assert Q in said
+    assert "NaN or infinite" in said
+
+
+def test_a_missing_tensor_is_named(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.pop(Q))
+    assert f"tensor {Q} is not in the safetensors of {folder}" in refusal(folder)
+
+
+def test_a_tensor_of_another_shape_is_named_with_both(folder: Path) -> None:
+    change_tensors(folder, lambda tensors: tensors.update({Q: torch.zeros(3, 20)}))
+    said = refusal(folder)
+    assert Q in said
+    assert "[3, 20]" in said
+    assert "[2, 20]" in said
+
+
+def test_a_tensor_that_has_no_place_is_named(folder: Path) -> None:
+    """Left out in silence, a bias would make every score slightly wrong."""
+    bias = Q.replace("weight", "bias")
+    change_tensors(folder, lambda tensors: tensors.update({bias: torch.zeros(2)}))
+    assert bias in refusal(folder)
+
+
+def test_buffers_of_old_checkpoints_are_no_stray_tensors(folder: Path) -> None:
+    old = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change_tensors(folder, lambda tensors: tensors.update({old: torch.zeros(1)}))
+    pipeline(folder, device="cpu")
+
+
+@pytest.mark.parametrize("kept", [0, 4, 60, 0.5, 0.99])
+def test_truncated_safetensors_are_refused(folder: Path, kept: float) -> None:
+    file = folder / "model.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[: int(kept if kept > 1 else kept * len(data))])
+    said = refusal(folder)
+    assert str(file) in said
+    assert "not a whole safetensors file" in said
+
+
+def test_a_missing_or_truncated_shard_is_named(folder: Path) -> None:
+    shard(folder, 3)
+    file = folder / "model-00002-of-00003.safetensors"
+    data = file.read_bytes()
+    file.write_bytes(data[:-8])
+    assert str(file) in refusal(folder)
+    file.unlink()
+    assert f"{file} is named in model.safetensors.index.json but is not there" in refusal(folder)
+
+
+def test_a_tensor_that_the_index_places_wrongly_is_named(folder: Path) -> None:
+    shard(folder, 2)
+    index = folder / "model.safetensors.index.json"
+    state = json.loads(index.read_text())
+    others = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"}
+    state["weight_map"][Q] = (others - {state["weight_map"][Q]}).pop()
+    index.write_text(json.dumps(state))
+    assert Q in refusal(folder)
+
+
+def test_a_pickle_is_never_read(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    said = refusal(folder)
+    assert "pytorch_model.bin cannot be read, convert to safetensors" in said
+
+
+def test_an_empty_folder_says_what_is_missing(tmp_path: Path) -> None:
+    assert "no config.json" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("{", "is not valid JSON"), ("[]", "holds a list"), ("{}", "names no 'architectures'")],
+)
+def test_a_config_that_is_none_is_refused(folder: Path, text: str, said: str) -> None:
+    (folder / "config.json").write_text(text)
+    assert said in refusal(folder)
+
+
+def test_quantized_weights_are_refused_by_method(folder: Path) -> None:
+    change_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
+    assert "holds awq weights, which cannot be run yet" in refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "s3://bucket/model", "a/b/c"])
+def test_a_folder_that_is_not_there(name: str) -> None:
+    assert name in refusal(name)
+
+
+def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*args: Any, **kwargs: Any) -> str:
+        raise OSError("no network\nand a long explanation")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    said = refusal("someone/something")
+    assert "neither a local folder nor a model that the Hub hands out (no network)" in said
+
+
+def test_a_file_is_no_folder(folder: Path) -> None:
+    assert "name the folder" in refusal(folder / "config.json")
+    assert find_model(str(folder)) == folder
+
+
+def test_the_digest_is_of_names_and_contents(folder: Path) -> None:
+    before = digest(folder)
+    (folder / "README.md").write_text("words do not change a model")
+    assert digest(folder) == before
+    byte_tokenizer().save_pretrained(folder)
+    with_tokenizer = digest(folder)
+    assert with_tokenizer != before
+    (folder / "tokenizer.json").rename(folder / "tokenizer2.json")
+    assert digest(folder) not in (before, with_tokenizer)
+
+
+def test_unknown_settings_are_named(folder: Path) -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"dtype": "int3"}, "dtype: 'int3' is not one of float32"),
+        ({"device": "abacus"}, "device: 'abacus' is not a device"),
+        ({"device": "cuda:99"}, "device: 'cuda:99' is not there"),
+        ({"max_batch_tokens": 0}, "max_batch_tokens: 0 is not at least 1"),
+        ({"logits_memory": 1000}, "logits_memory: 1000 bytes is less than the 11520 bytes"),
+    ]
+    for settings, said in cases:
+        with pytest.raises(ValueError, match=said):
+            pipeline(folder, **({"device": "cpu"} | settings))
