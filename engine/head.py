@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -11,8 +11,11 @@ import torch
 from ..kernels.logits import RowStatistics, row_statistics
 
 _ROW_MULTIPLE = 64
-# What a chunk holds for each logit: the logit, its exponential and one comparison.
-_BYTES_PER_LOGIT = 9
+# What a chunk holds for each logit in float32: the logit, scratch, and a copy to keep.
+_BYTES_PER_LOGIT = 12
+
+LogprobsSink = Callable[[slice, np.ndarray, np.ndarray], None]
+"""(rows, their log-probabilities float32 [rows, V], their logsumexp float32 [rows])."""
 
 
 class Model(Protocol):
@@ -54,11 +57,14 @@ class Head:
             yield rows, self._model.logits(part)
 
     def statistics(
-        self, hidden_RD: torch.Tensor, targets_R: np.ndarray, *, logprobs_RV: np.ndarray | None
+        self,
+        hidden_RD: torch.Tensor,
+        targets_R: np.ndarray,
+        on_logprobs: LogprobsSink | None = None,
     ) -> RowStatistics:
         """Statistics of every row, in host memory; `targets_R` are the ids that followed.
 
-        With `logprobs_RV` float32 [R, V], every row's log-probabilities are written there too.
+        `on_logprobs` is handed every row's log-probabilities, chunk after chunk.
         """
         targets = np.zeros(-(-len(hidden_RD) // self.rows) * self.rows, np.int64)
         targets[: len(targets_R)] = targets_R
@@ -66,15 +72,15 @@ class Head:
         parts = []
         for rows, logits in self.chunks(hidden_RD):
             count = rows.stop - rows.start
-            kept = logits[:count].clone() if logprobs_RV is not None else None
+            kept = logits[:count].clone() if on_logprobs is not None else None
             part = row_statistics(logits, on_device[rows.start : rows.start + self.rows])
             parts.append([column[:count] for column in part])
-            if logprobs_RV is not None and kept is not None:
+            if on_logprobs is not None and kept is not None:
                 # The same two roundings as in `row_statistics`: the target's entry here and its
                 # `logprob` there are equal to the bit.
                 kept -= kept.amax(1, keepdim=True)
                 kept += part.top1_logprob[:count, None]
-                logprobs_RV[rows] = kept.cpu().numpy()
+                on_logprobs(rows, kept.cpu().numpy(), part.logsumexp[:count].cpu().numpy())
         return RowStatistics(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import platform
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from . import metrics
 from .checkpoint import Checkpoint, find_model, read_config
 from .decoder import Decoder
 from .fallback import Fallback, read_sizes
@@ -260,8 +260,8 @@ class Pipeline:
                 ids = sequences[i]
                 rows = hidden_TD[start : start + len(ids) - 1]
                 with torch.inference_mode():
-                    logprob = self._head.statistics(rows, ids[1:], logprobs_RV=None).logprob
-                results[i] = math.exp(-logprob.double().mean().item())
+                    logprob = self._head.statistics(rows, ids[1:]).logprob
+                results[i] = metrics.perplexity(logprob.double().sum().item(), len(logprob))
                 start += len(ids)
         return results[0] if single else results
 
@@ -334,7 +334,11 @@ def _as_sequences(input_ids: Any, vocab_size: int) -> tuple[list[np.ndarray], bo
     mask = None
     if isinstance(input_ids, Mapping):
         mask = input_ids.get("attention_mask")
+        if "input_ids" not in input_ids:
+            raise ValueError(f"input_ids: not among the mapping's {', '.join(input_ids)}")
         input_ids = input_ids["input_ids"]
+    if np.isscalar(input_ids) or not hasattr(input_ids, "__len__"):
+        raise ValueError(f"input_ids: {input_ids!r} is not a sequence of token ids or a batch")
     single = _depth(input_ids) == 1
     rows = [input_ids] if single else list(input_ids)
     masks = [None] * len(rows) if mask is None else ([mask] if single else list(mask))
@@ -344,7 +348,12 @@ def _as_sequences(input_ids: Any, vocab_size: int) -> tuple[list[np.ndarray], bo
         if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
             raise ValueError(f"input_ids: sequence {i} is not a flat list of integers")
         if kept is not None:
-            ids = ids[_as_array(kept).astype(bool)]
+            kept = _as_array(kept).astype(bool)
+            if kept.shape != ids.shape:
+                raise ValueError(
+                    f"attention_mask: of sequence {i} has {kept.size} entries for {ids.size} ids"
+                )
+            ids = ids[kept]
         if not len(ids):
             raise ValueError(f"input_ids: sequence {i} is empty")
         wrong = np.flatnonzero((ids < 0) | (ids >= vocab_size))
@@ -388,7 +397,7 @@ def _as_document(doc_id: str, value: Any) -> Document:
         case torch.Tensor():
             return Document(doc_id, input_ids=value.cpu().numpy())
         case np.ndarray() | list() | tuple():
-            return Document(doc_id, input_ids=np.asarray(value))
+            return Document(doc_id, input_ids=value)
     raise ValueError(
         f"inputs: document {doc_id} is a {type(value).__name__}; give text, chat messages, "
         "token ids, a (context, continuation) pair or a Document"

@@ -32,7 +32,15 @@ class Rotary:
         `length` is the sequence's number of tokens. The formulas are transformers' own
         (`modeling_rope_utils`), applied to each sequence alone.
         """
-        length = max(length, self.max_positions) if self.depends_on_length else 0
+        kind = self.parameters["rope_type"]
+        if kind == "dynamic":
+            length = max(length, self.max_positions)
+        elif kind == "longrope":
+            # Two tables: one for sequences within the original positions, one for any longer.
+            original = self.parameters["original_max_position_embeddings"]
+            length = original + int(length > original)
+        else:
+            length = 0
         key = tuple((name, _frozen(value)) for name, value in sorted(self.parameters.items()))
         return _frequencies(self.dim, self.max_positions, key, length)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,9 +91,9 @@ def _attend_packed(
     used = sum(lengths)
     # torch 2.11 takes fewer key heads as they are, later versions want to be told.
     takes_flag = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
-    shared = {"enable_gqa": True} if takes_flag and q_THD.shape[1] != k_TGD.shape[1] else {}
+    flags: dict[str, Any] = {"enable_gqa": True} if takes_flag else {}
     out_THD = torch.zeros_like(q_THD)
-    out_THD[:used] = varlen.varlen_attn(
+    attended: Any = varlen.varlen_attn(
         q_THD[:used],
         k_TGD[:used],
         v_TGD[:used],
@@ -102,8 +103,9 @@ def _attend_packed(
         longest,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
-        **shared,
+        **flags,
     )
+    out_THD[:used] = attended
     return out_THD
 
 

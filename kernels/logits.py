@@ -35,7 +35,8 @@ def row_statistics(logits_RV: torch.Tensor, targets_R: torch.Tensor) -> RowStati
 
     Both moments are taken about m, whose neighbourhood holds the mass, so that a confident row
     does not cancel. `logits_RV` is float32 [R, V], overwritten as scratch; `targets_R` int64 [R]
-    with values in [0, V). A row that holds a NaN or an infinity comes out as NaN in `logprob`.
+    with values in [0, V). A row with a NaN or +inf comes out as NaN;
+    a -inf leaves `logprob` as it is and makes the moments NaN.
     """
     target_R1 = logits_RV.gather(1, targets_R[:, None])
     max_R, top1_R = _first_max(logits_RV)

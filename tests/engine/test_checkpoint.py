@@ -165,7 +165,7 @@ def test_unknown_settings_are_named(folder: Path) -> None:
         ({"device": "abacus"}, "device: 'abacus' is not a device"),
         ({"device": "cuda:99"}, "device: 'cuda:99' is not there"),
         ({"max_batch_tokens": 0}, "max_batch_tokens: 0 is not at least 1"),
-        ({"logits_memory": 1000}, "logits_memory: 1000 bytes is less than the 11520 bytes"),
+        ({"logits_memory": 1000}, "logits_memory: 1000 bytes is less than the 15360 bytes"),
     ]
     for settings, said in cases:
         with pytest.raises(ValueError, match=said):

@@ -69,7 +69,7 @@ def test_statistics_are_those_of_the_rows_whatever_the_chunk(
 ) -> None:
     table = np.random.default_rng(0).normal(scale=3, size=(50, 50))
     folder = table_model(tmp_path, table, max_positions=1024)
-    pipe = pipeline(folder, device="cpu", logits_memory=chunk * 50 * 9)
+    pipe = pipeline(folder, device="cpu", logits_memory=chunk * 50 * 12)
     ids = np.random.default_rng(num_rows).integers(50, size=num_rows + 1)
     (score,) = pipe.score([ids], prefix="none")
     expected = row_statistics_float64(table[ids[:-1]].astype(np.float32), ids[1:])
