@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from ..engine.checkpoint import find_model
+from ..engine.intake import prefix_token
 from ..engine.pipeline import DTYPES, EngineSettings, load_pipeline
 from ..engine.recipes import Recipe
-from ..engine.scorer import prefix_token
 from ..engine.tokenization import Tokenizer
 from .corpus import CorpusSpec, plan_corpus, read_shard
 from .shards import versions

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .progress import TALLY
 
 if TYPE_CHECKING:
+    from .request import Prepared
     from .run import Run
-
-_T = TypeVar("_T")
 
 app = typer.Typer(
     name="logitmill",
@@ -49,6 +50,9 @@ class StoredDtype(StrEnum):
     float32 = "float32"
     float16 = "float16"
 
+
+# Of the click that typer brings with it, whichever that is.
+_UsageError: Any = typer.BadParameter.__bases__[0]
 
 _INPUT, _RECIPE, _ENGINE = "What is read", "How it is scored", "How it is computed"
 
@@ -181,65 +185,59 @@ def score(
     `logitmill score ./model s3://corpora/web --out s3://scores --endpoint-url http://minio:9000`
     """
     TALLY.reset()
-    server = _start_server()
-    try:
+
+    def run() -> None:
+        from .server import start_server
+
+        _hush_prefect()
+        # First, since it takes longest: it comes up while this process imports and loads.
+        start_server()
         _import_all()
+        _show_own_lines()
+        from ..engine.pipeline import EngineSettings
+        from ..engine.recipes import find_recipe
+        from .corpus import CorpusSpec
+        from .request import Request, prepare
+        from .score import score_corpus
 
-        def run() -> str:
-            from ..engine.pipeline import EngineSettings
-            from ..engine.recipes import find_recipe
-            from .corpus import CorpusSpec
-            from .score import Request, is_complete, load_engine, prepare_ahead, score_corpus
+        request = Request(
+            model=model,
+            corpus=CorpusSpec(
+                uri=corpus,
+                subset=subset,
+                split=split,
+                text_column=text_column,
+                messages_column=messages_column,
+                ids_column=ids_column,
+                context_column=context_column,
+                id_column=id_column,
+                source_column=source_column,
+                language_column=language_column,
+                format=format,
+                limit=limit,
+                shard_bytes=int(shard_mb * 1e6),
+            ),
+            out=out,
+            recipe=find_recipe(
+                recipe, context=context, overlap=overlap, stride=stride, prefix=prefix
+            ),
+            tiers=("scores", *(tier.value for tier in keep or ())),
+            engine=EngineSettings(
+                device=device,
+                dtype=dtype,
+                max_batch_tokens=batch_tokens,
+                logits_memory=logits_memory_mb << 20,
+                trust_remote_code=trust_remote_code,
+            ),
+            logits_dtype=logits_dtype.value,
+            max_logits_bytes=int(max_logits_gb * 1e9),
+            endpoint_url=endpoint_url,
+        )
+        prepared = prepare(request)
+        _say_plan(prepared)
+        _say_result(score_corpus.run_prepared(prepared))
 
-            request = Request(
-                model=model,
-                corpus=CorpusSpec(
-                    uri=corpus,
-                    subset=subset,
-                    split=split,
-                    text_column=text_column,
-                    messages_column=messages_column,
-                    ids_column=ids_column,
-                    context_column=context_column,
-                    id_column=id_column,
-                    source_column=source_column,
-                    language_column=language_column,
-                    format=format,
-                    limit=limit,
-                    shard_bytes=int(shard_mb * 1e6),
-                ),
-                out=out,
-                recipe=find_recipe(
-                    recipe, context=context, overlap=overlap, stride=stride, prefix=prefix
-                ),
-                tiers=("scores", *(tier.value for tier in keep or ())),
-                engine=EngineSettings(
-                    device=device,
-                    dtype=dtype,
-                    max_batch_tokens=batch_tokens,
-                    logits_memory=logits_memory_mb << 20,
-                    trust_remote_code=trust_remote_code,
-                ),
-                logits_dtype=logits_dtype.value,
-                max_logits_bytes=int(max_logits_gb * 1e9),
-                endpoint_url=endpoint_url,
-            )
-            job, plan, facts = prepare_ahead(request)
-            _say_plan(model, corpus, job, plan, facts)
-            if is_complete(job, plan):
-                return job.folder.uri
-            load_engine(job.model, job.engine)
-            if server is None:
-                return score_corpus(**vars(request))
-            server.wait()
-            with server.settings():
-                return score_corpus(**vars(request))
-
-        uri = _or_exit(run)
-        _say_result(uri)
-    finally:
-        if server is not None:
-            server.stop()
+    _or_exit(run)
 
 
 @app.command()
@@ -249,14 +247,21 @@ def report(
         str | None, typer.Option(help="Local file to write; default the run's report.html.")
     ] = None,
 ) -> None:
-    """Make a run's report.html anew from its summary tables."""
+    """Make a run's report.html anew from its summary tables.
 
-    def make() -> str:
+    Examples:
+
+    `logitmill report runs/6f3a09c2d41b77e0`
+
+    `logitmill report s3://scores/6f3a09c2d41b77e0 --out report.html`
+    """
+
+    def make() -> None:
         from .publish import rewrite_report
 
-        return rewrite_report(run, out)
+        typer.echo(rewrite_report(run, out))
 
-    typer.echo(_or_exit(make))
+    _or_exit(make)
 
 
 @app.command()
@@ -264,30 +269,90 @@ def inspect(
     target: Annotated[str, typer.Argument(help="A run's URI, or a model folder or Hub id.")],
     doc: Annotated[str | None, typer.Option(help="Show this document of a run.")] = None,
 ) -> None:
-    """Show what a run holds, or how a model would be run."""
+    """Show what a run holds, or how a model would be run.
+
+    Examples:
+
+    `logitmill inspect runs`
+
+    `logitmill inspect runs/6f3a09c2d41b77e0 --doc json/decoder.py`
+
+    `logitmill inspect Qwen/Qwen3-0.6B`
+    """
     _or_exit(lambda: _inspect(target, doc))
+
+
+@app.command()
+def bench(
+    model: Annotated[str, typer.Argument(help="Model folder or Hub id.")],
+    corpus: Annotated[str, typer.Argument(help="Texts to measure on: file, folder, glob, URI.")],
+    peer: Annotated[
+        bool, typer.Option("--peer", help="Also run the usual transformers loop beside it.")
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="At most so many documents.")] = None,
+    recipe: Annotated[str, typer.Option(help="As for score.")] = "rolling",
+    text_column: Annotated[str, typer.Option(help="Column of a table that is scored.")] = "text",
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
+    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a packed batch.")] = None,
+    repeat: Annotated[int, typer.Option(help="Runs of each; the fastest counts.")] = 3,
+) -> None:
+    """Measure scored tokens a second, loading left out, and how far the peer's sum is off.
+
+    Example:
+
+    `logitmill bench infra/demo/model '/usr/lib/python3.11/*.py' --limit 40 --peer`
+    """
+
+    def run() -> None:
+        from ..engine.pipeline import EngineSettings
+        from .bench import measure, print_measurements
+        from .corpus import CorpusSpec
+
+        settings = EngineSettings(device=device, dtype=dtype, max_batch_tokens=batch_tokens)
+        spec = CorpusSpec(uri=corpus, text_column=text_column, limit=limit)
+        print_measurements(
+            measure(model, spec, settings=settings, recipe=recipe, peer=peer, repeat=repeat)
+        )
+
+    _or_exit(run)
 
 
 def main() -> None:
     """Entry point of the `logitmill` command."""
-    # Its own bar and tables say what a person at a terminal wants to know.
-    os.environ.setdefault("PREFECT_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("DO_NOT_TRACK", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    app()
+    try:
+        sys.exit(app(prog_name="logitmill", standalone_mode=False))
+    except _UsageError as error:
+        where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
+        _say_error(f"{error.format_message()}{where}")
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(130)
 
 
-def _start_server() -> Any:
-    """An embedded server on its way up, None where there is one to use."""
-    if os.environ.get("PREFECT_API_URL"):
-        return None
-    from prefect.settings import get_current_settings
+def _hush_prefect() -> None:
+    """Leave the terminal to this command: what Prefect itself has to say goes to the server.
 
-    if get_current_settings().api.url:
-        return None
-    from .server import EmbeddedServer
+    A mistake is one line here, not that line below Prefect's traceback of it.
+    """
+    for handler in ("CONSOLE", "DEBUG"):
+        os.environ.setdefault(f"PREFECT_LOGGING_HANDLERS_{handler}_LEVEL", "CRITICAL")
 
-    return EmbeddedServer()
+
+def _show_own_lines() -> None:
+    """Show what this package's flow and tasks log. Once Prefect has set up its own handlers."""
+    for runs in ("flow_runs", "task_runs"):
+        logging.getLogger(f"prefect.{runs}").addHandler(_OwnLines(logging.INFO))
+
+
+class _OwnLines(logging.Handler):
+    """Shows, of what flow and task runs log, the lines that this package wrote."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if Path(record.pathname).parent == Path(__file__).parent:
+            typer.echo(record.getMessage(), err=True)
 
 
 def _import_all() -> None:
@@ -309,31 +374,42 @@ def _import_all() -> None:
     thread.join()
 
 
-def _or_exit(action: Callable[[], _T]) -> _T:
-    """The action's result; a user's mistake ends the command with one line on stderr."""
+def _or_exit(action: Callable[[], None]) -> None:
+    """Do it; a mistake ends the command with status 2, a failure with 1, and a line on stderr."""
     try:
-        return action()
+        action()
     except ValueError as error:
-        typer.secho(f"error: {error}", err=True, fg=typer.colors.RED)
+        _say_error(str(error))
         raise typer.Exit(2) from None
-    except (RuntimeError, KeyError) as error:
-        message = error.args[0] if error.args else error
-        typer.secho(f"error: {message}", err=True, fg=typer.colors.RED)
+    except (RuntimeError, OSError) as error:
+        _say_error(str(error))
         raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        typer.echo("stopped; run the same command again to do the rest", err=True)
+        raise typer.Exit(130) from None
 
 
-def _say_plan(model: str, corpus: str, job: Any, plan: Any, facts: Any) -> None:
+def _say_error(message: str) -> None:
+    typer.secho(f"error: {' '.join(message.split())}", err=True, fg=typer.colors.RED)
+
+
+def _say_plan(prepared: Prepared) -> None:
+    request, plan, facts, job = prepared.request, prepared.plan, prepared.facts, prepared.job
     documents = f"{plan.num_documents:,} documents, " if plan.num_documents is not None else ""
     recipe = job.recipe
     typer.echo(
-        f"corpus  {corpus}: {documents}{plan.num_bytes / 1e6:,.1f} MB, "
+        f"corpus  {job.corpus.uri}: {documents}{plan.num_bytes / 1e6:,.1f} MB, "
         f"{len(plan.shards)} shard{'s' if len(plan.shards) != 1 else ''}"
     )
     way = "native decoder" if facts.native else "through transformers"
-    typer.echo(f"model   {model}: {facts.architecture}, {way}, {facts.dtype} on {facts.device}")
+    typer.echo(
+        f"model   {request.model}: {facts.architecture}, {way}, {facts.dtype} on {facts.device}"
+    )
     typer.echo(
         f"recipe  {recipe.name}, context {recipe.context}, prefix {recipe.prefix} ({recipe.hash})"
     )
+    if prepared.logits_bytes is not None:
+        typer.echo(f"logits  about {prepared.logits_bytes / 1e9:,.2f} GB, {job.logits_dtype}")
     typer.echo(f"run     {job.folder.uri}")
 
 
@@ -396,29 +472,46 @@ def _show_outliers(run: Run, count: int = 5) -> None:
 
 
 def _inspect(target: str, doc: str | None) -> None:
-    from .run import is_run, open_run
+    from .folder import Folder, StoreError
+    from .run import find_runs, open_run
 
-    if is_run(target):
+    try:
+        runs = find_runs(Folder(target))
+    except StoreError:
+        runs = []  # Not a place at all, as `org/name` is none.
+    if doc is not None:
         run = open_run(target, partial=True)
-        if doc is not None:
+        try:
             record = run.document(doc)
-            record.pop("tokens", None)
-            for name, value in record.items():
-                typer.echo(f"{name:20} {value}")
-            return
-        typer.echo(
-            f"{run.uri}\nmodel   {run.plan['model']['name']}\ncorpus  {run.plan['uri']}\n"
-            f"recipe  {run.plan['recipe']['name']} ({run.plan['recipe_hash']})\n"
-            f"tiers   {', '.join(run.tiers)}"
-        )
-        if run.manifest is None:
-            typer.echo("not complete: run the same command again to resume it")
-        else:
-            _show_totals(run)
-        return
-    from ..engine.checkpoint import find_model
-    from ..engine.pipeline import EngineSettings, inspect_model
+        except KeyError as error:
+            raise ValueError(error.args[0]) from None
+        record.pop("tokens", None)
+        for name, value in record.items():
+            typer.echo(f"{name:20} {value}")
+    elif runs:
+        for i, folder in enumerate(runs):
+            typer.echo("" if i else None, nl=bool(i))
+            _show_run(open_run(folder.uri, partial=True))
+    else:
+        from ..engine.checkpoint import find_model
+        from ..engine.pipeline import EngineSettings, inspect_model
 
-    facts = inspect_model(find_model(target), EngineSettings())
-    for name, value in vars(facts).items():
-        typer.echo(f"{name:14} {value}")
+        facts = inspect_model(find_model(target), EngineSettings())
+        for name, value in vars(facts).items():
+            typer.echo(f"{name:14} {value}")
+
+
+def _show_run(run: Run) -> None:
+    typer.echo(
+        f"{run.uri}\nmodel   {run.plan['model']['name']}\ncorpus  {run.plan['uri']}\n"
+        f"recipe  {run.plan['recipe']['name']} ({run.plan['recipe_hash']})\n"
+        f"tiers   {', '.join(run.tiers)}"
+    )
+    if run.manifest is None:
+        typer.echo("not complete: run the same command again to resume it")
+    else:
+        _show_totals(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 
 from ..engine.records import DOCUMENT_FIELDS, TOKEN_DTYPES, DocumentScore
 
-TIERS = ("scores", "tokens", "logits")
 LOGITS_DTYPES = {"float32": np.float32, "float16": np.float16}
 
 # Rows buffered before a row group is written: documents, and bytes of tokens or logits.
@@ -62,6 +61,10 @@ LOGITS = pa.schema(
 )
 """Consecutive rows of a document: `logprobs` is [num_rows, V], little-endian, of the dtype in the
 file's metadata; row i scored the document's token record i; logits are logprobs + logsumexp."""
+
+SCHEMAS = {"scores": SCORES, "tokens": TOKENS, "logits": LOGITS}
+TIERS = tuple(SCHEMAS)
+"""What a run can keep, in the order that tiers are listed in."""
 
 
 def write_table(table: pa.Table, path: Path) -> None:

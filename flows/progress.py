@@ -1,13 +1,19 @@
-"""What a person who waits gets to see: counts from the tasks, a bar in the terminal."""
+"""What a person who waits gets to see: a bar or lines in the terminal, an artifact in the UI."""
 
 from __future__ import annotations
 
+import contextvars
+import logging
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+from uuid import UUID
+
+_TICK_SECONDS = 0.2
 
 
 @dataclass
@@ -20,7 +26,7 @@ class Tally:
     tokens: int = 0
     first_score: float | None = None
     """Seconds from `started` to the first scored document."""
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def reset(self) -> None:
         """Begin again at nothing, from now."""
@@ -38,45 +44,153 @@ class Tally:
             if self.first_score is None and tokens:
                 self.first_score = time.monotonic() - self.started
 
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """A task: what it counted is taken back if it fails, for it will be counted again."""
+        before = replace(self)
+        try:
+            yield
+        except BaseException:
+            with self._lock:
+                self.documents, self.bytes = before.documents, before.bytes
+                self.tokens = before.tokens
+            raise
+
 
 TALLY = Tally()
 """Of the run that this process is at work on."""
 
 
+@dataclass(frozen=True)
+class Seen:
+    """How far a run is."""
+
+    fraction: float
+    documents: int
+    """Scored since this process took the run up, as is the rate."""
+    tokens_per_second: float
+    seconds_left: float | None
+    """None while there is nothing to tell it from."""
+
+    def __str__(self) -> str:
+        left = f", {_clock(self.seconds_left)} left" if self.seconds_left is not None else ""
+        return (
+            f"{self.fraction:4.0%}  {self.documents:,} documents  "
+            f"{self.tokens_per_second:,.0f} tokens/s{left}"
+        )
+
+
+class Display(Protocol):
+    """One place where progress shows."""
+
+    seconds: float
+    """From one look to the next."""
+
+    def show(self, seen: Seen) -> None:
+        """Show how far the run is."""
+
+
 @contextmanager
-def show_progress(total_bytes: int, done_bytes: int) -> Iterator[None]:
-    """A bar on the terminal for as long as the block runs; nothing where stderr is no terminal."""
-    if not sys.stderr.isatty():
+def show_progress(
+    total_bytes: int, done_bytes: int, log: logging.LoggerAdapter[Any] | logging.Logger
+) -> Iterator[None]:
+    """Show the tally's way to `total_bytes` for as long as the block runs.
+
+    On a terminal as a bar, elsewhere as lines in `log`; and as an artifact of the flow run that the
+    block is in.
+    """
+    began, at_first = time.monotonic(), replace(TALLY)
+
+    def look() -> Seen:
+        seconds = time.monotonic() - began
+        new_bytes = TALLY.bytes - at_first.bytes
+        done = min(done_bytes + new_bytes, total_bytes)
+        return Seen(
+            fraction=done / total_bytes if total_bytes else 1.0,
+            documents=TALLY.documents - at_first.documents,
+            tokens_per_second=(TALLY.tokens - at_first.tokens) / seconds if seconds else 0.0,
+            seconds_left=(total_bytes - done) * seconds / new_bytes if new_bytes > 0 else None,
+        )
+
+    with ExitStack() as stack:
+        in_terminal: Display = stack.enter_context(_bar()) if sys.stderr.isatty() else _Lines(log)
+        for display in (in_terminal, _Artifact()):
+            stack.enter_context(_repeat(display, look))
         yield
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (
-        TextColumn("scoring"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f} %"),
-        TextColumn("{task.fields[documents]:,} documents  {task.fields[rate]:,.0f} tokens/s"),
-        TimeRemainingColumn(),
-    )
+
+@contextmanager
+def _repeat(display: Display, look: Any) -> Iterator[None]:
+    """Show what there is to see every so often, and once more when the block ends."""
     stop = threading.Event()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total_bytes, completed=done_bytes, documents=0, rate=0.0)
-        began, before = time.monotonic(), (TALLY.documents, TALLY.bytes, TALLY.tokens)
 
-        def draw() -> None:
-            while not stop.wait(0.2):
-                bar.update(
-                    task,
-                    completed=done_bytes + TALLY.bytes - before[1],
-                    documents=TALLY.documents - before[0],
-                    rate=(TALLY.tokens - before[2]) / (time.monotonic() - began),
-                )
+    def tick() -> None:
+        while not stop.wait(display.seconds):
+            display.show(look())
 
-        thread = threading.Thread(target=draw, daemon=True)
-        thread.start()
+    # The thread's artifacts belong to the flow run of this one.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(tick,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        if not isinstance(display, _Lines):
+            display.show(look())
+
+
+@dataclass
+class _Lines:
+    log: logging.LoggerAdapter[Any] | logging.Logger
+    seconds: float = 10.0
+
+    def show(self, seen: Seen) -> None:
+        self.log.info("scoring %s", seen)
+
+
+class _Artifact:
+    """The progress artifact of a flow run. A server that does not answer stops no run."""
+
+    seconds = 3.0
+
+    def __init__(self) -> None:
+        self._id: UUID | None = None
+
+    def show(self, seen: Seen) -> None:
+        from prefect.artifacts import create_progress_artifact, update_progress_artifact
+
+        percent = round(100 * seen.fraction, 1)
         try:
-            yield
-        finally:
-            stop.set()
-            thread.join()
+            if self._id is None:
+                self._id = create_progress_artifact(
+                    percent, key="progress", description="Bytes of the corpus that are scored"
+                )  # type: ignore[assignment]
+            else:
+                update_progress_artifact(self._id, progress=percent)
+        except Exception:
+            logging.getLogger(__name__).debug("no progress artifact", exc_info=True)
+
+
+@contextmanager
+def _bar() -> Iterator[Display]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("scoring"), BarColumn(), TextColumn("{task.fields[seen]}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=1.0, seen="")
+
+        class Bar:
+            seconds = _TICK_SECONDS
+
+            def show(self, seen: Seen) -> None:
+                progress.update(task, completed=seen.fraction, seen=str(seen))
+
+        yield Bar()
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

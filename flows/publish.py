@@ -13,8 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .folder import Folder, Part
 from .parts import write_table
-from .store import MANIFEST, PLAN, REPORT, Folder, Part, Receipt, find_receipts
+from .store import MANIFEST, PLAN, REPORT, Receipt, find_receipts
 from .summary import merge_counts, merge_outliers
 
 _MERGES: dict[str, Callable[[Iterable[pa.Table]], pa.Table]] = {
@@ -27,7 +28,7 @@ def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
     """Write the run's summaries and report from its shards' receipts, and the manifest last."""
     plan = folder.read_json(PLAN)
     assert plan is not None, "a run has a plan before it has receipts"
-    tables = {}
+    tables: dict[str, pa.Table] = {}
     summaries: list[Part] = []
     with folder.scratch() as scratch:
         for name, merge in _MERGES.items():
@@ -73,7 +74,7 @@ def rewrite_report(uri: str, out: str | None) -> str:
 
     run = open_run(uri)
     receipts = find_receipts(run.folder, len(run.plan["corpus"]["shards"]))
-    facts = report_facts(run.uri, run.plan, [r for _, r in sorted(receipts.items())])
+    facts = report_facts(run.uri, run.plan, list(receipts.values()))
     html = render_report(run.summary("counts"), run.summary("outliers"), facts).encode()
     if out is None:
         run.folder.write(REPORT, html)

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .parts import LOGITS_DTYPES
-from .store import MANIFEST, PLAN, REPORT, Folder, StoreError, find_receipts
+from .folder import Folder, StoreError
+from .parts import LOGITS_DTYPES, SCHEMAS
+from .store import MANIFEST, PLAN, REPORT, find_receipts
 
 if TYPE_CHECKING:
     import datasets
@@ -33,15 +34,21 @@ def open_run(
         ValueError: if there is no run, more than one, or only an incomplete one.
     """
     folder = Folder(uri, storage_options)
-    if folder.read_json(PLAN) is None:
-        runs = sorted(_folders(folder))
-        found = [name for name in runs if folder.below(name).read_json(PLAN) is not None]
-        if not found:
-            raise StoreError(f"run: there is no run in {folder.uri!r}")
-        if len(found) > 1:
-            raise StoreError(f"run: {folder.uri!r} holds several, name one: {', '.join(found)}")
-        folder = folder.below(found[0])
-    return Run(folder, partial=partial)
+    found = find_runs(folder)
+    if not found:
+        raise StoreError(f"run: there is no run in {folder.uri!r}")
+    if len(found) > 1:
+        names = ", ".join(run.uri.rsplit("/", 1)[-1] for run in found)
+        raise StoreError(f"run: {folder.uri!r} holds several, name one: {names}")
+    return Run(found[0], partial=partial)
+
+
+def find_runs(folder: Folder) -> list[Folder]:
+    """The folder if it is a run's, else those of the runs directly in it, complete or not."""
+    if folder.read_json(PLAN) is not None:
+        return [folder]
+    below = [folder.below(name) for name in folder.folders() if not name.startswith(".")]
+    return [run for run in below if run.read_json(PLAN) is not None]
 
 
 class Run:
@@ -60,7 +67,7 @@ class Run:
             names = [part["name"] for part in self.manifest["parts"]]
         elif partial:
             receipts = find_receipts(folder, len(self.plan["corpus"]["shards"]))
-            names = [part.name for _, r in sorted(receipts.items()) for part in r.parts]
+            names = [part.name for r in receipts.values() for part in r.parts]
         else:
             raise StoreError(
                 f"run: {folder.uri!r} is not complete; run the same command again to resume it, "
@@ -82,15 +89,15 @@ class Run:
 
     def table(self, tier: str = "scores", columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of a tier in corpus order: `scores` one a document, `tokens` lists a document."""
-        parts = self._names(tier)
-        tables = [self._read(name, columns) for name in parts]
+        tables = [self._read(name, columns) for name in self._names(tier)]
+        if not tables:
+            empty = SCHEMAS[tier].empty_table()
+            return empty.select(list(columns)) if columns is not None else empty
         return pa.concat_tables(tables)
 
     def paths(self, tier: str = "scores") -> list[str]:
         """Full paths of a tier's Parquet files, for readers of one's own (DuckDB, Polars)."""
-        return [
-            self.folder.filesystem.unstrip_protocol(self.folder.path(n)) for n in self._names(tier)
-        ]
+        return [self.folder.address(name) for name in self._names(tier)]
 
     def to_pandas(
         self, tier: str = "scores", columns: Sequence[str] | None = None
@@ -107,7 +114,13 @@ class Run:
         return datasets.Dataset(self.table(tier, columns).replace_schema_metadata(None))
 
     def summary(self, name: str = "counts") -> pa.Table:
-        """A merged summary table: `counts` or `outliers`."""
+        """A merged summary table: `counts` or `outliers`; only a complete run has them."""
+        if self.manifest is None:
+            raise StoreError(f"run: {self.uri!r} is not complete, so it has no summaries yet")
+        names = [part["name"] for part in self.manifest["summaries"]]
+        if f"summary/{name}.parquet" not in names:
+            known = ", ".join(n.split("/")[1].split(".")[0] for n in names)
+            raise StoreError(f"summary: {name!r} is not one of {known}")
         return self._read(f"summary/{name}.parquet", None)
 
     def document(self, doc_id: str) -> dict[str, Any]:
@@ -118,7 +131,7 @@ class Run:
         """
         shard, row = self._find(doc_id)
         record = self._read(self._names("scores")[shard], None).slice(row, 1).to_pylist()[0]
-        if "tokens" in self._parts:
+        if "tokens" in self.tiers:
             tokens = self._rows("tokens", shard, doc_id)
             if len(tokens):
                 record["tokens"] = {
@@ -152,6 +165,7 @@ class Run:
         )
 
     def _logits(self, doc_id: str) -> list[tuple[np.ndarray, np.ndarray]]:
+        self._names("logits")
         shard, _ = self._find(doc_id)
         stored = self._rows("logits", shard, doc_id)
         dtype = np.dtype(LOGITS_DTYPES[self.plan["logits_dtype"]]).newbyteorder("<")
@@ -174,10 +188,10 @@ class Run:
         )
 
     def _names(self, tier: str) -> list[str]:
-        if tier not in self._parts:
+        if tier not in self.tiers:
             kept = ", ".join(self.tiers)
             raise StoreError(f"tier: {tier!r} was not kept by this run, which has {kept}")
-        return self._parts[tier]
+        return self._parts.get(tier, [])
 
     def _read(self, name: str, columns: Sequence[str] | None) -> pa.Table:
         with self.folder.filesystem.open(self.folder.path(name), "rb") as file:
@@ -195,20 +209,3 @@ class Run:
         if doc_id not in self._index:
             raise KeyError(f"doc_id: {doc_id!r} is not in the run {self.uri}")
         return self._index[doc_id]
-
-
-def _folders(folder: Folder) -> list[str]:
-    try:
-        listed = folder.filesystem.ls(folder.path(""), detail=True)
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    return [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in listed if e["type"] == "directory"]
-
-
-def is_run(uri: str) -> bool:
-    """Whether a run lies at the URI, or a single one below it."""
-    try:
-        open_run(uri, partial=True)
-    except StoreError:
-        return False
-    return True

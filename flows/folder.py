@@ -1,0 +1,240 @@
+"""A folder under any fsspec URI, whose files appear whole or not at all.
+
+What is not finished lies in scratch folders (`.tmp-*`), each locked by its writer for as long as
+the writer lives: whoever finds one without a lock may remove it. Knows nothing of what the files
+are.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import gettempdir, mkdtemp
+from typing import Any
+
+from fsspec.core import url_to_fs
+
+from .locations import redact
+
+_TEMPORARY = ".tmp-"
+
+
+class StoreError(ValueError):
+    """The output cannot be used as asked. The message names field, value and what would work."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One file of a run."""
+
+    name: str
+    """Path below the run's folder."""
+    bytes: int
+    sha256: str
+
+
+class Folder:
+    """A folder under an fsspec URI, whose files appear whole or not at all."""
+
+    def __init__(self, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
+        """Raises StoreError for a URI that cannot be."""
+        if redact(uri) != uri:
+            raise StoreError(
+                f"out: {redact(uri)!r} holds a credential; give it in the environment instead"
+            )
+        self.uri = uri.rstrip("/")
+        self._options = dict(storage_options or {})
+        try:
+            # Listings are never cached: another process may be at work on the same run.
+            self._fs, root = url_to_fs(uri, use_listings_cache=False, **self._options)
+        except (ImportError, ValueError) as error:
+            raise StoreError(f"out: {uri!r} cannot be opened: {one_line(error)}") from None
+        self._root = root.rstrip("/")
+        protocol = self._fs.protocol
+        self.is_local = "file" in (protocol if isinstance(protocol, tuple) else (protocol,))
+
+    def below(self, name: str) -> Folder:
+        """The folder `name` in this one."""
+        return Folder(f"{self.uri}/{name}", self._options)
+
+    def path(self, name: str) -> str:
+        """What the file system calls the file `name` ("scores/part-00000.parquet")."""
+        return f"{self._root}/{name}"
+
+    def address(self, name: str) -> str:
+        """The file's full URI; absolute where this folder's is not."""
+        return str(self._fs.unstrip_protocol(self.path(name)))
+
+    @property
+    def filesystem(self) -> Any:
+        """The fsspec file system that `path` belongs to."""
+        return self._fs
+
+    def check_writable(self) -> None:
+        """Write and remove a file; StoreError says what the file system answered."""
+        try:
+            if self.is_local:
+                with self.scratch() as folder:
+                    (folder / "probe").write_bytes(b"logitmill")
+                sweep(Path(self._root))
+            else:
+                probe = f"{_TEMPORARY}{uuid.uuid4().hex}"
+                self.write(probe, b"logitmill")
+                self._fs.rm_file(self.path(probe))
+        except Exception as error:  # botocore, aiohttp and others raise types of their own
+            raise StoreError(f"out: {self.uri!r} cannot be written: {one_line(error)}") from None
+
+    def read(self, name: str) -> bytes | None:
+        """The file's bytes, None if it is not there."""
+        try:
+            return self._fs.cat_file(self.path(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """The file as a JSON object, None if it is not there or not whole."""
+        data = self.read(name)
+        try:
+            value = json.loads(data) if data is not None else None
+        except ValueError:
+            return None
+        return value if isinstance(value, dict) else None
+
+    def write(self, name: str, data: bytes) -> None:
+        """Put a small file in place, whole."""
+        if not self.is_local:
+            with self._plain_errors(name):
+                self._fs.pipe_file(self.path(name), data)
+            return
+        with self.scratch() as folder:
+            (folder / "file").write_bytes(data)
+            self._move(folder / "file", name)
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Put a JSON object in place; equal objects give equal bytes."""
+        text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+        self.write(name, text.encode() + b"\n")
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A local folder to write parts in, beside the output where that is local."""
+        within = Path(self._root) if self.is_local else Path(gettempdir(), "logitmill")
+        within.mkdir(parents=True, exist_ok=True)
+        folder, lock = _make_scratch(within)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+    def publish(self, local: Path, name: str) -> Part:
+        """Move a finished local file into place and say what it is."""
+        part = Part(name=name, bytes=local.stat().st_size, sha256=_hash_file(local))
+        if self.is_local:
+            self._move(local, name)
+        else:
+            with self._plain_errors(name):
+                self._fs.put_file(str(local), self.path(name))
+        return part
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file, None if it is not there."""
+        try:
+            return self._fs.info(self.path(name))["size"]
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def holds(self, parts: Iterable[Part]) -> bool:
+        """Whether each of the parts is there in its stated size."""
+        return all(self.size(part.name) == part.bytes for part in parts)
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Files directly in `folder` with their sizes in bytes, by name within this folder."""
+        return {
+            f"{folder}/{_last(entry)}": entry["size"]
+            for entry in self._list(folder)
+            if entry["type"] == "file"
+        }
+
+    def folders(self) -> list[str]:
+        """Names of the folders directly in this one, sorted."""
+        return sorted(_last(entry) for entry in self._list("") if entry["type"] == "directory")
+
+    def sweep(self) -> None:
+        """Remove what killed writers left. Writers that live keep their files."""
+        sweep(Path(self._root) if self.is_local else Path(gettempdir(), "logitmill"))
+
+    def _list(self, folder: str) -> list[dict[str, Any]]:
+        try:
+            return self._fs.ls(self.path(folder), detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    def _move(self, local: Path, name: str) -> None:
+        final = Path(self.path(name))
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with local.open("rb") as file:
+            os.fsync(file.fileno())
+        local.replace(final)
+
+    @contextmanager
+    def _plain_errors(self, name: str) -> Iterator[None]:
+        """One line instead of a client's exception, whose traceback shows headers and URLs."""
+        try:
+            yield
+        except Exception as error:
+            raise OSError(f"out: {self.uri}/{name} cannot be written: {one_line(error)}") from None
+
+
+def _make_scratch(within: Path) -> tuple[Path, int]:
+    """A new folder and the lock on it, held by this process for as long as it lives."""
+    while True:
+        folder = Path(mkdtemp(prefix=_TEMPORARY, dir=within))
+        # Until it is locked it may be swept, and then another is taken.
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if folder.exists():
+            return folder, lock
+        os.close(lock)
+
+
+def sweep(within: Path) -> None:
+    """Remove the scratch folders whose writers are gone: those that nobody holds the lock of."""
+    for folder in within.glob(f"{_TEMPORARY}*"):
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line and without the credentials of the URLs in it."""
+    return redact(" ".join(str(error).split())) or type(error).__name__
+
+
+def _last(entry: Mapping[str, Any]) -> str:
+    return str(entry["name"]).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

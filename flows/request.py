@@ -1,0 +1,234 @@
+"""What a caller asks for, checked, and made into a plan and a job that tasks can do."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine.checkpoint import digest, find_model
+from ..engine.intake import prefix_token
+from ..engine.pipeline import EngineSettings, ModelFacts, inspect_model
+from ..engine.recipes import Recipe, find_recipe
+from ..engine.tokenization import Tokenizer
+from .corpus import CorpusSpec, plan_corpus, read_shard
+from .folder import Folder, Part
+from .parts import LOGITS_DTYPES, TIERS
+from .plan import Plan
+from .store import MANIFEST, PLAN, find_receipts, hash_json
+
+_SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 50, 1 << 18
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The arguments of `score_corpus`, as they were given."""
+
+    model: str
+    corpus: str | CorpusSpec
+    out: str
+    recipe: str | Recipe = "rolling"
+    tiers: Sequence[str] = ("scores",)
+    engine: EngineSettings | None = None
+    limit: int | None = None
+    logits_dtype: str = "float32"
+    max_logits_bytes: int = 10 * 10**9
+    endpoint_url: str | None = None
+
+    def public(self) -> dict[str, Any]:
+        """The arguments as a server may know them: without what opens the corpus."""
+        corpus = self.corpus
+        if isinstance(corpus, CorpusSpec):
+            corpus = replace(corpus, storage_options={})
+        return {**vars(self), "corpus": corpus}
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a task needs to score any shard of a run."""
+
+    folder: Folder
+    corpus: CorpusSpec
+    model: str
+    """Local model folder."""
+    engine: EngineSettings
+    recipe: Recipe
+    tiers: Sequence[str]
+    logits_dtype: str
+    run_key: str
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A request that can be carried out."""
+
+    request: Request
+    job: Job
+    plan: Plan
+    facts: ModelFacts
+    logits_bytes: int | None
+    """About what the logits will take; None if they are not kept."""
+
+    def is_complete(self) -> bool:
+        """Whether the run stands: its manifest, and every part that manifest and receipts name."""
+        folder, num_shards = self.job.folder, len(self.plan.shards)
+        manifest = folder.read_json(MANIFEST)
+        if manifest is None:
+            return False
+        summaries = [Part(**part) for part in manifest["summaries"]]
+        return folder.holds(summaries) and len(find_receipts(folder, num_shards)) == num_shards
+
+
+def prepare(request: Request) -> Prepared:
+    """Check everything that can be checked before scoring, and write the plan.
+
+    Raises:
+        ValueError: naming the field, its value and what would work.
+    """
+    engine = request.engine or EngineSettings()
+    tiers = _check_tiers(request.tiers)
+    if request.logits_dtype not in LOGITS_DTYPES:
+        raise ValueError(
+            f"logits_dtype: {request.logits_dtype!r} is not one of {', '.join(LOGITS_DTYPES)}"
+        )
+    spec = _make_spec(request)
+    root = Folder(request.out, _storage_options(request.out, request.endpoint_url))
+    model_folder = find_model(request.model)
+    facts = inspect_model(model_folder, engine)
+    recipe = find_recipe(request.recipe).resolve(facts.max_positions)
+    tokenizer = _load_tokenizer(model_folder, engine.trust_remote_code)
+    _check_fit(recipe, spec, tokenizer, model_folder)
+    if recipe.concatenate:
+        # One stream is one document, so it is one shard.
+        spec = replace(spec, shard_bytes=1 << 60)
+    plan = plan_corpus(spec)
+    logits_bytes = None
+    if "logits" in tiers:
+        logits_bytes = _check_size(request, spec, plan, tokenizer, facts.vocab_size)
+    root.check_writable()
+
+    described: dict[str, Any] = {
+        "format": 1,
+        "model": {
+            "name": request.model,
+            "digest": digest(model_folder),
+            "architecture": facts.architecture,
+            "vocab_size": facts.vocab_size,
+        },
+        "engine": {
+            "dtype": facts.dtype,
+            "device": facts.device,
+            "logits_memory": engine.logits_memory,
+            "logitmill": importlib.metadata.version("logitmill"),
+        },
+        "recipe": asdict(recipe),
+        "recipe_hash": recipe.hash,
+        "tiers": tiers,
+        "logits_dtype": request.logits_dtype if "logits" in tiers else None,
+        "shard_bytes": spec.shard_bytes,
+    }
+    # The same model under another name gives the same numbers.
+    unnamed = {key: value for key, value in described["model"].items() if key != "name"}
+    run_key = hash_json({**described, "model": unnamed, "corpus": plan.fingerprint})[:16]
+    folder = root.below(run_key)
+    if folder.read_json(PLAN) is None:
+        described |= {"run_key": run_key, "uri": spec.uri, "corpus": plan.to_dict()}
+        folder.write_json(PLAN, described)
+    job = Job(
+        folder=folder,
+        corpus=spec,
+        model=str(model_folder),
+        engine=engine,
+        recipe=recipe,
+        tiers=tiers,
+        logits_dtype=request.logits_dtype,
+        run_key=run_key,
+    )
+    return Prepared(request, job, plan, facts, logits_bytes)
+
+
+def _make_spec(request: Request) -> CorpusSpec:
+    """The corpus to read, with what the other arguments say of it."""
+    corpus = request.corpus
+    spec = CorpusSpec(uri=corpus) if isinstance(corpus, str) else corpus
+    options = {**_storage_options(spec.uri, request.endpoint_url), **spec.storage_options}
+    limit = spec.limit if request.limit is None else request.limit
+    return replace(spec, storage_options=options, limit=limit)
+
+
+def _check_tiers(tiers: Sequence[str]) -> list[str]:
+    """The tiers in their own order, `scores` always among them."""
+    if isinstance(tiers, str):
+        tiers = [tiers]
+    unknown = [tier for tier in tiers if tier not in TIERS]
+    if unknown:
+        raise ValueError(f"tiers: {unknown[0]!r} is not one of {', '.join(TIERS)}")
+    return [tier for tier in TIERS if tier == "scores" or tier in tiers]
+
+
+def _check_fit(recipe: Recipe, spec: CorpusSpec, tokenizer: Tokenizer | None, folder: Path) -> None:
+    """ValueError for a recipe, a corpus and a tokenizer that do not go together."""
+    if tokenizer is None and spec.ids_column is None:
+        raise ValueError(
+            f"tokenizer: the model folder {str(folder)!r} has none, so text cannot be scored; add "
+            "its tokenizer.json or score a column of token ids (ids_column)"
+        )
+    prefix_token(recipe, tokenizer)
+    if recipe.name == "conditional" and spec.context_column is None:
+        raise ValueError(
+            "context_column: None, but the recipe conditional needs the column that is read and "
+            "not scored"
+        )
+    if recipe.concatenate and spec.columns.text is None:
+        raise ValueError(
+            f"recipe: {recipe.name!r} reads the corpus as one stream of text, which chat messages "
+            "and token ids are not; use rolling"
+        )
+
+
+def _check_size(
+    request: Request, spec: CorpusSpec, plan: Plan, tokenizer: Tokenizer | None, vocab_size: int
+) -> int:
+    """About how many bytes the logits of the corpus take, from a sample of its documents.
+
+    Raises:
+        ValueError: if that is more than the request allows.
+    """
+    tokens, sampled = 0, 0
+    for i, document in enumerate(read_shard(spec, plan.shards[0])):
+        if i >= _SAMPLE_DOCUMENTS or sampled >= _SAMPLE_CHARS:
+            break
+        if document.input_ids is not None:
+            tokens += len(document.input_ids)
+            sampled += 8 * len(document.input_ids)
+        elif document.text is not None and tokenizer is not None:
+            text = document.text[:_SAMPLE_CHARS]
+            tokens += len(tokenizer.encode([text])[0].ids)
+            sampled += len(text.encode("utf-8", "replace"))
+    per_byte = tokens / sampled if sampled else 0.25
+    width = np.dtype(LOGITS_DTYPES[request.logits_dtype]).itemsize
+    num_tokens = int(plan.num_bytes * per_byte)
+    expected, limit = num_tokens * vocab_size * width, request.max_logits_bytes
+    if expected > limit:
+        raise ValueError(
+            f"max_logits_bytes: {limit:,} ({limit / 1e9:,.2f} GB) is less than the "
+            f"{expected / 1e9:,.2f} GB that logits of about {num_tokens:,} tokens take; raise it "
+            "to confirm, score fewer documents (limit), or keep tokens instead"
+        )
+    return expected
+
+
+def _storage_options(uri: str, endpoint_url: str | None) -> Mapping[str, Any]:
+    if endpoint_url is not None and uri.startswith(("s3://", "s3a://")):
+        return {"endpoint_url": endpoint_url}
+    return {}
+
+
+@lru_cache(maxsize=1)
+def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Tokenizer | None:
+    return Tokenizer.load(folder, trust_remote_code=trust_remote_code)

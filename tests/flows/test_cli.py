@@ -1,0 +1,265 @@
+"""The `logitmill` command: what it says, where, and with which exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flow_helpers import Score
+from logitmill.flows import Run, cli, open_run, progress
+
+
+def logitmill(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "logitmill.flows.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **environment},
+    )
+
+
+def in_process(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
+    """(exit status, stdout, stderr) of the command, run in this process."""
+    before = sys.argv
+    sys.argv = ["logitmill", *map(str, arguments)]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = before
+    out, err = capsys.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.mark.parametrize("command", ["", "score", "report", "inspect"])
+def test_help_teaches(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    code, out, _ = in_process(capsys, *command.split(), "--help")
+    assert code == 0
+    assert f"logitmill {command or 'score'}" in out
+    if command == "score":
+        for word in (
+            "--keep",
+            "--out",
+            "--recipe",
+            "PREFECT_API_URL",
+            "AWS_ACCESS_KEY_ID",
+            "s3://",
+        ):
+            assert word in out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; sys.argv = ['logitmill', '--help']\n"
+        "from logitmill.flows import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'prefect', 'pyarrow', 'datasets'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    started = time.process_time(), time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - started[1] < 5
+
+
+def test_a_newcomers_run_from_start_to_report(
+    demo_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """With nothing set up: an empty home, no server, no terminal."""
+    arguments = ["score", demo_folder, corpus, "--out", tmp_path / "runs", "--keep", "tokens"]
+    home = str(tmp_path / "home")
+    first = logitmill(*arguments, PREFECT_HOME=home)
+    assert first.returncode == 0, first.stderr
+    run = open_run(str(tmp_path / "runs"))
+    for words in ("8 documents", run.uri, f"{run.uri}/report.html", "bits/byte", "first score"):
+        assert words in first.stdout
+    # Nothing of Prefect's own, nothing but this package's lines.
+    lines = first.stderr.splitlines()
+    assert [line for line in lines if not line.startswith((run.uri, "scoring"))] == []
+    again = logitmill(*arguments, PREFECT_HOME=home)
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "scored now: nothing, the run was complete" in again.stdout
+
+
+def test_a_mistake_is_one_line_and_status_2(
+    demo_folder: Path, corpus: Path, bare_model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    done = logitmill("score", demo_folder, corpus, "--out", file / "runs")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: out: '{file}/runs' cannot be written:")
+
+
+def test_each_mistake_names_its_field(
+    demo_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = ("score", demo_folder, corpus, "--out", tmp_path / "runs")
+    cases = [
+        (("--keep", "everything"), "'everything' is not one of 'tokens', 'logits'"),
+        (("--dtype", "int3"), "dtype: 'int3' is not one of float32"),
+        (("--device", "abacus"), "device: 'abacus'"),
+        (("--device", "cuda"), "device: 'cuda' is not there"),
+        (("--recipe", "rolling-x"), "recipe: 'rolling-x' is not one of"),
+        (("--context", "5000"), "context: 5000 is more than"),
+        (("--stride", "5"), "stride: 5 has no meaning for recipe rolling"),
+        (("--limit", "-3"), "limit=-3"),
+        (("--limit", "x"), "'--limit': Input should be a valid integer"),
+        (("--batch-tokens", "0"), "max_batch_tokens: 0"),
+        (("--shard-mb", "0"), "shard_bytes=0"),
+        (("--text-column", "nope"), "text_column='nope'"),
+        (("--max-logits-gb", "0", "--keep", "logits"), "max_logits_bytes: 0"),
+        (("--nonsense",), "No such option: --nonsense"),
+    ]
+    for arguments, expected in cases:
+        code, out, err = in_process(capsys, *good, *arguments)
+        assert (code, out) == (2, ""), arguments
+        (line,) = err.splitlines()
+        assert line.startswith("error: ") and expected in line, (arguments, line)
+    code, _, err = in_process(capsys, "score", demo_folder)
+    assert code == 2 and "Missing argument 'corpus'" in err and "--help" in err
+
+
+def test_shards_that_fail_are_status_1(
+    demo_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from logitmill.flows.folder import Folder
+
+    def full(self: Folder, local: Path, name: str) -> Any:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "publish", full)
+        code, _, err = in_process(capsys, "score", demo_folder, corpus, "--out", tmp_path / "runs")
+    assert code == 1
+    assert err.splitlines()[-1] == (
+        "error: 1 of 1 shards failed, the first is shard 0: [Errno 28] No space left on device; "
+        "run again to do them"
+    )
+    assert "Traceback" not in err
+
+
+def test_inspect_and_report(
+    finished: Run, demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = in_process(capsys, "inspect", finished.uri)
+    assert code == 0
+    for words in (finished.uri, "scores, tokens, logits", "8 documents", "bits/byte"):
+        assert words in out
+    doc_id = finished.table().column("doc_id")[0].as_py()
+    code, out, _ = in_process(capsys, "inspect", finished.uri, "--doc", doc_id)
+    assert code == 0 and doc_id in out and "loglikelihood" in out
+    code, _, err = in_process(capsys, "inspect", finished.uri, "--doc", "nobody")
+    assert code == 2 and err.startswith("error: doc_id: 'nobody' is not in the run")
+    code, out, _ = in_process(capsys, "inspect", demo_folder)
+    assert code == 0 and "LlamaForCausalLM" in out and "1024" in out
+    code, _, err = in_process(capsys, "inspect", tmp_path / "nothing")
+    assert code == 2 and len(err.splitlines()) == 1
+
+    code, out, _ = in_process(capsys, "report", finished.uri, "--out", tmp_path / "r.html")
+    assert code == 0 and out.strip() == str(tmp_path / "r.html")
+    assert finished.plan["run_key"] in (tmp_path / "r.html").read_text()
+    code, _, err = in_process(capsys, "report", tmp_path)
+    assert code == 2 and err.startswith(f"error: run: there is no run in '{tmp_path}'")
+
+
+def test_a_server_that_is_set_up_but_not_there_is_one_line(
+    demo_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    done = logitmill(
+        *("score", demo_folder, corpus, "--out", tmp_path),
+        PREFECT_API_URL="http://127.0.0.1:9/api",
+        PREFECT_CLIENT_MAX_RETRIES="0",
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_python_callers_need_nothing_set_up(
+    demo_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Also where an event loop runs already, as in a notebook, and Prefect was imported before."""
+    code = f"""
+import asyncio, prefect
+from logitmill.flows import open_run, score_corpus
+async def cell():
+    return score_corpus(model={str(demo_folder)!r}, corpus={str(corpus)!r}, out={str(tmp_path)!r})
+print(open_run(asyncio.run(cell())).table().num_rows)
+"""
+    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+    )
+    assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
+    assert done.stderr == ""
+
+
+# ---- progress
+
+
+def test_progress_is_lines_without_a_terminal(
+    score: Score, corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(progress._Lines.__init__, "__defaults__", (0.01,))
+    score(corpus)
+    lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("scoring")]
+    assert lines and all("documents" in line and "tokens/s" in line for line in lines)
+
+
+def test_progress_is_a_bar_on_a_terminal(demo_folder: Path, corpus: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "logitmill.flows.cli", "score", str(demo_folder), str(corpus)]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)],
+        stdout=subprocess.DEVNULL,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )
+    os.close(theirs)
+    said = b""
+    try:
+        while block := os.read(ours, 4096):
+            said += block
+    except OSError:
+        pass  # The terminal's other end is closed.
+    assert process.wait() == 0
+    assert b"scoring" in said and "\u2501".encode() in said and b"documents" in said
+
+
+def test_a_failed_attempt_is_not_counted() -> None:
+    tally = progress.Tally()
+    tally.add(num_bytes=10, tokens=3)
+
+    def fail() -> None:
+        with tally.attempt():
+            tally.add(num_bytes=5, tokens=2)
+            raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone"):
+        fail()
+    assert (tally.documents, tally.bytes, tally.tokens) == (1, 10, 3)
+
+
+def test_plan_json_holds_no_absolute_input(finished: Run, corpus: Path) -> None:
+    plan = json.loads(Path(finished.uri, "plan.json").read_text())
+    assert plan["corpus"]["inputs"][0]["uri"] == "one/file0.py"
+    assert str(corpus) not in json.dumps(plan["corpus"])

@@ -1,0 +1,92 @@
+"""Reading a run back."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import duckdb
+import pytest
+from logitmill.flows import Run, open_run
+
+
+def test_a_run_opens_by_its_root_too(finished: Run) -> None:
+    assert open_run(str(Path(finished.uri).parent)).uri == finished.uri
+
+
+def test_no_run_is_an_error_that_names_the_place(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"run: there is no run in '{tmp_path}'"):
+        open_run(str(tmp_path))
+    with pytest.raises(ValueError, match="there is no run"):
+        open_run(str(tmp_path / "nowhere"))
+
+
+def test_several_runs_are_named(finished: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(finished.uri, tmp_path / name)
+    with pytest.raises(ValueError, match="holds several, name one: a, b"):
+        open_run(str(tmp_path))
+
+
+def test_an_incomplete_run_opens_only_as_partial(finished: Run, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(finished.uri, tmp_path / "copy"))
+    (copy / "manifest.json").unlink()
+    (copy / "shards/00001.json").unlink()
+    with pytest.raises(ValueError, match=r"is not complete.*partial=True"):
+        open_run(str(copy))
+    run = open_run(str(copy), partial=True)
+    left_out = finished.paths()[1]
+    (missing,) = {Path(p).name for p in finished.paths()} - {Path(p).name for p in run.paths()}
+    assert missing == Path(left_out).name
+    assert 0 < run.table().num_rows < finished.table().num_rows
+    assert run.document(run.table().column("doc_id")[-1].as_py())["status"] == "ok"
+    with pytest.raises(ValueError, match="is not complete"):
+        run.summary()
+    for receipt in copy.glob("shards/*.json"):
+        receipt.unlink()
+    empty = open_run(str(copy), partial=True).table(columns=["doc_id"])
+    assert (empty.num_rows, empty.column_names) == (0, ["doc_id"])
+
+
+def test_tables_go_to_pandas_datasets_and_duckdb(finished: Run) -> None:
+    table = finished.table()
+    frame = finished.to_pandas(columns=["doc_id", "loglikelihood"])
+    assert list(frame.columns) == ["doc_id", "loglikelihood"]
+    assert frame.loglikelihood.tolist() == table.column("loglikelihood").to_pylist()
+    dataset = finished.to_dataset("tokens", ["doc_id", "logprob"])
+    assert dataset[0]["logprob"] == table_row(finished, 0)
+    paths = [path.removeprefix("file://") for path in finished.paths("scores")]
+    query = "select sum(loglikelihood), count(*) from read_parquet(?)"
+    total, count = duckdb.execute(query, [paths]).fetchone() or (0, 0)
+    assert count == 8
+    assert total == pytest.approx(sum(frame.loglikelihood))
+
+
+def table_row(run: Run, row: int) -> list[float]:
+    return run.table("tokens", ["logprob"]).column("logprob")[row].as_py()
+
+
+def test_a_document_is_its_row_and_its_tokens(finished: Run) -> None:
+    row = finished.table().to_pylist()[3]
+    found = finished.document(row["doc_id"])
+    assert found.pop("tokens")["logprob"].tolist() == table_row(finished, 3)
+    assert found == row
+
+
+def test_what_is_not_there_is_named(finished: Run, tmp_path: Path) -> None:
+    for read in (finished.document, finished.logits, finished.logprobs):
+        with pytest.raises(KeyError, match="doc_id: 'nobody' is not in the run"):
+            read("nobody")
+    with pytest.raises(ValueError, match=r"tier: 'hidden' was not kept .* scores, tokens, logits"):
+        finished.table("hidden")
+    with pytest.raises(ValueError, match="summary: 'x' is not one of counts, outliers"):
+        finished.summary("x")
+
+
+def test_summaries_add_up_to_the_manifest(finished: Run) -> None:
+    assert finished.manifest is not None
+    counts = finished.summary().to_pandas()
+    ok = counts[counts.panel == "status/ok"]
+    assert ok.documents.sum() == finished.manifest["documents"] == 8
+    assert ok.tokens.sum() == finished.manifest["tokens"]
+    assert "lowest" in finished.summary("outliers").column("kind").to_pylist()
