@@ -22,7 +22,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from .locations import redact
+from .corpus.locations import redact
 
 _TEMPORARY = ".tmp-"
 

@@ -17,9 +17,9 @@ from ..engine.pipeline import EngineSettings, ModelFacts, inspect_model
 from ..engine.recipes import Recipe, find_recipe
 from ..engine.tokenization import Tokenizer
 from .corpus import CorpusSpec, plan_corpus, read_shard
+from .corpus.plan import Plan
 from .folder import Folder, Part
 from .parts import LOGITS_DTYPES, TIERS
-from .plan import Plan
 from .store import MANIFEST, PLAN, find_receipts, hash_json
 
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 50, 1 << 18

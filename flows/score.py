@@ -18,9 +18,9 @@ from ..engine.pipeline import EngineSettings
 from ..engine.recipes import Recipe
 from . import shards
 from .corpus import CorpusSpec
+from .corpus.plan import Shard
 from .folder import Folder, one_line
 from .parameters import complete_schema
-from .plan import Shard
 from .progress import show_progress
 from .publish import publish
 from .request import Job, Prepared, Request, prepare

@@ -18,9 +18,9 @@ from ..engine.pipeline import EngineSettings, Pipeline, load_pipeline
 from ..engine.records import OK
 from ..engine.scorer import LogitsSink
 from .corpus import read_shard
+from .corpus.plan import Shard
 from .folder import one_line
 from .parts import LogitsWriter, ScoresWriter, TokensWriter, write_table
-from .plan import Shard
 from .progress import TALLY
 from .request import Job
 from .store import Receipt

@@ -19,7 +19,7 @@ MODEL = Path(__file__).resolve().parent / "model"
 def main() -> int:
     """Exit status of `logitmill score`."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--limit", type=int, default=100, help="files to score (default %(default)s)")
+    parser.add_argument("--limit", type=int, default=100, help="files (default %(default)s)")
     parser.add_argument("--out", default="runs", help="folder for runs (default %(default)s)")
     arguments = parser.parse_args()
     library = Path(sysconfig.get_path("stdlib"))

@@ -24,9 +24,8 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logitmill.engine.records import Document
-from logitmill.flows import corpus as corpus_module
-from logitmill.flows import hub
-from logitmill.flows.corpus import CorpusSpec, Plan, plan_corpus, read_shard
+from logitmill.flows.corpus import CorpusSpec, Plan, hub, plan_corpus, read_shard
+from logitmill.flows.corpus import corpus as corpus_module
 
 
 def documents(spec: CorpusSpec, plan: Plan | None = None) -> list[Document]:

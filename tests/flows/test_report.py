@@ -16,9 +16,8 @@ import pytest
 from logitmill.engine import metrics
 from logitmill.engine.recipes import PRESETS
 from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
-from logitmill.flows import totals, wording
-from logitmill.flows.panels import _scale, histogram_panel
-from logitmill.flows.report import describe_recipe, render_report
+from logitmill.flows.report import describe_recipe, render_report, totals, wording
+from logitmill.flows.report.panels import _scale, histogram_panel
 from logitmill.flows.summary import COUNTS, OUTLIERS, Summary
 
 EVIL = "</script><img src=x onerror=alert(1)>"

@@ -1,7 +1,7 @@
 """Summary tables -> one self-contained HTML page. Reads no raw rows and loads nothing.
 
-The page's text comes from `report.html`, its look from `report.css`, its few lines of script from
-`report.js`, its panels from `panels.py`. Ids, sources, errors and text of documents are anybody's:
+The page's text comes from `page.html`, its look from `page.css`, its few lines of script from
+`page.js`, its panels from `panels.py`. Ids, sources, errors and text of documents are anybody's:
 the template escapes them all, and the page's own policy lets no other script run.
 """
 
@@ -21,9 +21,9 @@ import pyarrow as pa
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from ..engine.records import OK
+from ...engine.records import OK
+from ..summary import BITS_PER_BYTE, FAILED, HIGHEST, LOWEST, SAMPLE, STATUS
 from .panels import PANELS, Cells
-from .summary import BITS_PER_BYTE, FAILED, HIGHEST, LOWEST, SAMPLE, STATUS
 from .totals import BITS, Row, Totals, bits_per_byte, perplexity, ratio
 from .wording import (
     MAX_LABEL,
@@ -119,7 +119,7 @@ def render_report(counts: pa.Table, outliers: pa.Table, facts: Mapping[str, Any]
     totals = Totals.of(counts)
     rows = outliers.to_pylist()
     marked = _mark_documents(rows)
-    script = (_FOLDER / "report.js").read_text("utf-8")
+    script = (_FOLDER / "page.js").read_text("utf-8")
     environment = Environment(
         loader=FileSystemLoader(_FOLDER),
         autoescape=True,
@@ -127,8 +127,8 @@ def render_report(counts: pa.Table, outliers: pa.Table, facts: Mapping[str, Any]
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(
-        style=Markup((_FOLDER / "report.css").read_text("utf-8")),
+    return environment.get_template("page.html").render(
+        style=Markup((_FOLDER / "page.css").read_text("utf-8")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         model=_plain(facts.get("model")),

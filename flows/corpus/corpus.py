@@ -24,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..engine.records import Document
+from ...engine.records import Document
 from . import hub
 from .documents import FILE, Columns, RowError, id_of, to_document
 from .locations import CorpusError, File, Location, nearest, redact

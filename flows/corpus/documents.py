@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.records import Document
+from ...engine.records import Document
 
 
 class RowError(Exception):

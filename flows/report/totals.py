@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..engine.records import OK
-from .summary import COUNTS, OTHER, STATUS
+from ...engine.records import OK
+from ..summary import COUNTS, OTHER, STATUS
 from .wording import MAX_LABEL, show
 
 MAX_SERIES = 9

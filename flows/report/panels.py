@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from ..engine.records import OK
-from . import charts
-from .summary import (
+from ...engine.records import OK
+from ..summary import (
     BIN_BITS_PER_BYTE,
     BIN_TOKEN_BITS,
     BINS_PER_OCTAVE,
@@ -25,6 +24,7 @@ from .summary import (
     STATUS,
     TOKEN_NLL,
 )
+from . import charts
 from .totals import BITS, SUMS, Row, Totals, bits_per_byte, perplexity, ratio, sum_by
 from .wording import edge, number, percent, plural, size
 
