@@ -24,6 +24,10 @@ from .records import Document, DocumentScore
 from .scorer import LogitsSink, Scorer, pad_ids
 from .tokenization import Tokenizer
 
+# Rows of a matrix product. From 512 on a GPU's libraries keep a row's bits whatever their number,
+# and a CPU's caches still hold what a block of them makes.
+_BLOCK_ROWS = 512
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -154,8 +158,6 @@ def load_pipeline(folder: Path, settings: EngineSettings) -> Pipeline:
     facts = inspect_model(folder, settings)
     where = settings.resolve_device()
     dtype = DTYPES[facts.dtype]
-    # Fixed rows a product: a CPU's caches hold 256, a GPU's libraries keep a row's bits from 512.
-    block_rows = 256 if where.type == "cpu" else 512
     model: Model
     if facts.native:
         model = Decoder.load(
@@ -163,14 +165,14 @@ def load_pipeline(folder: Path, settings: EngineSettings) -> Pipeline:
             FAMILIES[facts.architecture],
             device=where,
             dtype=dtype,
-            block_rows=block_rows,
+            block_rows=_BLOCK_ROWS,
         )
     else:
         model = Fallback.load(
             folder,
             device=where,
             dtype=dtype,
-            block_rows=block_rows,
+            block_rows=_BLOCK_ROWS,
             trust_remote_code=settings.trust_remote_code,
         )
     tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)

@@ -41,7 +41,8 @@ def attend(
     """
     if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
         return _attend_packed(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
-    out_THD = torch.zeros_like(q_THD)
+    out_THD = torch.empty_like(q_THD)
+    out_THD[sum(lengths) :] = 0
     start = 0
     for count, length in _runs(lengths):
         stop = start + count * length
@@ -92,7 +93,8 @@ def _attend_packed(
     # torch 2.11 takes fewer key heads as they are, later versions want to be told.
     takes_flag = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
     flags: dict[str, Any] = {"enable_gqa": True} if takes_flag else {}
-    out_THD = torch.zeros_like(q_THD)
+    out_THD = torch.empty_like(q_THD)
+    out_THD[used:] = 0
     attended: Any = varlen.varlen_attn(
         q_THD[:used],
         k_TGD[:used],
@@ -140,7 +142,7 @@ def _attend_blocks(
     shared = num_heads // num_groups
     q = (q_LHD * scale).unflatten(1, (num_groups, shared))
     out = out_LHD.unflatten(1, (num_groups, shared))
-    ahead = torch.ones(_BLOCK, _BLOCK, dtype=torch.bool).triu_(1)
+    ahead = _ahead()
     for group in range(num_groups):
         keys = k_LGD[:, group].contiguous()
         values_t = v_LGD[:, group].t().contiguous()
@@ -150,9 +152,15 @@ def _attend_blocks(
             queries = q[start:stop, group].transpose(0, 1).reshape(shared * size, -1)
             scores = multiply(queries, keys[:stop])
             own = scores.view(shared, size, stop)[:, :, start:]
-            own.masked_fill_(ahead[:size, :size], float("-inf"))
+            own += ahead[:size, :size]
             mixed = multiply(torch.softmax(scores, dim=-1), values_t[:, :stop].contiguous())
             out[start:stop, group] = mixed.view(shared, size, -1).transpose(0, 1)
+
+
+@lru_cache(maxsize=1)
+def _ahead() -> torch.Tensor:
+    """What is added to a block's own scores: -inf where a key lies ahead of its query."""
+    return torch.full((_BLOCK, _BLOCK), float("-inf")).triu_(1)
 
 
 def _attend_window(
