@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-LIMIT ?= 100
+LIMIT ?= 80
 OUT ?= runs
 
 .PHONY: demo test lint types unit clean help
@@ -11,7 +11,7 @@ OUT ?= runs
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-demo: $(VENV)/.installed ## Score the standard library's source with the bundled model (LIMIT=100 files)
+demo: $(VENV)/.installed ## Score the standard library's source with the bundled model (LIMIT=80 files)
 	$(BIN)/python infra/demo/demo.py --limit $(LIMIT) --out $(OUT)
 
 test: lint types unit ## Lint, types and tests

@@ -21,7 +21,7 @@ from .head import Head, Model
 from .packing import rounds
 from .recipes import Recipe, find_recipe
 from .records import Document, DocumentScore
-from .scorer import LogitsSink, Scorer, pad_ids
+from .scorer import BatchSink, LogitsSink, Scorer, pad_ids
 from .tokenization import Tokenizer
 
 # Rows of a matrix product. From 512 on a GPU's libraries keep a row's bits whatever their number,
@@ -277,6 +277,7 @@ class Pipeline:
         stride: int | None = None,
         prefix: str | int | None = None,
         on_logits: LogitsSink | None = None,
+        on_batch: BatchSink | None = None,
     ) -> Iterator[DocumentScore]:
         """Score documents; yields each one's records, in input order, as they are ready.
 
@@ -293,6 +294,7 @@ class Pipeline:
             on_logits: called with (index, doc_id, first row, log-probabilities [rows, V],
                 logsumexp [rows]) for consecutive rows of every document, before the document is
                 yielded; row i scored the document's record i, and logits are their sum.
+            on_batch: called with (scored tokens, their bytes) after every batch, for progress.
 
         Raises:
             ValueError: for a recipe that does not fit the model. A bad document is no error: its
@@ -304,7 +306,7 @@ class Pipeline:
         scorer = Scorer(
             self._model, self._head, self._tokenizer, chosen, max_batch_tokens=self._budget
         )
-        return scorer.score(_as_documents(inputs), on_logits)
+        return scorer.score(_as_documents(inputs), on_logits, on_batch)
 
     def find_recipe(self, recipe: str | Recipe, **settings: Any) -> Recipe:
         """The recipe as it would run on this model, context and stride resolved."""

@@ -19,6 +19,9 @@ from .tokenization import Tokenizer
 LogitsSink = Callable[[int, str, int, np.ndarray, np.ndarray], None]
 """(document index, doc_id, first row, logprobs [rows, V], logsumexp [rows]), rows in order."""
 
+BatchSink = Callable[[int, int], None]
+"""(scored tokens, their bytes) of a batch that is done, long before its documents may be."""
+
 # Batches' worth of tokens that are sorted and packed together.
 _ROUND_BATCHES = 4
 # Logits that may wait in host memory to be handed over in order, bytes.
@@ -58,7 +61,10 @@ class Scorer:
         self._intake = Intake(recipe, tokenizer, model.vocab_size)
 
     def score(
-        self, documents: Iterable[Document], on_logits: LogitsSink | None = None
+        self,
+        documents: Iterable[Document],
+        on_logits: LogitsSink | None = None,
+        on_batch: BatchSink | None = None,
     ) -> Iterator[DocumentScore]:
         """Records of every document, in input order, as they are ready.
 
@@ -72,10 +78,13 @@ class Scorer:
             if on_logits is not None and len(pieces) == 1:
                 # It may be longer than any round: nothing comes before it, so nothing waits.
                 self._run(pieces, _hand_over(pieces[0], on_logits))
+                _count(pieces, on_batch)
             else:
                 lengths = [p.window.stop - p.window.start for p in pieces]
                 for batch in pack(lengths, self._budget):
-                    self._run_batch([pieces[i] for i in batch], keep=on_logits is not None)
+                    packed = [pieces[i] for i in batch]
+                    self._run_batch(packed, keep=on_logits is not None)
+                    _count(packed, on_batch)
             for item in group:
                 if isinstance(item, DocumentScore):
                     yield item
@@ -169,6 +178,17 @@ class Scorer:
         record.truncated = work.truncated
         fill_scores(record, tokens, work.text, all_scored=len(tokens) == len(work.encoding.ids))
         return DocumentScore(index=work.index, record=record, tokens=tokens, text=work.text)
+
+
+def _count(pieces: Sequence[_Piece], on_batch: BatchSink | None) -> None:
+    if on_batch is None:
+        return
+    num_bytes = 0
+    for piece in pieces:
+        rows = slice(piece.first, piece.first + piece.num_rows)
+        tokens = piece.work.tokens
+        num_bytes += int((tokens.byte_end[rows] - tokens.byte_start[rows]).sum())
+    on_batch(sum(piece.num_rows for piece in pieces), num_bytes)
 
 
 def _hand_over(piece: _Piece, on_logits: LogitsSink) -> LogprobsSink:

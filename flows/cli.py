@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -54,6 +54,8 @@ class StoredDtype(StrEnum):
 # Of the click that typer brings with it, whichever that is.
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
+_ENDPOINT_HELP = "S3 server to use where it is not Amazon's."
+_FAILED_SHOWN = 3
 _INPUT, _RECIPE, _ENGINE = "What is read", "How it is scored", "How it is computed"
 
 
@@ -138,7 +140,7 @@ def score(
     ] = None,
     endpoint_url: Annotated[
         str | None,
-        typer.Option(help="S3 server to use where it is not Amazon's.", rich_help_panel=_INPUT),
+        typer.Option(help=_ENDPOINT_HELP, rich_help_panel=_INPUT),
     ] = None,
     shard_mb: Annotated[
         float, typer.Option(help="Megabytes of corpus a shard.", rich_help_panel=_ENGINE)
@@ -235,7 +237,7 @@ def score(
         )
         prepared = prepare(request)
         _say_plan(prepared)
-        _say_result(score_corpus.run_prepared(prepared))
+        _say_result(score_corpus.run_prepared(prepared), prepared.job.folder.options)
 
     _or_exit(run)
 
@@ -246,6 +248,7 @@ def report(
     out: Annotated[
         str | None, typer.Option(help="Local file to write; default the run's report.html.")
     ] = None,
+    endpoint_url: Annotated[str | None, typer.Option(help=_ENDPOINT_HELP)] = None,
 ) -> None:
     """Make a run's report.html anew from its summary tables.
 
@@ -257,9 +260,12 @@ def report(
     """
 
     def make() -> None:
+        from .folder import endpoint_options
         from .publish import rewrite_report
+        from .run import open_run
 
-        typer.echo(rewrite_report(run, out))
+        opened = open_run(run, storage_options=endpoint_options(run, endpoint_url))
+        typer.echo(rewrite_report(opened, out))
 
     _or_exit(make)
 
@@ -268,6 +274,7 @@ def report(
 def inspect(
     target: Annotated[str, typer.Argument(help="A run's URI, or a model folder or Hub id.")],
     doc: Annotated[str | None, typer.Option(help="Show this document of a run.")] = None,
+    endpoint_url: Annotated[str | None, typer.Option(help=_ENDPOINT_HELP)] = None,
 ) -> None:
     """Show what a run holds, or how a model would be run.
 
@@ -279,7 +286,7 @@ def inspect(
 
     `logitmill inspect Qwen/Qwen3-0.6B`
     """
-    _or_exit(lambda: _inspect(target, doc))
+    _or_exit(lambda: _inspect(target, doc, endpoint_url))
 
 
 @app.command()
@@ -413,10 +420,10 @@ def _say_plan(prepared: Prepared) -> None:
     typer.echo(f"run     {job.folder.uri}")
 
 
-def _say_result(uri: str) -> None:
+def _say_result(uri: str, storage_options: Mapping[str, Any]) -> None:
     from .run import open_run
 
-    run = open_run(uri)
+    run = open_run(uri, storage_options=storage_options)
     _show_outliers(run)
     _show_totals(run)
     seconds = time.monotonic() - TALLY.started
@@ -436,8 +443,13 @@ def _show_totals(run: Run) -> None:
     assert m is not None
     line = f"{m['documents']:,} documents, {m['tokens']:,} tokens, {m['bytes']:,} bytes"
     if m["failed"]:
-        line += f"; {m['failed']:,} could not be scored (status and error say why)"
+        line += f"; {m['failed']:,} could not be scored:"
     typer.echo(line)
+    failed = [r for r in run.summary("outliers").to_pylist() if r["kind"] == "failed"]
+    for row in failed[:_FAILED_SHOWN]:
+        typer.echo(f"  {row['doc_id']}: {row['status']}, {row['error']}")
+    if m["failed"] > _FAILED_SHOWN:
+        typer.echo("  ... (columns status and error of the scores say why)")
     if m["bytes"] and m["tokens"]:
         bits = -m["loglikelihood"] / math.log(2) / m["bytes"]
         ppl = math.exp(-m["loglikelihood"] / m["tokens"])
@@ -471,16 +483,17 @@ def _show_outliers(run: Run, count: int = 5) -> None:
     Console(file=sys.stdout).print(table)
 
 
-def _inspect(target: str, doc: str | None) -> None:
-    from .folder import Folder, StoreError
+def _inspect(target: str, doc: str | None, endpoint_url: str | None) -> None:
+    from .folder import Folder, StoreError, endpoint_options
     from .run import find_runs, open_run
 
+    options = endpoint_options(target, endpoint_url)
     try:
-        runs = find_runs(Folder(target))
+        runs = find_runs(Folder(target, options))
     except StoreError:
         runs = []  # Not a place at all, as `org/name` is none.
     if doc is not None:
-        run = open_run(target, partial=True)
+        run = open_run(target, partial=True, storage_options=options)
         try:
             record = run.document(doc)
         except KeyError as error:
@@ -491,7 +504,7 @@ def _inspect(target: str, doc: str | None) -> None:
     elif runs:
         for i, folder in enumerate(runs):
             typer.echo("" if i else None, nl=bool(i))
-            _show_run(open_run(folder.uri, partial=True))
+            _show_run(open_run(folder.uri, partial=True, storage_options=options))
     else:
         from ..engine.checkpoint import find_model
         from ..engine.pipeline import EngineSettings, inspect_model

@@ -51,10 +51,11 @@ class Folder:
                 f"out: {redact(uri)!r} holds a credential; give it in the environment instead"
             )
         self.uri = uri.rstrip("/")
-        self._options = dict(storage_options or {})
+        self.options = dict(storage_options or {})
+        """What the file system is opened with."""
         try:
             # Listings are never cached: another process may be at work on the same run.
-            self._fs, root = url_to_fs(uri, use_listings_cache=False, **self._options)
+            self._fs, root = url_to_fs(uri, use_listings_cache=False, **self.options)
         except (ImportError, ValueError) as error:
             raise StoreError(f"out: {uri!r} cannot be opened: {one_line(error)}") from None
         self._root = root.rstrip("/")
@@ -63,7 +64,7 @@ class Folder:
 
     def below(self, name: str) -> Folder:
         """The folder `name` in this one."""
-        return Folder(f"{self.uri}/{name}", self._options)
+        return Folder(f"{self.uri}/{name}", self.options)
 
     def path(self, name: str) -> str:
         """What the file system calls the file `name` ("scores/part-00000.parquet")."""
@@ -224,6 +225,13 @@ def sweep(within: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         finally:
             os.close(lock)
+
+
+def endpoint_options(uri: str, endpoint_url: str | None) -> dict[str, Any]:
+    """What opens `uri` at an S3 server of one's own; nothing for other URIs."""
+    if endpoint_url is not None and uri.startswith(("s3://", "s3a://")):
+        return {"endpoint_url": endpoint_url}
+    return {}
 
 
 def one_line(error: BaseException) -> str:

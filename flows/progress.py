@@ -35,13 +35,17 @@ class Tally:
             self.documents = self.bytes = self.tokens = 0
             self.first_score = None
 
-    def add(self, *, num_bytes: int, tokens: int) -> None:
+    def add_batch(self, tokens: int, num_bytes: int) -> None:
+        """Count scored tokens and their bytes, whose documents may not be done yet."""
+        with self._lock:
+            self.tokens += tokens
+            self.bytes += num_bytes
+
+    def add_document(self, *, scored: bool) -> None:
         """Count one more document."""
         with self._lock:
             self.documents += 1
-            self.bytes += num_bytes
-            self.tokens += tokens
-            if self.first_score is None and tokens:
+            if self.first_score is None and scored:
                 self.first_score = time.monotonic() - self.started
 
     @contextmanager

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,6 +17,9 @@ from .folder import Folder, Part
 from .parts import write_table
 from .store import MANIFEST, PLAN, REPORT, Receipt, find_receipts
 from .summary import merge_counts, merge_outliers
+
+if TYPE_CHECKING:
+    from .run import Run
 
 _MERGES: dict[str, Callable[[Iterable[pa.Table]], pa.Table]] = {
     "counts": merge_counts,
@@ -67,12 +70,10 @@ def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
     folder.write_json(MANIFEST, manifest)
 
 
-def rewrite_report(uri: str, out: str | None) -> str:
+def rewrite_report(run: Run, out: str | None) -> str:
     """Render a run's report anew, in its place or into the local file `out`; returns where."""
     from .report import render_report
-    from .run import open_run
 
-    run = open_run(uri)
     receipts = find_receipts(run.folder, len(run.plan["corpus"]["shards"]))
     facts = report_facts(run.uri, run.plan, list(receipts.values()))
     html = render_report(run.summary("counts"), run.summary("outliers"), facts).encode()

@@ -18,7 +18,7 @@ from ..engine.recipes import Recipe, find_recipe
 from ..engine.tokenization import Tokenizer
 from .corpus import CorpusSpec, plan_corpus, read_shard
 from .corpus.plan import Plan
-from .folder import Folder, Part
+from .folder import Folder, Part, endpoint_options
 from .parts import LOGITS_DTYPES, TIERS
 from .store import MANIFEST, PLAN, find_receipts, hash_json
 
@@ -71,8 +71,15 @@ class Prepared:
     job: Job
     plan: Plan
     facts: ModelFacts
+    described: Mapping[str, Any]
+    """What `plan.json` holds."""
     logits_bytes: int | None
     """About what the logits will take; None if they are not kept."""
+
+    def write_plan(self) -> None:
+        """Put the plan in place, if it is not there."""
+        if self.job.folder.read_json(PLAN) is None:
+            self.job.folder.write_json(PLAN, self.described)
 
     def is_complete(self) -> bool:
         """Whether the run stands: its manifest, and every part that manifest and receipts name."""
@@ -85,7 +92,7 @@ class Prepared:
 
 
 def prepare(request: Request) -> Prepared:
-    """Check everything that can be checked before scoring, and write the plan.
+    """Check everything that can be checked before the model is loaded. Leaves nothing behind.
 
     Raises:
         ValueError: naming the field, its value and what would work.
@@ -97,7 +104,7 @@ def prepare(request: Request) -> Prepared:
             f"logits_dtype: {request.logits_dtype!r} is not one of {', '.join(LOGITS_DTYPES)}"
         )
     spec = _make_spec(request)
-    root = Folder(request.out, _storage_options(request.out, request.endpoint_url))
+    root = Folder(request.out, endpoint_options(request.out, request.endpoint_url))
     model_folder = find_model(request.model)
     facts = inspect_model(model_folder, engine)
     recipe = find_recipe(request.recipe).resolve(facts.max_positions)
@@ -136,9 +143,7 @@ def prepare(request: Request) -> Prepared:
     unnamed = {key: value for key, value in described["model"].items() if key != "name"}
     run_key = hash_json({**described, "model": unnamed, "corpus": plan.fingerprint})[:16]
     folder = root.below(run_key)
-    if folder.read_json(PLAN) is None:
-        described |= {"run_key": run_key, "uri": spec.uri, "corpus": plan.to_dict()}
-        folder.write_json(PLAN, described)
+    described |= {"run_key": run_key, "uri": spec.uri, "corpus": plan.to_dict()}
     job = Job(
         folder=folder,
         corpus=spec,
@@ -149,14 +154,14 @@ def prepare(request: Request) -> Prepared:
         logits_dtype=request.logits_dtype,
         run_key=run_key,
     )
-    return Prepared(request, job, plan, facts, logits_bytes)
+    return Prepared(request, job, plan, facts, described, logits_bytes)
 
 
 def _make_spec(request: Request) -> CorpusSpec:
     """The corpus to read, with what the other arguments say of it."""
     corpus = request.corpus
     spec = CorpusSpec(uri=corpus) if isinstance(corpus, str) else corpus
-    options = {**_storage_options(spec.uri, request.endpoint_url), **spec.storage_options}
+    options = {**endpoint_options(spec.uri, request.endpoint_url), **spec.storage_options}
     limit = spec.limit if request.limit is None else request.limit
     return replace(spec, storage_options=options, limit=limit)
 
@@ -221,12 +226,6 @@ def _check_size(
             "to confirm, score fewer documents (limit), or keep tokens instead"
         )
     return expected
-
-
-def _storage_options(uri: str, endpoint_url: str | None) -> Mapping[str, Any]:
-    if endpoint_url is not None and uri.startswith(("s3://", "s3a://")):
-        return {"endpoint_url": endpoint_url}
-    return {}
 
 
 @lru_cache(maxsize=1)

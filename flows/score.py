@@ -159,6 +159,7 @@ def score_corpus(
     if pending:
         # Tasks run in this process: what is wrong with the model shows once, not shard by shard.
         shards.load_engine(job.model, job.engine)
+    prepared.write_plan()
     done_bytes = plan.num_bytes - sum(shard.num_bytes for shard in pending)
     failures: list[tuple[Shard, BaseException]] = []
     with show_progress(plan.num_bytes, done_bytes, log), _stop_tasks_if_interrupted(job):

@@ -88,7 +88,10 @@ def _score(job: Job, shard: Shard) -> Receipt:
             on_logits = logits.add_rows
         writers.append(ScoresWriter(scratch / "scores", metadata))
         documents = read_shard(job.corpus, shard)
-        for score in pipe.score(documents, recipe=job.recipe, on_logits=on_logits):
+        scores = pipe.score(
+            documents, recipe=job.recipe, on_logits=on_logits, on_batch=TALLY.add_batch
+        )
+        for score in scores:
             if job.run_key in stopped:
                 raise Stopped("interrupted")
             record = score.record
@@ -100,7 +103,7 @@ def _score(job: Job, shard: Shard) -> Receipt:
             counts["tokens"] += record.num_tokens_scored
             counts["bytes"] += record.num_bytes
             loglikelihood += record.loglikelihood or 0.0
-            TALLY.add(num_bytes=record.num_bytes, tokens=record.num_tokens_scored)
+            TALLY.add_document(scored=record.status == OK)
         parts = []
         for writer in writers:
             writer.close()

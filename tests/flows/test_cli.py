@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import time
@@ -247,11 +248,13 @@ def test_progress_is_a_bar_on_a_terminal(demo_folder: Path, corpus: Path, tmp_pa
 
 def test_a_failed_attempt_is_not_counted() -> None:
     tally = progress.Tally()
-    tally.add(num_bytes=10, tokens=3)
+    tally.add_batch(3, 10)
+    tally.add_document(scored=True)
 
     def fail() -> None:
         with tally.attempt():
-            tally.add(num_bytes=5, tokens=2)
+            tally.add_batch(2, 5)
+            tally.add_document(scored=True)
             raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
@@ -263,3 +266,32 @@ def test_plan_json_holds_no_absolute_input(finished: Run, corpus: Path) -> None:
     plan = json.loads(Path(finished.uri, "plan.json").read_text())
     assert plan["corpus"]["inputs"][0]["uri"] == "one/file0.py"
     assert str(corpus) not in json.dumps(plan["corpus"])
+
+
+def test_a_run_on_a_server_of_ones_own_is_written_and_read(
+    demo_folder: Path, corpus: Path, s3: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    endpoint = ("--endpoint-url", s3)
+    out_uri = "s3://bucket/from-the-command"
+    code, out, err = in_process(capsys, "score", demo_folder, corpus, "--out", out_uri, *endpoint)
+    assert code == 0, err
+    (uri,) = re.findall(rf"^run: +({out_uri}/\w+)$", out, re.MULTILINE)
+    code, out, _ = in_process(capsys, "inspect", uri, *endpoint)
+    assert code == 0
+    assert "8 documents" in out
+    code, out, _ = in_process(capsys, "report", uri, *endpoint)
+    assert code == 0
+    assert out.strip() == f"{uri}/report.html"
+
+
+def test_documents_that_failed_are_named(
+    demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "good.txt").write_text("def f():\n    return 1\n")
+    (tmp_path / "corpus" / "empty.txt").write_text("")
+    code, out, _ = in_process(
+        capsys, "score", demo_folder, tmp_path / "corpus", "--out", tmp_path / "runs"
+    )
+    assert code == 0
+    assert "empty.txt: empty, " in out

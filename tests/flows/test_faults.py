@@ -372,23 +372,25 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: Any) -
 def test_an_interrupted_flow_stops_its_task_at_the_next_document(
     score: Score, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = shards.TALLY.add
+    original = shards.TALLY.add_document
 
-    def interrupt(**counts: int) -> None:
+    def interrupt(*, scored: bool) -> None:
         shards.stopped.update(p.parent.name for p in tmp_path.glob("runs/*/plan.json"))
-        original(**counts)
+        original(scored=scored)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.TALLY, "add", interrupt)
+        patch.setattr(shards.TALLY, "add_document", interrupt)
         with pytest.raises(RuntimeError, match="interrupted"):
             score(corpus)
     assert not list(tmp_path.glob("runs/*/scores/*"))
     assert score(corpus).table().num_rows == 8
 
 
-def test_preparing_writes_a_plan_and_nothing_else(
+def test_preparing_leaves_nothing_behind_and_the_plan_is_all_that_is_written(
     demo_folder: Path, corpus: Path, tmp_path: Path
 ) -> None:
     prepared = prepare(Request(model=str(demo_folder), corpus=str(corpus), out=str(tmp_path)))
+    assert not list(tmp_path.rglob("*"))
+    prepared.write_plan()
     files = [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()]
     assert files == [f"{prepared.job.run_key}/plan.json"]
