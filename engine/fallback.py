@@ -59,8 +59,21 @@ class Fallback:
 
         config = _read(folder, trust_remote_code)
         with _plain_errors(folder):
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, dtype=dtype, trust_remote_code=trust_remote_code
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
+        model, found = loaded
+        # transformers fills in what is missing at random.
+        wrong = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
+        if wrong:
+            raise ValueError(
+                f"model: {len(wrong)} tensors of {folder} are missing or have another shape than "
+                f"the config calls for, the first is {wrong[0]}"
             )
         log.warning(
             "%s has no native spec: it runs through transformers, slower, with the same records",

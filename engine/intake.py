@@ -288,7 +288,10 @@ def _join(documents: Iterable[tuple[int, Document]]) -> Iterator[Document]:
     """
     texts = []
     for _, document in documents:
-        if document.status != OK:
+        if document.status == "empty":
+            # An empty row is two joiners in a row, as in the tools that join a data set's rows.
+            texts.append("")
+        elif document.status != OK:
             yield document
         elif document.text is None:
             raise ValueError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,8 @@ class Job:
     corpus: CorpusSpec
     model: str
     """Local model folder."""
+    digest: str
+    """Of the model's files: another one is another model, under whatever name."""
     engine: EngineSettings
     recipe: Recipe
     tiers: Sequence[str]
@@ -108,7 +109,7 @@ def prepare(request: Request) -> Prepared:
     model_folder = find_model(request.model)
     facts = inspect_model(model_folder, engine)
     recipe = find_recipe(request.recipe).resolve(facts.max_positions)
-    tokenizer = _load_tokenizer(model_folder, engine.trust_remote_code)
+    tokenizer = Tokenizer.load(model_folder, trust_remote_code=engine.trust_remote_code)
     _check_fit(recipe, spec, tokenizer, model_folder)
     if recipe.concatenate:
         # One stream is one document, so it is one shard.
@@ -148,6 +149,7 @@ def prepare(request: Request) -> Prepared:
         folder=folder,
         corpus=spec,
         model=str(model_folder),
+        digest=described["model"]["digest"],
         engine=engine,
         recipe=recipe,
         tiers=tiers,
@@ -226,8 +228,3 @@ def _check_size(
             "to confirm, score fewer documents (limit), or keep tokens instead"
         )
     return expected
-
-
-@lru_cache(maxsize=1)
-def _load_tokenizer(folder: Path, trust_remote_code: bool) -> Tokenizer | None:
-    return Tokenizer.load(folder, trust_remote_code=trust_remote_code)

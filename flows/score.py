@@ -61,7 +61,7 @@ class ScoringFlow(Flow[..., str]):
         if prepared.is_complete() and not options.get("return_state"):
             return prepared.job.folder.uri
         if _find_pending(prepared):
-            shards.load_engine(prepared.job.model, prepared.job.engine)
+            shards.load_engine(prepared.job)
         token = _prepared.set(prepared)
         try:
             with use_server():
@@ -158,7 +158,7 @@ def score_corpus(
         log.info("logits will take about %.2f GB", prepared.logits_bytes / 1e9)
     if pending:
         # Tasks run in this process: what is wrong with the model shows once, not shard by shard.
-        shards.load_engine(job.model, job.engine)
+        shards.load_engine(job)
     prepared.write_plan()
     done_bytes = plan.num_bytes - sum(shard.num_bytes for shard in pending)
     failures: list[tuple[Shard, BaseException]] = []
@@ -173,6 +173,11 @@ def score_corpus(
             f"{shard.index}: {one_line(error)}; run again to do them"
         ) from error
     receipts = list(find_receipts(folder, len(plan.shards)).values())
+    if len(receipts) != len(plan.shards):
+        raise RuntimeError(
+            f"{len(plan.shards) - len(receipts)} of {len(plan.shards)} shards are not in place, "
+            "though they were scored: is another run writing other bytes here? run again"
+        )
     publish(folder, receipts)
     _leave_artifacts(folder, receipts)
     return folder.uri

@@ -66,7 +66,7 @@ def score_shard(job: Job, shard: Shard) -> int:
 
 def _score(job: Job, shard: Shard) -> Receipt:
     started = time.monotonic()
-    pipe = load_engine(job.model, job.engine)
+    pipe = load_engine(job)
     name = f"{shard.index:05d}"
     metadata = {
         "run_key": job.run_key,
@@ -127,18 +127,18 @@ def _score(job: Job, shard: Shard) -> Receipt:
 _loading = threading.Lock()
 
 
-def load_engine(model: str, settings: EngineSettings) -> Pipeline:
-    """The engine of this process: loaded once, kept between shards.
+def load_engine(job: Job) -> Pipeline:
+    """The engine of this process: loaded once for a model's digest, kept between shards.
 
     Raises:
         ValueError: naming what is wrong with the model or the settings.
     """
     with _loading:
-        return _load_engine(model, settings)
+        return _load_engine(job.model, job.digest, job.engine)
 
 
 @lru_cache(maxsize=1)
-def _load_engine(model: str, settings: EngineSettings) -> Pipeline:
+def _load_engine(model: str, digest: str, settings: EngineSettings) -> Pipeline:
     return load_pipeline(Path(model), settings)
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -83,9 +82,10 @@ class CorpusSpec:
     def __post_init__(self) -> None:
         if not self.uri:
             raise CorpusError("uri='': name a file, folder, glob or dataset.")
-        if re.search(r"://[^/@\s]*:[^/@\s]*@", self.uri):
+        if redact(self.uri) != self.uri:
             raise CorpusError(
-                f"uri={redact(self.uri)!r} holds a password; give it as storage_options instead."
+                f"uri={redact(self.uri)!r} holds a password or a query; give it as "
+                "storage_options instead."
             )
         if self.format is not None and self.format not in READERS:
             raise CorpusError(

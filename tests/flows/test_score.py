@@ -403,3 +403,32 @@ def test_the_server_gets_artifacts(score: Score, corpus: Path, server_url: str) 
     assert any(
         r.get("name") == f"{corpus} by {run.plan['model']['name']}" for r in stored_on_server()
     )
+
+
+def test_a_model_rewritten_in_place_is_another_model(
+    score: Score, demo_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "model"
+    shutil.copytree(demo_folder, folder)
+    before = score(corpus, model=str(folder)).table(columns=["loglikelihood"])
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"] * 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    after = score(corpus, model=str(folder)).table(columns=["loglikelihood"])
+    assert not before.equals(after)
+
+
+def test_empty_rows_are_part_of_a_stream(score: Score, tmp_path: Path, demo_folder: Path) -> None:
+    from logitmill.engine import pipeline
+
+    rows = ["a b c", "", "d e f"] * 40
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+    run = score(file, recipe="disjoint-16")
+    (stream,) = pipeline(demo_folder).score(rows, recipe="disjoint-16")
+    assert run.table()["num_tokens"].to_pylist() == [stream.record.num_tokens]
+    assert run.table()["loglikelihood"].to_pylist() == [stream.record.loglikelihood]
