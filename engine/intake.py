@@ -13,8 +13,9 @@ from .tokenization import Encoding, Tokenizer
 
 # Text tokenized at a time. The first group is small, so that the first score comes soon.
 _FIRST_CHARS, _GROUP_CHARS = 1 << 15, 1 << 21
-# What a document of ids weighs among texts, characters.
-_IDS_CHARS = 1000
+# What any document weighs, so that empty ones and those of ids are not read ahead without end,
+# characters.
+_LEAST_CHARS = 1000
 
 
 @dataclass
@@ -271,8 +272,8 @@ def _groups(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[in
     size, limit = 0, _FIRST_CHARS
     for index, document in documents:
         group.append((index, document))
-        size += len(document.text or "") + len(document.context or "")
-        size += _IDS_CHARS if document.text is None else 0
+        text = len(document.text or "") + len(document.context or "")
+        size += max(text, _LEAST_CHARS)
         if size >= limit:
             yield group
             group, size, limit = [], 0, _GROUP_CHARS

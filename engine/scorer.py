@@ -101,10 +101,10 @@ class Scorer:
     def _pieces(
         self, documents: Iterable[Document]
     ) -> Iterator[tuple[_Piece | DocumentScore, int]]:
-        """Windows of all documents with their numbers of inputs; unscorable documents weigh 0."""
+        """Windows of all documents with their numbers of inputs; unscorable documents weigh 1."""
         for item in self._intake.take(documents):
             if isinstance(item, DocumentScore):
-                yield item, 0
+                yield item, 1
                 continue
             first = 0
             for window in item.windows:
