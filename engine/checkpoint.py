@@ -4,19 +4,40 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
+
+from .staging import Stage
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 # What decides the numbers of a model: weights, config, tokenizer and chat template.
 _DIGESTED = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.py")
 _HASH_BLOCK = 16 << 20
+_CPU = torch.device("cpu")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# Values, as bytes, that are no finite number. A byte's first bit is the sign but in e8m0.
+_E4M3_NAN, _E5M2_INF, _E8M0_NAN = 0x7F, 0x7C, 0xFF
 
 
 class Checkpoint:
@@ -29,7 +50,9 @@ class Checkpoint:
         """config.json as it stands."""
         self._files = files
         self._read: set[str] = set()
-        self._handles: dict[Path, Any] = {}
+        self._opened: dict[Path, _File] = {}
+        self._stages: dict[torch.device, Stage] = {}
+        self._unchecked: list[tuple[str, torch.Tensor]] = []
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -61,30 +84,71 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
-    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """The tensor `name`, as stored, in host memory.
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor that is there, as stored."""
+        return self._file(name).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype of a tensor that is there, as stored."""
+        return self._file(name).dtype(name)
+
+    def read(self, name: str, shape: tuple[int, ...], device: torch.device = _CPU) -> torch.Tensor:
+        """The tensor `name`, as stored, in host memory or on a GPU.
+
+        On a GPU it is queued on the current stream, and whether it is finite is only asked by
+        `finish`, so that nothing waits for it here.
 
         Raises:
             ValueError: if it is missing, has another shape, or holds a NaN or an infinity.
         """
-        if name not in self._files:
-            raise ValueError(f"model: tensor {name} is not in the safetensors of {self.folder}")
-        file = self._files[name]
-        if file not in self._handles:
-            self._handles[file] = _open(file)
-        try:
-            tensor = self._handles[file].get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"model: tensor {name} cannot be read from {file}: {error}") from None
-        if tuple(tensor.shape) != shape:
+        file = self._file(name)
+        if file.shape(name) != shape:
             raise ValueError(
-                f"model: tensor {name} in {file} has shape {list(tensor.shape)}, "
+                f"model: tensor {name} in {file.path} has shape {list(file.shape(name))}, "
                 f"but the config calls for {list(shape)}"
             )
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"model: tensor {name} in {file} holds NaN or infinite weights")
         self._read.add(name)
+        return file.load(name) if device.type == "cpu" else self._fetch(name, device)
+
+    def skip(self, *names: str) -> None:
+        """Count tensors as read that a computation has no use for, if they are there."""
+        self._read.update(name for name in names if name in self._files)
+
+    def finish(self) -> None:
+        """Check what went to a GPU, and let go of files and of the buffers it went through.
+
+        Raises:
+            ValueError: naming the first tensor that holds a NaN or an infinity.
+        """
+        for stage in self._stages.values():
+            stage.close()
+        self._stages.clear()
+        for file in self._opened.values():
+            file.close()
+        self._opened.clear()
+        if self._unchecked:
+            names, flags = zip(*self._unchecked, strict=True)
+            self._unchecked.clear()
+            # One wait for all tensors of a device.
+            finite = torch.stack(flags).tolist()
+            for name, is_finite in zip(names, finite, strict=True):
+                if not is_finite:
+                    raise ValueError(_not_finite(name, self._files[name]))
+
+    def _fetch(self, name: str, device: torch.device) -> torch.Tensor:
+        if device not in self._stages:
+            self._stages[device] = Stage(device)
+        tensor = self._file(name).fetch(name, self._stages[device])
+        self._unchecked.append((name, _is_finite(tensor)))
         return tensor
+
+    def _file(self, name: str) -> _File:
+        if name not in self._files:
+            raise ValueError(f"model: tensor {name} is not in the safetensors of {self.folder}")
+        path = self._files[name]
+        if path not in self._opened:
+            self._opened[path] = _File(path)
+        return self._opened[path]
 
     def unread(self) -> list[str]:
         """Names of tensors that were never read, without the buffers that old files carry."""
@@ -93,6 +157,83 @@ class Checkpoint:
             for name in set(self._files) - self._read
             if not name.endswith("rotary_emb.inv_freq")
         )
+
+
+class _File:
+    """One safetensors file: mapped for the host, read in ranges for a GPU."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle = _open(path)
+        self._raw: BinaryIO = path.open("rb")
+        size = int.from_bytes(self._raw.read(8), "little")
+        # The library has checked it: entries that tile the file, and dtypes and shapes that fit.
+        self._header: dict[str, Any] = json.loads(self._raw.read(size))
+        self._start = 8 + size
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._entry(name)["shape"])
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._entry(name)["dtype"]
+        if stored not in _DTYPES:
+            raise ValueError(
+                f"model: tensor {name} in {self.path} is stored as {stored}, which is not one of "
+                f"{', '.join(_DTYPES)}"
+            )
+        return _DTYPES[stored]
+
+    def load(self, name: str) -> torch.Tensor:
+        """The tensor in host memory; ValueError if it is not finite."""
+        try:
+            tensor = self._handle.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(
+                f"model: tensor {name} cannot be read from {self.path}: {error}"
+            ) from None
+        if not _is_finite(tensor):
+            raise ValueError(_not_finite(name, self.path))
+        return tensor
+
+    def fetch(self, name: str, stage: Stage) -> torch.Tensor:
+        """The tensor on the stage's device."""
+        shape, dtype = self.shape(name), self.dtype(name)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        data = torch.empty(num_bytes, dtype=torch.uint8, device=stage.device)
+        start = self._start + self._entry(name)["data_offsets"][0]
+        try:
+            stage.fetch(self._raw.fileno(), start, data)
+        except EOFError as error:
+            raise ValueError(
+                f"model: tensor {name} cannot be read from {self.path}: {error}"
+            ) from None
+        return data.view(dtype).view(shape)
+
+    def close(self) -> None:
+        self._raw.close()
+
+    def _entry(self, name: str) -> Any:
+        if name not in self._header:
+            raise ValueError(f"model: tensor {name} cannot be read from {self.path}: not in it")
+        return self._header[name]
+
+
+def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Whether no value is a NaN or an infinity: bool [], on the tensor's device."""
+    if not tensor.dtype.is_floating_point:
+        return torch.ones((), dtype=torch.bool, device=tensor.device)
+    if tensor.dtype.itemsize > 1:
+        return torch.isfinite(tensor).all()
+    codes = tensor.view(torch.uint8)
+    if tensor.dtype == torch.float8_e4m3fn:
+        return ((codes & 0x7F) != _E4M3_NAN).all()
+    if tensor.dtype == torch.float8_e5m2:
+        return ((codes & 0x7F) < _E5M2_INF).all()
+    return (codes != _E8M0_NAN).all()
+
+
+def _not_finite(name: str, path: Path) -> str:
+    return f"model: tensor {name} in {path} holds NaN or infinite weights"
 
 
 def find_model(model: str, *, revision: str | None = None) -> Path:

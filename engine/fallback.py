@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .decoder import ROW_MULTIPLE
+
 log = logging.getLogger(__name__)
 
 NO_LIMIT = 1 << 30
@@ -28,6 +30,7 @@ class Fallback:
     def __init__(self, model: Any, *, vocab_size: int, max_positions: int, block_rows: int):
         self.vocab_size = vocab_size
         self.max_positions = max_positions
+        self.row_multiple = ROW_MULTIPLE
         self.block_rows = block_rows
         self.device = next(model.parameters()).device
         self._model = model

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,21 +13,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..kernels.logits import MAX_K
 from . import metrics
 from .checkpoint import Checkpoint, find_model, read_config
-from .decoder import Decoder
 from .fallback import Fallback, read_sizes
 from .families import FAMILIES
-from .head import Head, Model
+from .formats import Scheme, resolve_scheme
+from .head import Columns, Head, Model
+from .layouts import read_stored
+from .loading import load_decoder
 from .packing import rounds
 from .recipes import Recipe, find_recipe
 from .records import Document, DocumentScore
-from .scorer import BatchSink, LogitsSink, Scorer, pad_ids
+from .runner import Request, Runner
+from .scorer import BatchSink, LogitsSink, Scorer
 from .tokenization import Tokenizer
+from .transfer import Arrival
 
-# Rows of a matrix product. From 512 on a GPU's libraries keep a row's bits whatever their number,
-# and a CPU's caches still hold what a block of them makes.
-_BLOCK_ROWS = 512
+# Most rows of a matrix product: a CPU's caches hold what these make, a GPU's memory does.
+_BLOCK_ROWS = {"cpu": 512, "cuda": 32768}
+# Tokens of a packed batch, and bytes that logits may take.
+_BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
+_LOGITS_MEMORY = {"cpu": 256 << 20, "cuda": 2 << 30}
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -39,10 +47,16 @@ class EngineSettings:
     """`cpu`, `cuda`, `cuda:1`; None takes the first GPU there is."""
     dtype: str | None = None
     """`float32`, `bfloat16` or `float16`; None is float32 on a CPU, else the checkpoint's own."""
+    quantization: str | None = None
+    """What linears are multiplied as: `none`, `fp8`, `fp8_block`, `int8`, `int4`, `int4_fp8`;
+    None is what the checkpoint is stored as."""
+    fp8_head: bool = False
+    """Whether the head is multiplied in fp8 too: faster, and less exact."""
     max_batch_tokens: int | None = None
     """Tokens of one packed batch; None is 8,192 on a CPU and 32,768 on a GPU."""
-    logits_memory: int = 256 << 20
-    """Bytes that logits and their scratch may take, whatever the length of a document."""
+    logits_memory: int | None = None
+    """Bytes that logits and their scratch may take, whatever the length of a document; None is
+    256 MB on a CPU and 2 GB on a GPU."""
     trust_remote_code: bool = False
     """Whether a model folder's own Python code may be run."""
 
@@ -51,6 +65,12 @@ class EngineSettings:
             raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens: {self.max_batch_tokens} is not at least 1")
+
+    def resolve_scheme(self, config: Mapping[str, Any]) -> Scheme:
+        """What the checkpoint's linears run as on the device; ValueError if they cannot."""
+        device = self.resolve_device()
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        return resolve_scheme(read_stored(config), self.quantization, capability)
 
     def resolve_device(self) -> torch.device:
         """The device to run on; ValueError if there is no such device."""
@@ -79,8 +99,10 @@ def pipeline(
     revision: str | None = None,
     device: str | None = None,
     dtype: str | None = None,
+    quantization: str | None = None,
+    fp8_head: bool = False,
     max_batch_tokens: int | None = None,
-    logits_memory: int = EngineSettings.logits_memory,
+    logits_memory: int | None = None,
     trust_remote_code: bool = False,
 ) -> Pipeline:
     """Load a causal language model for scoring.
@@ -91,6 +113,10 @@ def pipeline(
         device: `cpu`, `cuda`, `cuda:1`; the first GPU there is by default.
         dtype: `float32`, `bfloat16` or `float16`; by default float32 on a CPU, on a GPU what the
             checkpoint is stored in. Log-probabilities are float32 whatever it is.
+        quantization: what linears are multiplied as: `none`, `fp8` (scales of rows), `fp8_block`
+            (of 128 x 128), `int8`, `int4` (expanded to `dtype`), `int4_fp8` (expanded to fp8).
+            By default what the checkpoint says; a plain checkpoint is rounded while it loads.
+        fp8_head: whether the head is multiplied in fp8 as well.
         max_batch_tokens: tokens of one packed batch. It decides speed and memory, not numbers.
         logits_memory: bytes that logits may take at a time, whatever a document's length.
         trust_remote_code: whether the model folder's own Python code may be run.
@@ -101,6 +127,8 @@ def pipeline(
     settings = EngineSettings(
         device=device,
         dtype=dtype,
+        quantization=quantization,
+        fp8_head=fp8_head,
         max_batch_tokens=max_batch_tokens,
         logits_memory=logits_memory,
         trust_remote_code=trust_remote_code,
@@ -121,6 +149,8 @@ class ModelFacts:
     """What it would be computed in."""
     device: str
     """`cpu` or `cuda`."""
+    quantization: str
+    """How linears are stored and what they run as."""
 
 
 def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
@@ -130,26 +160,29 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
         ValueError: naming the field, its value and what would work.
     """
     config = read_config(folder)
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise ValueError(
-            f"quantization: {folder} holds {method} weights, which cannot be run yet; "
-            "use the model's float32, bfloat16 or float16 checkpoint"
-        )
+    scheme = settings.resolve_scheme(config)
     architecture = config["architectures"][0]
     family = FAMILIES.get(architecture)
     if family is not None:
         spec = family.spec(config)
         vocab_size, max_positions = spec.vocab_size, spec.max_positions
     else:
+        if scheme.stored.groups or settings.quantization not in (None, "none"):
+            wanted = settings.quantization or scheme.stored.method
+            raise ValueError(
+                f"quantization: {wanted!r} needs a family that the decoder knows, and "
+                f"{architecture} is none of {', '.join(FAMILIES)}; use an unquantized checkpoint"
+            )
         vocab_size, max_positions = read_sizes(folder, trust_remote_code=settings.trust_remote_code)
+    dtype = settings.resolve_dtype(config)
     return ModelFacts(
         architecture=architecture,
         native=family is not None,
         vocab_size=vocab_size,
         max_positions=max_positions,
-        dtype=settings.resolve_dtype(config),
+        dtype=dtype,
         device=settings.resolve_device().type,
+        quantization=scheme.describe(dtype),
     )
 
 
@@ -160,29 +193,31 @@ def load_pipeline(folder: Path, settings: EngineSettings) -> Pipeline:
     dtype = DTYPES[facts.dtype]
     model: Model
     if facts.native:
-        model = Decoder.load(
-            Checkpoint.open(folder),
+        checkpoint = Checkpoint.open(folder)
+        model = load_decoder(
+            checkpoint,
             FAMILIES[facts.architecture],
             device=where,
             dtype=dtype,
-            block_rows=_BLOCK_ROWS,
+            block_rows=_BLOCK_ROWS[where.type],
+            scheme=settings.resolve_scheme(checkpoint.config),
         )
     else:
         model = Fallback.load(
             folder,
             device=where,
             dtype=dtype,
-            block_rows=_BLOCK_ROWS,
+            block_rows=_BLOCK_ROWS[where.type],
             trust_remote_code=settings.trust_remote_code,
         )
     tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
-    budget = settings.max_batch_tokens or (8192 if where.type == "cpu" else 32768)
+    budget = settings.max_batch_tokens or _BATCH_TOKENS[where.type]
     return Pipeline(
         model,
         tokenizer,
         dtype=facts.dtype,
         max_batch_tokens=budget,
-        logits_memory=settings.logits_memory,
+        logits_memory=settings.logits_memory or _LOGITS_MEMORY[where.type],
     )
 
 
@@ -209,7 +244,7 @@ class Pipeline:
         self._model = model
         self._tokenizer = tokenizer
         self._budget = max_batch_tokens
-        self._head = Head(model, logits_memory)
+        self._runner = Runner(model, Head(model, logits_memory))
 
     def get_logits(
         self, input_ids: Any, *, dtype: str = "float32"
@@ -232,13 +267,12 @@ class Pipeline:
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
         sequences, single = _as_sequences(input_ids, self.vocab_size)
         results = [torch.empty(len(s), self.vocab_size, dtype=DTYPES[dtype]) for s in sequences]
-        for group, hidden_TD in self._forward(sequences):
-            start = 0
-            for i in group:
-                stop = start + len(sequences[i])
-                for rows, logits in self._head.chunks(hidden_TD[start:stop]):
-                    results[i][rows] = logits[: rows.stop - rows.start].cpu().to(DTYPES[dtype])
-                start = stop
+        # The statistics that come along are of no use here, so any target will do.
+        requests = [Request(ids, np.zeros_like(ids)) for ids in sequences]
+        batches = rounds(((r, len(r.ids)) for r in requests), self._budget)
+        for rows in self._runner.stream(batches, DTYPES[dtype], normalised=False):
+            stop = rows.first_row + len(rows.values)
+            results[rows.request][rows.first_row : stop] = rows.values
         return results[0] if single else results
 
     def get_ppl(self, input_ids: Any) -> float | list[float]:
@@ -255,16 +289,19 @@ class Pipeline:
         short = [i for i, ids in enumerate(sequences) if len(ids) < 2]
         if short:
             raise ValueError(f"input_ids: sequence {short[0]} has 1 token, perplexity needs 2")
-        results = [0.0] * len(sequences)
-        for group, hidden_TD in self._forward(sequences):
-            start = 0
-            for i in group:
-                ids = sequences[i]
-                rows = hidden_TD[start : start + len(ids) - 1]
-                with torch.inference_mode():
-                    logprob = self._head.statistics(rows, ids[1:]).logprob
-                results[i] = metrics.perplexity(logprob.double().sum().item(), len(logprob))
-                start += len(ids)
+        requests = [Request(ids[:-1], ids[1:]) for ids in sequences]
+        launched: deque[Arrival[Columns]] = deque()
+        logprobs = []
+        for batch in rounds(((r, len(r.ids)) for r in requests), self._budget):
+            launched += self._runner.launch(batch)
+            while len(launched) > self._runner.depth:
+                logprobs.append(launched.popleft().wait()["logprob"])
+        logprobs += [arrival.wait()["logprob"] for arrival in launched]
+        stops = np.cumsum([len(r.targets) for r in requests])[:-1]
+        results = [
+            metrics.perplexity(own.sum(dtype=np.float64).item(), len(own))
+            for own in np.split(np.concatenate(logprobs), stops)
+        ]
         return results[0] if single else results
 
     def score(
@@ -276,7 +313,9 @@ class Pipeline:
         overlap: int | None = None,
         stride: int | None = None,
         prefix: str | int | None = None,
+        top_k: int = 0,
         on_logits: LogitsSink | None = None,
+        logits_dtype: str = "float32",
         on_batch: BatchSink | None = None,
     ) -> Iterator[DocumentScore]:
         """Score documents; yields each one's records, in input order, as they are ready.
@@ -291,9 +330,13 @@ class Pipeline:
             overlap: tokens of context before the first target of a later window (`rolling`).
             stride: tokens between windows (`strided`).
             prefix: `bos`, `eos`, `none`, `auto`, `tokenizer` or a token id.
+            top_k: keep the so many likeliest tokens of every row, up to 256, in the records'
+                `top_ids` and `top_logprobs`.
             on_logits: called with (index, doc_id, first row, log-probabilities [rows, V],
                 logsumexp [rows]) for consecutive rows of every document, before the document is
-                yielded; row i scored the document's record i, and logits are their sum.
+                yielded; row i scored the document's record i, and logits are their sum. The
+                arrays are overwritten after the call.
+            logits_dtype: `float32` or `float16`, of these log-probabilities.
             on_batch: called with (scored tokens, their bytes) after every batch, for progress.
 
         Raises:
@@ -303,23 +346,27 @@ class Pipeline:
         chosen = self.find_recipe(
             recipe, context=context, overlap=overlap, stride=stride, prefix=prefix
         )
+        if not 0 <= top_k <= min(MAX_K, self.vocab_size):
+            raise ValueError(f"top_k: {top_k} is not within 0 ... {min(MAX_K, self.vocab_size)}")
+        if top_k and on_logits is not None:
+            raise ValueError("top_k: logits that are handed over hold every candidate; use one")
+        if logits_dtype not in ("float32", "float16"):
+            raise ValueError(f"logits_dtype: {logits_dtype!r} is not one of float32, float16")
         scorer = Scorer(
-            self._model, self._head, self._tokenizer, chosen, max_batch_tokens=self._budget
+            self._model,
+            self._runner,
+            self._tokenizer,
+            chosen,
+            max_batch_tokens=self._budget,
+            num_top=top_k,
         )
-        return scorer.score(_as_documents(inputs), on_logits, on_batch)
+        return scorer.score(
+            _as_documents(inputs), on_logits, on_batch, logits_dtype=DTYPES[logits_dtype]
+        )
 
     def find_recipe(self, recipe: str | Recipe, **settings: Any) -> Recipe:
         """The recipe as it would run on this model, context and stride resolved."""
         return find_recipe(recipe, **settings).resolve(self.max_positions)
-
-    def _forward(self, sequences: Sequence[np.ndarray]) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Packed batches of whole sequences: (their indices, hidden states [T, D])."""
-        order = ((i, len(ids)) for i, ids in enumerate(sequences))
-        for group in rounds(order, self._budget):
-            ids = pad_ids([sequences[i] for i in group], self._model.block_rows)
-            lengths = [len(sequences[i]) for i in group]
-            with torch.inference_mode():
-                yield group, self._model.hidden(ids.to(self._model.device), lengths)
 
 
 def _name_device(device: torch.device) -> str:

@@ -66,6 +66,11 @@ class TokenRecords:
     """float32 [n], nats."""
     logsumexp: np.ndarray
     """float32 [n], nats: logits are logprob + logsumexp."""
+    top_ids: np.ndarray | None = None
+    """int32 [n, k] if candidates are kept: the k most likely tokens, the lowest id first among
+    equals."""
+    top_logprobs: np.ndarray | None = None
+    """float32 [n, k], nats."""
 
     def __len__(self) -> int:
         return len(self.token_id)
@@ -74,6 +79,11 @@ class TokenRecords:
     def empty(cls, num_tokens: int) -> TokenRecords:
         """Zero-filled records for `num_tokens` tokens."""
         return cls(**{name: np.zeros(num_tokens, dtype) for name, dtype in TOKEN_DTYPES.items()})
+
+    def make_room(self, top_k: int) -> None:
+        """Room for `top_k` candidates a token."""
+        self.top_ids = np.zeros((len(self), top_k), np.int32)
+        self.top_logprobs = np.zeros((len(self), top_k), np.float32)
 
 
 TOKEN_DTYPES: dict[str, np.dtype] = {

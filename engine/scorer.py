@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
 from . import metrics
-from .head import Head, LogprobsSink, Model
+from .ahead import run_ahead
+from .head import Columns, Model
 from .intake import Intake, Work
 from .packing import pack, rounds
 from .recipes import Recipe, Window
 from .records import Document, DocumentRecord, DocumentScore, TokenRecords
+from .runner import Request, Runner
 from .tokenization import Tokenizer
+from .transfer import Arrival
 
 LogitsSink = Callable[[int, str, int, np.ndarray, np.ndarray], None]
 """(document index, doc_id, first row, logprobs [rows, V], logsumexp [rows]), rows in order."""
@@ -24,8 +28,8 @@ BatchSink = Callable[[int, int], None]
 
 # Batches' worth of tokens that are sorted and packed together.
 _ROUND_BATCHES = 4
-# Logits that may wait in host memory to be handed over in order, bytes.
-_LOGITS_ROUND = 64 << 20
+# Batches made ready ahead of the model.
+_READY = 4
 
 
 @dataclass
@@ -35,12 +39,19 @@ class _Piece:
     work: Work
     window: Window
     first: int
-    logprobs: np.ndarray | None = None
-    """Kept until the rows of the windows before it have been handed over."""
 
     @property
     def num_rows(self) -> int:
         return self.window.num_targets
+
+
+@dataclass
+class _Batch:
+    """Windows that run together, and what is complete once they have run, in input order."""
+
+    pieces: list[_Piece]
+    requests: list[Request]
+    complete: list[_Piece | DocumentScore] = field(default_factory=list)
 
 
 class Scorer:
@@ -49,15 +60,16 @@ class Scorer:
     def __init__(
         self,
         model: Model,
-        head: Head,
+        runner: Runner,
         tokenizer: Tokenizer | None,
         recipe: Recipe,
         *,
         max_batch_tokens: int,
+        num_top: int = 0,
     ) -> None:
-        self._model = model
-        self._head = head
+        self._runner = runner
         self._budget = max_batch_tokens
+        self._num_top = num_top
         self._intake = Intake(recipe, tokenizer, model.vocab_size)
 
     def score(
@@ -65,38 +77,114 @@ class Scorer:
         documents: Iterable[Document],
         on_logits: LogitsSink | None = None,
         on_batch: BatchSink | None = None,
+        *,
+        logits_dtype: torch.dtype = torch.float32,
     ) -> Iterator[DocumentScore]:
         """Records of every document, in input order, as they are ready.
 
         A document that cannot be scored comes out with the `status` and `error` that say why.
+        Documents are read, tokenized and packed in a thread of their own while the model runs.
         """
-        budget = _ROUND_BATCHES * self._budget
         if on_logits is not None:
-            budget = min(budget, _LOGITS_ROUND // (4 * self._model.vocab_size))
-        for group in rounds(self._pieces(documents), budget):
+            batches = run_ahead(self._batches_in_order(documents), _READY)
+            yield from self._score_in_order(batches, on_logits, on_batch, logits_dtype)
+            return
+        under_way: deque[tuple[_Batch, list[Arrival[Columns]]]] = deque()
+        for batch in run_ahead(self._packed_batches(documents), _READY):
+            launched = self._runner.launch(batch.requests, num_top=self._num_top)
+            under_way.append((batch, launched))
+            if len(under_way) > self._runner.depth:
+                yield from self._complete(*under_way.popleft(), on_batch)
+        while under_way:
+            yield from self._complete(*under_way.popleft(), on_batch)
+
+    def _packed_batches(self, documents: Iterable[Document]) -> Iterator[_Batch]:
+        """Full batches: windows are sorted by length within a few batches' worth of tokens."""
+        for group in rounds(self._pieces(documents), _ROUND_BATCHES * self._budget):
             pieces = [item for item in group if isinstance(item, _Piece)]
-            if on_logits is not None and len(pieces) == 1:
-                # It may be longer than any round: nothing comes before it, so nothing waits.
-                self._run(pieces, _hand_over(pieces[0], on_logits))
-                _count(pieces, on_batch)
-            else:
-                lengths = [p.window.stop - p.window.start for p in pieces]
-                for batch in pack(lengths, self._budget):
-                    packed = [pieces[i] for i in batch]
-                    self._run_batch(packed, keep=on_logits is not None)
-                    _count(packed, on_batch)
-            for item in group:
-                if isinstance(item, DocumentScore):
-                    yield item
-                    continue
-                work = item.work
-                if on_logits is not None and item.logprobs is not None:
-                    lse = work.tokens.logsumexp[item.first : item.first + item.num_rows]
-                    on_logits(work.index, work.document.doc_id, item.first, item.logprobs, lse)
-                    item.logprobs = None
-                work.num_done += 1
-                if work.num_done == len(work.windows):
-                    yield self._finish(work)
+            lengths = [p.window.stop - p.window.start for p in pieces]
+            batches = [
+                self._batch([pieces[i] for i in batch]) for batch in pack(lengths, self._budget)
+            ]
+            batches = batches or [self._batch([])]
+            batches[-1].complete = group
+            yield from batches
+
+    def _batches_in_order(self, documents: Iterable[Document]) -> Iterator[_Batch]:
+        """Batches of consecutive windows, so that rows come out in the order of the input."""
+        for group in rounds(self._pieces(documents), self._budget):
+            batch = self._batch([item for item in group if isinstance(item, _Piece)])
+            batch.complete = group
+            yield batch
+
+    def _batch(self, pieces: list[_Piece]) -> _Batch:
+        requests = [
+            Request(self._inputs(p), p.work.tokens.token_id[p.first : p.first + p.num_rows])
+            for p in pieces
+        ]
+        return _Batch(pieces, requests)
+
+    def _score_in_order(
+        self,
+        batches: Iterable[_Batch],
+        on_logits: LogitsSink,
+        on_batch: BatchSink | None,
+        dtype: torch.dtype,
+    ) -> Iterator[DocumentScore]:
+        running: deque[_Batch] = deque()
+
+        def requests() -> Iterator[list[Request]]:
+            for batch in batches:
+                running.append(batch)
+                if batch.requests:
+                    yield batch.requests
+
+        first = 0
+        for rows in self._runner.stream(requests(), dtype, normalised=True):
+            # All requests of earlier batches are done.
+            while rows.request >= first + len(running[0].pieces):
+                batch = running.popleft()
+                first += len(batch.pieces)
+                yield from self._release(batch, on_batch)
+            piece = running[0].pieces[rows.request - first]
+            start = piece.first + rows.first_row
+            _fill(piece.work.tokens, slice(start, start + len(rows.values)), rows.columns)
+            work = piece.work
+            on_logits(
+                work.index,
+                work.document.doc_id,
+                start,
+                rows.values.numpy(),
+                rows.columns["logsumexp"],
+            )
+        for batch in running:
+            yield from self._release(batch, on_batch)
+
+    def _complete(
+        self, batch: _Batch, launched: Sequence[Arrival[Columns]], on_batch: BatchSink | None
+    ) -> Iterator[DocumentScore]:
+        """Take a batch's results to its documents' records; yields what is complete."""
+        pieces = iter(batch.pieces)
+        for arrival in launched:
+            columns = arrival.wait()
+            start = 0
+            while start < len(columns["logprob"]):
+                piece = next(pieces)
+                rows = slice(start, start + piece.num_rows)
+                into = slice(piece.first, piece.first + piece.num_rows)
+                _fill(piece.work.tokens, into, {n: c[rows] for n, c in columns.items()})
+                start = rows.stop
+        yield from self._release(batch, on_batch)
+
+    def _release(self, batch: _Batch, on_batch: BatchSink | None) -> Iterator[DocumentScore]:
+        _count(batch.pieces, on_batch)
+        for item in batch.complete:
+            if isinstance(item, DocumentScore):
+                yield item
+                continue
+            item.work.num_done += 1
+            if item.work.num_done == len(item.work.windows):
+                yield self._finish(item.work)
 
     def _pieces(
         self, documents: Iterable[Document]
@@ -106,54 +194,12 @@ class Scorer:
             if isinstance(item, DocumentScore):
                 yield item, 1
                 continue
+            if self._num_top:
+                item.tokens.make_room(self._num_top)
             first = 0
             for window in item.windows:
                 yield _Piece(item, window, first), window.stop - window.start
                 first += window.num_targets
-
-    def _run_batch(self, pieces: Sequence[_Piece], *, keep: bool) -> None:
-        """One packed batch; with `keep`, each window also gets its log-probabilities."""
-        if not keep:
-            self._run(pieces, None)
-            return
-        num_rows = sum(p.num_rows for p in pieces)
-        kept_RV = np.empty((num_rows, self._model.vocab_size), np.float32)
-
-        def keep_rows(rows: slice, logprobs_RV: np.ndarray, logsumexp_R: np.ndarray) -> None:
-            kept_RV[rows] = logprobs_RV
-
-        self._run(pieces, keep_rows)
-        start = 0
-        for piece in pieces:
-            piece.logprobs = kept_RV[start : start + piece.num_rows]
-            start += piece.num_rows
-
-    def _run(self, pieces: Sequence[_Piece], on_logprobs: LogprobsSink | None) -> None:
-        """One packed batch through the model; fills in the records of its windows."""
-        lengths = [p.window.stop - p.window.start for p in pieces]
-        ids = pad_ids([self._inputs(p) for p in pieces], self._model.block_rows)
-        starts = np.cumsum([0, *lengths])
-        rows = np.concatenate(
-            [
-                np.arange(p.window.first_target - p.window.start - 1, n) + start
-                for p, n, start in zip(pieces, lengths, starts, strict=False)
-            ]
-        )
-        targets = np.concatenate(
-            [p.work.tokens.token_id[p.first : p.first + p.num_rows] for p in pieces]
-        )
-        with torch.inference_mode():
-            hidden_TD = self._model.hidden(ids.to(self._model.device), lengths)
-            hidden_RD = hidden_TD[torch.from_numpy(rows).to(self._model.device)]
-            result = self._head.statistics(hidden_RD, targets, on_logprobs)
-        columns = {name: column.numpy() for name, column in result._asdict().items()}
-        start = 0
-        for piece in pieces:
-            stop = start + piece.num_rows
-            into = slice(piece.first, piece.first + piece.num_rows)
-            for name, column in columns.items():
-                getattr(piece.work.tokens, name)[into] = column[start:stop]
-            start = stop
 
     def _inputs(self, piece: _Piece) -> np.ndarray:
         ids = piece.work.sequence[piece.window.start : piece.window.stop]
@@ -181,7 +227,7 @@ class Scorer:
 
 
 def _count(pieces: Sequence[_Piece], on_batch: BatchSink | None) -> None:
-    if on_batch is None:
+    if on_batch is None or not pieces:
         return
     num_bytes = 0
     for piece in pieces:
@@ -191,13 +237,9 @@ def _count(pieces: Sequence[_Piece], on_batch: BatchSink | None) -> None:
     on_batch(sum(piece.num_rows for piece in pieces), num_bytes)
 
 
-def _hand_over(piece: _Piece, on_logits: LogitsSink) -> LogprobsSink:
-    def hand_over(rows: slice, logprobs_RV: np.ndarray, logsumexp_R: np.ndarray) -> None:
-        work = piece.work
-        first = piece.first + rows.start
-        on_logits(work.index, work.document.doc_id, first, logprobs_RV, logsumexp_R)
-
-    return hand_over
+def _fill(tokens: TokenRecords, rows: slice, columns: Mapping[str, np.ndarray]) -> None:
+    for name, column in columns.items():
+        getattr(tokens, name)[rows] = column
 
 
 def fill_scores(
@@ -240,11 +282,3 @@ def fill_scores(
     if all_scored and record.num_bytes == len(utf8):
         record.num_words = metrics.count_words(text)
         record.word_perplexity = metrics.perplexity(s, record.num_words)
-
-
-def pad_ids(sequences: Sequence[np.ndarray], multiple: int) -> torch.Tensor:
-    """Sequences side by side, int64, padded with zeros to a multiple of rows."""
-    total = sum(len(ids) for ids in sequences)
-    packed = np.zeros(-(-total // multiple) * multiple, np.int64)
-    packed[:total] = np.concatenate(sequences)
-    return torch.from_numpy(packed)

@@ -8,6 +8,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from .choice import has_triton
+from .quantize import Activations, Layout, quantize
+
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
@@ -15,7 +18,15 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-def gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
-    """activation(gate) * up, where `gate_up` [T, 2F] holds both halves side by side; [T, F]."""
-    gated, up = gate_up.chunk(2, dim=-1)
-    return ACTIVATIONS[activation](gated) * up
+def gate(gate_up_TF: torch.Tensor, activation: str, layout: Layout) -> Activations:
+    """activation(gate) * up as the next product takes it; [T, F].
+
+    `gate_up` [T, 2F] holds both halves side by side. In float32, rounded once.
+    """
+    if has_triton(gate_up_TF):
+        from .gpu import activations
+
+        return activations.gate(gate_up_TF, activation, layout)
+    gated, up = gate_up_TF.float().chunk(2, dim=-1)
+    mixed = ACTIVATIONS[activation](gated) * up
+    return quantize(mixed if layout != Layout.PLAIN else mixed.to(gate_up_TF.dtype), layout)

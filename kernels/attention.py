@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .choice import choose
 from .linear import multiply
 
 # Lengths at which blocks of matrix products beat the library's attention on a CPU in float32.
@@ -21,6 +23,9 @@ _BLOCKS_FROM, _BLOCKS_TO = 513, 8192
 _BLOCK = 256
 # Queries of one block of a sliding window; bounds the mask to block x (block + window).
 _WINDOW_BLOCK = 1024
+# Tokens that a length is rounded up to for cuDNN, and the largest head that it takes.
+_CUDNN_MULTIPLE = 512
+_CUDNN_HEAD = 128
 
 
 def attend(
@@ -39,9 +44,11 @@ def attend(
     `sliding_window`). Runs of equal lengths share one call: the library computes every
     (sequence, head) alone, so a sequence keeps its bits whatever it is packed with.
     """
-    if q_THD.is_cuda and q_THD.dtype in (torch.bfloat16, torch.float16):
-        return _attend_packed(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
-    out_THD = torch.empty_like(q_THD)
+    if q_THD.dtype in (torch.bfloat16, torch.float16):
+        packed = _PACKED.get(choose(q_THD.device).attention)
+        if packed is not None:
+            return packed(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     out_THD[sum(lengths) :] = 0
     start = 0
     for count, length in _runs(lengths):
@@ -77,7 +84,57 @@ def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
             count = 0
 
 
-def _attend_packed(
+def _attend_triton(
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """The kernel of our own over all sequences at once; a row keeps its bits in any packing."""
+    from .gpu import attention
+
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    out_THD[sum(lengths) :] = 0
+    takes_cudnn = window is None and q_THD.shape[2] <= _CUDNN_HEAD and q_THD.shape[2] % 8 == 0
+    long_from = choose(q_THD.device).cudnn_from if takes_cudnn else None
+    start = 0
+    for length in lengths if long_from is not None else ():
+        if length >= long_from:
+            rows = slice(start, start + length)
+            _attend_cudnn(q_THD[rows], k_TGD[rows], v_TGD[rows], scale, out_THD[rows])
+        start += length
+    tiles = _tiles(lengths, attention.block_of(q_THD.shape[2]), long_from, q_THD.device)
+    if len(tiles):
+        attention.attend(q_THD, k_TGD, v_TGD, tiles, out_THD, scale=scale, window=window)
+    return out_THD
+
+
+def _attend_cudnn(
+    q_LHD: torch.Tensor,
+    k_LGD: torch.Tensor,
+    v_LGD: torch.Tensor,
+    scale: float,
+    out_LHD: torch.Tensor,
+) -> None:
+    """cuDNN's attention of one sequence, whose plans cost 40 ms for each new shape.
+
+    So a length is rounded up to one of few; what is added lies behind every query and is zero.
+    """
+    length = len(q_LHD)
+    padding = -length % _CUDNN_MULTIPLE
+    if padding:
+        q_LHD, k_LGD, v_LGD = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q_LHD, k_LGD, v_LGD))
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_LHD, k_LGD, v_LGD))
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        mixed = F.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+        )
+    out_LHD.copy_(mixed[0].transpose(0, 1)[:length])
+
+
+def _attend_flash(
     q_THD: torch.Tensor,
     k_TGD: torch.Tensor,
     v_TGD: torch.Tensor,
@@ -93,7 +150,7 @@ def _attend_packed(
     # torch 2.11 takes fewer key heads as they are, later versions want to be told.
     takes_flag = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
     flags: dict[str, Any] = {"enable_gqa": True} if takes_flag else {}
-    out_THD = torch.empty_like(q_THD)
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     out_THD[used:] = 0
     attended: Any = varlen.varlen_attn(
         q_THD[:used],
@@ -111,14 +168,25 @@ def _attend_packed(
     return out_THD
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)
 def _offsets(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, int]:
     """Where each sequence starts, int32 [sequences + 1] on the device, and the longest length.
 
     Kept for the layers of a batch, which all ask for the same.
     """
-    starts = torch.tensor([0, *lengths]).cumsum(0).to(device=device, dtype=torch.int32)
-    return starts, max(lengths)
+    starts = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    return starts.pin_memory().to(device, non_blocking=True), max(lengths)
+
+
+@lru_cache(maxsize=4)
+def _tiles(
+    lengths: tuple[int, ...], block: int, long_from: int | None, device: torch.device
+) -> torch.Tensor:
+    """The kernel's tiles of sequences shorter than `long_from`, kept for the layers of a batch."""
+    from .gpu import attention
+
+    tiles = torch.from_numpy(attention.lay_out_tiles(lengths, lengths, block, below=long_from))
+    return tiles.pin_memory().to(device, non_blocking=True)
 
 
 def _takes_blocks(q_THD: torch.Tensor) -> bool:
@@ -186,3 +254,6 @@ def _attend_window(
             )
         )
     return torch.cat(blocks, dim=2)
+
+
+_PACKED = {"triton": _attend_triton, "flash": _attend_flash}

@@ -1,4 +1,4 @@
-"""Statistics of each row of logits: what a score keeps of a distribution over the vocabulary."""
+"""What is kept of rows of logits: statistics of a distribution, its largest entries, a copy."""
 
 from __future__ import annotations
 
@@ -6,8 +6,15 @@ from typing import NamedTuple
 
 import torch
 
-# Columns of one tile in the search for a row's maximum.
-_TILE = 128
+from .choice import has_triton
+
+TILE = 128
+"""Columns of one tile, whose maxima lead to a row's largest entries."""
+MAX_K = 256
+"""The most entries of a row that `top_k` returns."""
+# Rows whose scratch exists at a time where torch computes: a few million numbers, which the
+# allocator reuses instead of mapping fresh pages for every chunk.
+_ROWS = 16
 
 
 class RowStatistics(NamedTuple):
@@ -21,8 +28,25 @@ class RowStatistics(NamedTuple):
     top1_logprob: torch.Tensor
     logsumexp: torch.Tensor
 
+    @classmethod
+    def unpack(cls, packed_7R: torch.Tensor) -> RowStatistics:
+        """Views of one float32 buffer that holds the fields in order, integers as their bits.
 
-def row_statistics(logits_RV: torch.Tensor, targets_R: torch.Tensor) -> RowStatistics:
+        One copy of the buffer to the host thus takes all of them.
+        """
+        columns = list(packed_7R.unbind())
+        for i in (cls._fields.index("rank"), cls._fields.index("top1_id")):
+            columns[i] = columns[i].view(torch.int32)
+        return cls(*columns)
+
+
+def row_statistics(
+    logits_RV: torch.Tensor,
+    targets_R: torch.Tensor,
+    *,
+    out_7R: torch.Tensor | None = None,
+    maxima_RN: torch.Tensor | None = None,
+) -> RowStatistics:
     """Log-probability of the targets and the shape of each row's distribution.
 
     With m = max z, w = exp(z - m), s = sum w and log p = z - m - log s:
@@ -34,48 +58,181 @@ def row_statistics(logits_RV: torch.Tensor, targets_R: torch.Tensor) -> RowStati
         top1_id    = the lowest j with z_j = m
 
     Both moments are taken about m, whose neighbourhood holds the mass, so that a confident row
-    does not cancel. `logits_RV` is float32 [R, V], overwritten as scratch; `targets_R` int64 [R]
-    with values in [0, V). A row with a NaN or +inf comes out as NaN;
-    a -inf leaves `logprob` as it is and makes the moments NaN.
+    does not cancel. A logit of -inf weighs nothing. A row that holds a NaN or +inf, or nothing
+    but -inf, comes out as NaN; its rank means nothing and its top1_id is some column.
+
+    Args:
+        logits_RV: float32, contiguous but for the distance between rows; left as it is.
+        targets_R: int64 with values in [0, V).
+        out_7R: where the result goes, for `RowStatistics.unpack`: float32, its rows contiguous,
+            for example some columns of the buffer of a whole batch.
+        maxima_RN: contiguous float32 [R, ceil(V / TILE)] that receives the maxima of the tiles
+            of each row, for `top_k`; all are NaN in a row that holds a NaN or +inf.
     """
+    if out_7R is None:
+        out_7R = logits_RV.new_empty(len(RowStatistics._fields), len(logits_RV))
+    if has_triton(logits_RV):
+        from .gpu import logits
+
+        logits.row_statistics(logits_RV, targets_R, out_7R, maxima_RN)
+        return RowStatistics.unpack(out_7R)
+    result = RowStatistics.unpack(out_7R)
+    for start in range(0, len(logits_RV), _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = RowStatistics(*(column[rows] for column in result))
+        maxima = maxima_RN[rows] if maxima_RN is not None else None
+        _fill(part, logits_RV[rows], targets_R[rows], maxima)
+    return result
+
+
+def _fill(
+    out: RowStatistics,
+    logits_RV: torch.Tensor,
+    targets_R: torch.Tensor,
+    maxima_RN: torch.Tensor | None,
+) -> None:
+    """The formulas of `row_statistics`, term by term."""
     target_R1 = logits_RV.gather(1, targets_R[:, None])
-    max_R, top1_R = _first_max(logits_RV)
+    tiles_RN = _tile_maxima(logits_RV)
+    max_R, top1_R = _first_max(logits_RV, tiles_RN)
     # Ones in float32 add up exactly to 2^24, and faster than booleans do.
     weight = torch.empty_like(logits_RV)
-    rank = torch.gt(logits_RV, target_R1, out=weight).sum(1).to(torch.int32) + 1
-    shifted = logits_RV.sub_(max_R[:, None])
+    rank = torch.gt(logits_RV, target_R1, out=weight).sum(1) + 1
+    shifted = logits_RV - max_R[:, None]
     torch.exp(shifted, out=weight)
     total = weight.sum(1)
+    # 0 * -inf, a NaN, counts as nothing; a row with a NaN of its own has a total of NaN.
     weight *= shifted
-    mean = weight.sum(1) / total
+    mean = weight.nansum(1) / total
     weight *= shifted
-    square = weight.sum(1) / total
+    square = weight.nansum(1) / total
     log_total = total.log()
-    return RowStatistics(
-        logprob=target_R1[:, 0] - max_R - log_total,
-        entropy=log_total - mean,
-        varentropy=(square - mean.square()).clamp_min_(0.0),
-        rank=rank,
-        top1_id=top1_R.to(torch.int32),
-        top1_logprob=-log_total,
-        logsumexp=max_R + log_total,
-    )
+    out.logprob.copy_(target_R1[:, 0] - max_R - log_total)
+    out.entropy.copy_(log_total - mean)
+    out.varentropy.copy_((square - mean.square()).clamp_min_(0.0))
+    out.rank.copy_(rank)
+    out.top1_id.copy_(top1_R)
+    out.top1_logprob.copy_(-log_total)
+    out.logsumexp.copy_(max_R + log_total)
+    if maxima_RN is not None:
+        sound_R1 = (max_R < torch.inf)[:, None]
+        maxima_RN.copy_(tiles_RN.masked_fill_(~sound_R1, torch.nan))
 
 
-def _first_max(logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _tile_maxima(logits_RV: torch.Tensor) -> torch.Tensor:
+    """Maxima of tiles of `TILE` columns, the last of which may be short; [R, ceil(V / TILE)]."""
+    num_columns = logits_RV.shape[1]
+    whole = num_columns // TILE * TILE
+    maxima = logits_RV[:, :whole].unflatten(1, (-1, TILE)).amax(2)
+    if whole == num_columns:
+        return maxima
+    return torch.cat([maxima, logits_RV[:, whole:].amax(1, keepdim=True)], dim=1)
+
+
+def _first_max(
+    logits_RV: torch.Tensor, maxima_RN: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Each row's maximum and the lowest column that holds it.
 
-    The maxima of tiles come first, which vectorises where a search for a position does not; then
-    only the first tile that holds the maximum is searched.
+    The maxima of tiles vectorise where a search for a position does not; then only the first
+    tile that holds the maximum is searched.
+    """
+    tile_R = maxima_RN.argmax(1)
+    # Beyond the last column the last one stands in, which is never the first of equals.
+    columns = _columns(tile_R[:, None]).clamp_max_(logits_RV.shape[1] - 1)
+    found = logits_RV.gather(1, columns)
+    return maxima_RN.gather(1, tile_R[:, None])[:, 0], tile_R * TILE + found.argmax(1)
+
+
+def _columns(tiles_RK: torch.Tensor) -> torch.Tensor:
+    """The columns of tiles laid end to end, some beyond the last; [R, K * TILE]."""
+    column = torch.arange(TILE, device=tiles_RK.device)
+    return (tiles_RK[:, :, None] * TILE + column).flatten(1)
+
+
+def top_k(
+    logits_RV: torch.Tensor, k: int, maxima_RN: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k largest entries of each row, from the largest; equals by ascending id.
+
+    Exactly the first k of a stable descending sort. In a row that holds a NaN or +inf the ids
+    are 0 ... k - 1 and the values NaN.
+
+    Args:
+        logits_RV: float32, contiguous but for the distance between rows.
+        k: 1 ... 256 and at most V, else ValueError.
+        maxima_RN: the maxima of tiles from `row_statistics`, which save a reading of the rows.
+
+    Returns:
+        (ids int32 [R, k], values float32 [R, k]).
+    """
+    if not 1 <= k <= min(MAX_K, logits_RV.shape[1]):
+        raise ValueError(
+            f"k: {k} entries of a row of {logits_RV.shape[1]} logits; "
+            f"1 to {min(MAX_K, logits_RV.shape[1])} are possible"
+        )
+    if has_triton(logits_RV):
+        from .gpu import logits
+
+        return logits.top_k(logits_RV, k, maxima_RN)
+    parts = [_sort(rows, k) for rows in logits_RV.split(_ROWS)]
+    if not parts:
+        return logits_RV.new_empty(0, k, dtype=torch.int32), logits_RV.new_empty(0, k)
+    ids, values = (torch.cat(column) for column in zip(*parts, strict=True))
+    return ids, values
+
+
+def _sort(logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`top_k` by a sort of the k tiles with the largest maxima, the first of equals.
+
+    The entries lie in them: whatever lies elsewhere has k maxima before it.
     """
     num_columns = logits_RV.shape[1]
-    whole = num_columns // _TILE * _TILE
-    tiles = logits_RV[:, :whole].unflatten(1, (-1, _TILE))
-    maxima = tiles.amax(2)
-    if whole < num_columns:
-        maxima = torch.cat([maxima, logits_RV[:, whole:].amax(1, keepdim=True)], dim=1)
-    tile_R = maxima.argmax(1)
-    columns = tile_R[:, None] * _TILE + torch.arange(_TILE, device=logits_RV.device)
-    # Beyond the last column the last one stands in, which is never the first of equals.
-    found = logits_RV.gather(1, columns.clamp_max_(num_columns - 1))
-    return maxima.gather(1, tile_R[:, None])[:, 0], tile_R * _TILE + found.argmax(1)
+    maxima = _tile_maxima(logits_RV)
+    tiles_RK = maxima.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
+    columns = _columns(tiles_RK)
+    candidates = logits_RV.gather(1, columns.clamp(max=num_columns - 1))
+    candidates.masked_fill_(columns >= num_columns, -torch.inf)
+    values, order = candidates.sort(dim=1, descending=True, stable=True)
+    values, ids = values[:, :k], columns.gather(1, order[:, :k])
+    sound_R1 = maxima.amax(1, keepdim=True) < torch.inf
+    ids = torch.where(sound_R1, ids, torch.arange(k, device=ids.device))
+    return ids.to(torch.int32), values.masked_fill(~sound_R1, torch.nan)
+
+
+def narrow(
+    logits_RV: torch.Tensor,
+    statistics: RowStatistics | None,
+    dtype: torch.dtype,
+    out_RV: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Log-probabilities, or the logits themselves without statistics, rounded once to `dtype`.
+
+    A log-probability is (z - m) + `top1_logprob` with m the logit of `top1_id`: the roundings of
+    `row_statistics`, so that in float32 the target's entry equals its `logprob` to the bit.
+
+    Args:
+        logits_RV: float32, contiguous but for the distance between rows; left as it is.
+        statistics: of the same rows.
+        dtype: float16, bfloat16 or float32.
+        out_RV: where the result goes, of that dtype and apart from `logits_RV`; its rows are
+            contiguous.
+    """
+    if out_RV is None:
+        out_RV = torch.empty_like(logits_RV, dtype=dtype, memory_format=torch.contiguous_format)
+    if out_RV.dtype != dtype:
+        raise ValueError(f"out_RV: {out_RV.dtype} cannot hold {dtype}")
+    if has_triton(logits_RV):
+        from .gpu import logits
+
+        logits.narrow(logits_RV, statistics, out_RV)
+        return out_RV
+    if statistics is None:
+        return out_RV.copy_(logits_RV)
+    top1_R1 = statistics.top1_id[:, None].long()
+    for start in range(0, len(logits_RV), _ROWS):
+        rows = slice(start, start + _ROWS)
+        part = logits_RV[rows]
+        shifted = part - part.gather(1, top1_R1[rows])
+        out_RV[rows] = shifted.add_(statistics.top1_logprob[rows, None])
+    return out_RV

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from .choice import has_triton
+
 GROUP = 128
 """Columns that share a scale in `FP8_GROUPS`."""
 FP8_MAX = 448.0
@@ -49,13 +51,18 @@ def quantize(x_TK: torch.Tensor, layout: Layout) -> Activations:
     """
     if layout == Layout.PLAIN:
         return Activations(x_TK)
+    if has_triton(x_TK):
+        from .gpu import quantize as gpu
+
+        return gpu.quantize(x_TK, layout)
     num_rows, num_columns = x_TK.shape
     wide = x_TK.float()
     if layout == Layout.FP8_GROUPS:
         wide = wide.view(num_rows, num_columns // GROUP, GROUP)
     largest = wide.abs().amax(-1, keepdim=True).clamp_min(_LEAST)
     top = INT8_MAX if layout == Layout.INT8_ROWS else FP8_MAX
-    scaled = wide * (top / largest)
+    # A number over a tensor would be a reciprocal and a product: two roundings.
+    scaled = wide * torch.full_like(largest, top).div_(largest)
     if layout == Layout.INT8_ROWS:
         values = scaled.round().clamp_(-top, top).to(torch.int8)
     else:

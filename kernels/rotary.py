@@ -4,19 +4,42 @@ from __future__ import annotations
 
 import torch
 
+from .choice import has_triton
+from .norms import rms_norm
 
-def rotate(x_THD: torch.Tensor, cos_TD: torch.Tensor, sin_TD: torch.Tensor) -> torch.Tensor:
-    """Turn the leading rotary dimensions of every head by the token's angles.
 
-    T tokens, H heads, D head size. `cos_TD` and `sin_TD` [T, R/2] hold the angles of the R <= D
-    rotated dimensions; dimension i is paired with i + R/2, and what lies beyond R passes through.
+def rotate(
+    heads_THD: torch.Tensor,
+    cos_TR: torch.Tensor,
+    sin_TR: torch.Tensor,
+    *,
+    num_queries: int,
+    q_norm_D: torch.Tensor | None = None,
+    k_norm_D: torch.Tensor | None = None,
+    eps: float = 0.0,
+) -> None:
+    """Normalise every head, if there are norms, and turn it by the token's angles, in place.
+
+    `heads` [T, H, D] holds `num_queries` query heads, then key heads; it may be a view with a row
+    stride of its own. `cos` and `sin` float32 [T, R] hold the angles of the 2R <= D leading
+    dimensions: i is paired with i + R, and what lies beyond 2R is not turned. In float32, rounded
+    once.
     """
-    half = cos_TD.shape[-1]
-    cos, sin = cos_TD[:, None], sin_TD[:, None]
-    out = torch.empty_like(x_THD)
-    first, second = x_THD[..., :half], x_THD[..., half : 2 * half]
-    torch.mul(first, cos, out=out[..., :half]).sub_(second * sin)
-    torch.mul(second, cos, out=out[..., half : 2 * half]).add_(first * sin)
-    if 2 * half < x_THD.shape[-1]:
-        out[..., 2 * half :] = x_THD[..., 2 * half :]
-    return out
+    if has_triton(heads_THD):
+        from .gpu import rotary
+
+        rotary.rotate(heads_THD, cos_TR, sin_TR, num_queries, q_norm_D, k_norm_D, eps)
+        return
+    half = cos_TR.shape[-1]
+    cos, sin = cos_TR[:, None], sin_TR[:, None]
+    for part, norm_D in (
+        (heads_THD[:, :num_queries], q_norm_D),
+        (heads_THD[:, num_queries:], k_norm_D),
+    ):
+        wide = part.float() if norm_D is None else rms_norm(part, norm_D, eps)
+        first, second = wide[..., :half], wide[..., half : 2 * half]
+        if norm_D is not None and 2 * half < part.shape[-1]:
+            part[..., 2 * half :] = wide[..., 2 * half :]
+        turned = second * cos + first * sin
+        part[..., :half] = first * cos - second * sin
+        part[..., half : 2 * half] = turned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,12 @@ from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    # Kernels then run on CPU tensors. Triton reads this when a kernel is defined.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    import interpreter
+
+    interpreter.correct()
 
 settings.register_profile(
     "logitmill",

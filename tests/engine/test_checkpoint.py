@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from logitmill.engine import pipeline
-from logitmill.engine.checkpoint import digest, find_model
+from logitmill.engine.checkpoint import Checkpoint, digest, find_model
+from logitmill.engine.staging import Stage
 from oracles import byte_tokenizer, shard, table_model
 from safetensors.torch import load_file, save_file
 
@@ -124,9 +125,22 @@ def test_a_config_that_is_none_is_refused(folder: Path, text: str, said: str) ->
     assert said in refusal(folder)
 
 
-def test_quantized_weights_are_refused_by_method(folder: Path) -> None:
-    change_config(folder, quantization_config={"quant_method": "awq", "bits": 4})
-    assert "holds awq weights, which cannot be run yet" in refusal(folder)
+def test_quantized_weights_of_an_unknown_method_are_refused(folder: Path) -> None:
+    change_config(folder, quantization_config={"quant_method": "hqq", "bits": 4})
+    said = refusal(folder)
+    assert "quant_method 'hqq'" in said
+    assert "awq, gptq, compressed-tensors, fp8, smooth_quant" in said
+
+
+def test_quantized_weights_of_an_architecture_that_is_not_native_are_refused(folder: Path) -> None:
+    change_config(
+        folder,
+        architectures=["GPT2LMHeadModel"],
+        quantization_config={"quant_method": "awq", "bits": 4, "group_size": 128},
+    )
+    said = refusal(folder)
+    assert "quantization: 'awq'" in said
+    assert "GPT2LMHeadModel" in said
 
 
 @pytest.mark.parametrize("name", ["./nowhere", "/nowhere/at/all", "s3://bucket/model", "a/b/c"])
@@ -170,3 +184,94 @@ def test_unknown_settings_are_named(folder: Path) -> None:
     for settings, said in cases:
         with pytest.raises(ValueError, match=said):
             pipeline(folder, **({"device": "cpu"} | settings))
+
+
+# ---- on the way to a GPU: the same code, its buffers not pinned ------------------------------
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("num_threads", [1, 8])
+@pytest.mark.parametrize("size", [0, 1, 99, 100, 101, 12345])
+def test_a_stage_brings_every_byte(size: int, num_threads: int, tmp_path: Path) -> None:
+    data = np.random.default_rng(size).integers(0, 256, size + 20, dtype=np.uint8)
+    (tmp_path / "file").write_bytes(data.tobytes())
+    stage = Stage(CPU, chunk_bytes=100, num_threads=num_threads)
+    with (tmp_path / "file").open("rb") as file:
+        for start in (0, 13):
+            out = torch.zeros(size, dtype=torch.uint8)
+            stage.fetch(file.fileno(), start, out)
+            assert out.numpy().tobytes() == data[start : start + size].tobytes()
+        for more in (30, 500):
+            with pytest.raises(EOFError, match=f"the file ends at byte {size + 20}"):
+                stage.fetch(file.fileno(), 13, torch.zeros(size + more, dtype=torch.uint8))
+        # A failure leaves the buffers to those that come after.
+        stage.fetch(file.fileno(), 0, out)
+    stage.close()
+    assert out.numpy().tobytes() == data[:size].tobytes()
+
+
+STORED = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def stored_tensors() -> dict[str, torch.Tensor]:
+    draw = torch.randn(33, 7)
+    tensors = {str(dtype): draw.to(dtype) for dtype in STORED}
+    tensors |= {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.zeros(0, 4),
+        "int32": torch.arange(-5, 5, dtype=torch.int32),
+        "int8": torch.arange(-5, 5, dtype=torch.int8),
+        "e8m0": torch.tensor([1.0, 4.0]).to(torch.float8_e8m0fnu),
+    }
+    return tensors
+
+
+def open_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> Checkpoint:
+    (folder / "config.json").write_text('{"architectures": ["Some"]}')
+    save_file(tensors, folder / "model.safetensors")
+    return Checkpoint.open(folder)
+
+
+def test_tensors_arrive_as_they_are_stored(tmp_path: Path) -> None:
+    tensors = stored_tensors()
+    checkpoint = open_tensors(tmp_path, tensors)
+    for name, expected in tensors.items():
+        shape = tuple(expected.shape)
+        assert checkpoint.shape(name) == shape
+        assert checkpoint.dtype(name) == expected.dtype
+        for tensor in (checkpoint.read(name, shape), checkpoint._fetch(name, CPU)):
+            assert tensor.dtype == expected.dtype
+            assert tensor.shape == expected.shape
+            assert torch.equal(tensor.float(), expected.float())
+    checkpoint.finish()
+    assert checkpoint.unread() == []
+
+
+@pytest.mark.parametrize("dtype", STORED)
+def test_tensors_on_a_gpu_are_checked_at_the_end(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {"good": torch.ones(3), "bad": torch.ones(200).to(dtype), "last": torch.ones(2)}
+    tensors["bad"].view(torch.uint8)[-dtype.itemsize :] = 0xFF
+    checkpoint = open_tensors(tmp_path, tensors)
+    for name in tensors:
+        checkpoint._fetch(name, CPU)
+    with pytest.raises(ValueError, match=r"tensor bad in .* holds NaN or infinite"):
+        checkpoint.finish()
+    with pytest.raises(ValueError, match=r"tensor bad in .* holds NaN or infinite"):
+        checkpoint.read("bad", (200,))
+
+
+def test_a_file_cut_after_it_was_opened_is_named(tmp_path: Path) -> None:
+    checkpoint = open_tensors(tmp_path, {"weight": torch.ones(5000)})
+    checkpoint.shape("weight")
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as handle:
+        handle.truncate(file.stat().st_size - 100)
+    with pytest.raises(ValueError, match=r"tensor weight cannot be read from .*: the file ends at"):
+        checkpoint._fetch("weight", CPU)
+
+
+def test_a_dtype_that_is_not_known_is_named(tmp_path: Path) -> None:
+    checkpoint = open_tensors(tmp_path, {"weight": torch.ones(2, dtype=torch.complex64)})
+    with pytest.raises(ValueError, match=r"tensor weight in .* is stored as C64"):
+        checkpoint.dtype("weight")

@@ -1,0 +1,211 @@
+"""Packed batches through a model and its head, launched without waiting for their results.
+
+Legend: R scored rows of a batch, V vocabulary, k kept candidates.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from .head import Columns, Head, Model
+from .transfer import Arrival, Outbox, to_device
+
+_T = TypeVar("_T")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A sequence of token ids, and the tokens that its last rows are scored against."""
+
+    ids: np.ndarray
+    """Integers [n]."""
+    targets: np.ndarray
+    """Integers [r], r <= n: row n - r + i of the sequence is scored against target i."""
+
+
+@dataclass(frozen=True)
+class LogitRows:
+    """Consecutive rows of one request over the whole vocabulary; valid until the next ones."""
+
+    request: int
+    """Index among all requests of the stream."""
+    first_row: int
+    """Of the request's scored rows."""
+    values: torch.Tensor
+    """[rows, V] in host memory, in the dtype that was asked for: log-probabilities, or logits."""
+    columns: Columns
+    """The statistics of these rows."""
+
+
+class Runner:
+    """Runs batches of requests; memory that runs out halves what is run at a time."""
+
+    def __init__(self, model: Model, head: Head) -> None:
+        self._model = model
+        self._head = head
+        self._limit: int | None = None
+        """Most tokens of a batch, once memory has run out."""
+
+    @property
+    def depth(self) -> int:
+        """Batches worth launching before the oldest one's results are taken."""
+        return 2 if self._model.device.type == "cuda" else 0
+
+    def launch(self, requests: Sequence[Request], *, num_top: int = 0) -> list[Arrival[Columns]]:
+        """Start a batch; its results, or those of its parts, in the order of the requests.
+
+        With `num_top`, of each row also the so many likeliest tokens.
+        """
+        launched: list[Arrival[Columns]] = []
+        waiting = [list(requests)] if requests else []
+        while waiting:
+            part = waiting.pop(0)
+            if self._is_too_long(part):
+                waiting[:0] = _halve(part)
+                continue
+            try:
+                launched.append(self._launch(part, num_top))
+            except torch.OutOfMemoryError:
+                self._shrink(part, launched)
+                waiting.insert(0, part)
+        return launched
+
+    def stream(
+        self, batches: Iterable[Sequence[Request]], dtype: torch.dtype, *, normalised: bool
+    ) -> Iterator[LogitRows]:
+        """Every scored row of every request over the whole vocabulary, in order.
+
+        With `normalised`, log-probabilities; else logits. A few chunks are under way at a time.
+        """
+        under_way: deque[Arrival[list[LogitRows]]] = deque()
+        outbox = Outbox(self._model.device, dtype, self.depth + 1)
+        first = 0
+        for batch in batches:
+            waiting = [list(batch)]
+            while waiting:
+                part = waiting.pop(0)
+                if self._is_too_long(part):
+                    waiting[:0] = _halve(part)
+                    continue
+                try:
+                    hidden = self._hidden(part)
+                except torch.OutOfMemoryError:
+                    self._shrink(part, under_way)
+                    waiting.insert(0, part)
+                    continue
+                sizes = [len(r.targets) for r in part]
+                chunks = self._head.rows(*hidden, outbox, normalised=normalised)
+                while chunk := self._next(chunks):
+                    rows, arrival = chunk
+                    cut = _cut(sizes, rows, first)
+                    under_way.append(arrival.then(partial(_split, cut)))
+                    if len(under_way) > self.depth:
+                        yield from under_way.popleft().wait()
+                first += len(part)
+        while under_way:
+            yield from under_way.popleft().wait()
+
+    def _launch(self, requests: Sequence[Request], num_top: int) -> Arrival[Columns]:
+        hidden_RD, targets_R, num_rows = self._hidden(requests)
+        with torch.inference_mode():
+            return self._head.score(hidden_RD, targets_R, num_rows, num_top=num_top)
+
+    @staticmethod
+    @torch.inference_mode()
+    def _next(chunks: Iterator[_T]) -> _T | None:
+        """The next chunk; between chunks, the caller's code runs outside of inference mode."""
+        return next(chunks, None)
+
+    def _hidden(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Hidden states of the scored rows and their targets, padded, and the rows unpadded."""
+        lengths = [len(r.ids) for r in requests]
+        sizes = np.array([len(r.targets) for r in requests])
+        stops = np.cumsum(lengths)
+        # Row j of request i, of its last `size` ones: stop - size + j.
+        rows = np.arange(sizes.sum()) + np.repeat(stops - np.cumsum(sizes), sizes)
+        multiple, device = self._model.row_multiple, self._model.device
+        ids_T = to_device(_pad([r.ids for r in requests], multiple), device)
+        rows_R = to_device(_pad([rows], multiple), device)
+        targets_R = to_device(_pad([r.targets for r in requests], multiple), device)
+        with torch.inference_mode():
+            hidden_TD = self._model.hidden(ids_T, lengths)
+            return hidden_TD[rows_R], targets_R, len(rows)
+
+    def _is_too_long(self, requests: Sequence[Request]) -> bool:
+        total = sum(len(r.ids) for r in requests)
+        return len(requests) > 1 and self._limit is not None and total > self._limit
+
+    def _shrink(self, requests: Sequence[Request], running: Iterable[Arrival]) -> None:
+        """Make room for a batch that did not fit: fewer tokens, or fewer rows at a time.
+
+        Raises:
+            RuntimeError: if one sequence alone does not fit.
+        """
+        for arrival in running:
+            arrival.wait()
+        torch.cuda.empty_cache()
+        total = sum(len(r.ids) for r in requests)
+        if len(requests) > 1:
+            self._limit = max(1, total // 2)
+            log.warning("out of device memory: batches of at most %d tokens from now", self._limit)
+        elif self._model.block_rows > self._model.row_multiple and total > self._model.row_multiple:
+            half = min(self._model.block_rows, total) // 2
+            multiple = self._model.row_multiple
+            self._model.block_rows = max(half // multiple, 1) * multiple
+            log.warning(
+                "out of device memory: products of at most %d rows from now",
+                self._model.block_rows,
+            )
+        else:
+            raise RuntimeError(
+                f"device memory: a window of {total} tokens does not fit; use a smaller context"
+            )
+
+
+def _halve(requests: list[Request]) -> list[list[Request]]:
+    """Two parts of about as many tokens; at least one request each."""
+    stops = np.cumsum([len(r.ids) for r in requests])
+    middle = int(np.searchsorted(stops, stops[-1] / 2)) + 1
+    middle = min(max(middle, 1), len(requests) - 1)
+    return [requests[:middle], requests[middle:]]
+
+
+def _pad(parts: Sequence[np.ndarray], multiple: int) -> torch.Tensor:
+    """The parts one after another, int64, padded with zeros to a multiple of rows."""
+    total = sum(len(part) for part in parts)
+    packed = np.zeros(-(-total // multiple) * multiple, np.int64)
+    np.concatenate(parts, out=packed[:total], casting="same_kind")
+    return torch.from_numpy(packed)
+
+
+def _cut(sizes: Sequence[int], rows: slice, first: int) -> list[tuple[int, int, slice]]:
+    """(request, its first row, rows of the chunk) of every request that a chunk touches."""
+    stops = np.cumsum(sizes)
+    starts = stops - sizes
+    cut = []
+    i = int(np.searchsorted(stops, rows.start, side="right"))
+    while i < len(sizes) and starts[i] < rows.stop:
+        start, stop = max(rows.start, int(starts[i])), min(rows.stop, int(stops[i]))
+        cut.append(
+            (first + i, start - int(starts[i]), slice(start - rows.start, stop - rows.start))
+        )
+        i += 1
+    return cut
+
+
+def _split(cut: list[tuple[int, int, slice]], got: tuple[torch.Tensor, Columns]) -> list[LogitRows]:
+    values, columns = got
+    return [
+        LogitRows(request, first_row, values[rows], {n: c[rows] for n, c in columns.items()})
+        for request, first_row, rows in cut
+    ]

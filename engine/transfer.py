@@ -1,0 +1,104 @@
+"""Copies between host and device that nobody waits for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+import torch
+
+_T = TypeVar("_T")
+_U = TypeVar("_U")
+
+
+def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on the device, through pinned memory, so that the host does not wait for it."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+class Arrival(Generic[_T]):
+    """A result on its way from the device to the host."""
+
+    def __init__(self, event: torch.cuda.Event | None, make: Callable[[], _T]) -> None:
+        self._event = event
+        self._make = make
+        self._result: list[_T] = []
+
+    def wait(self) -> _T:
+        """The result, once it is there."""
+        if not self._result:
+            if self._event is not None:
+                self._event.synchronize()
+            self._result.append(self._make())
+        return self._result[0]
+
+    def then(self, change: Callable[[_T], _U]) -> Arrival[_U]:
+        """What `change` makes of the result, once it is there."""
+        return Arrival(self._event, lambda: change(self._make()))
+
+
+def to_host(*tensors: torch.Tensor) -> Arrival[list[torch.Tensor]]:
+    """Copies of a device's tensors in pinned host memory; of a CPU's, the tensors themselves."""
+    device = tensors[0].device
+    if device.type != "cuda":
+        return Arrival(None, lambda: list(tensors))
+    copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
+    for copy, x in zip(copies, tensors, strict=True):
+        copy.copy_(x, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return Arrival(event, lambda: copies)
+
+
+class Outbox:
+    """A ring of buffers through which large results leave a device, on a stream of their own.
+
+    At most `slots` results may be under way; the first one's host memory is used again for the
+    one after the last. On a CPU nothing is copied.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, slots: int) -> None:
+        self.dtype = dtype
+        self._device = device
+        self._slots = [_Slot() for _ in range(slots)]
+        self._turn = 0
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def claim(self, num_rows: int, num_columns: int) -> torch.Tensor:
+        """Room on the device for the next result, which `send` then takes; [rows, columns]."""
+        if self._stream is None:
+            return torch.empty(num_rows, num_columns, dtype=self.dtype)
+        slot = self._slots[self._turn]
+        size = num_rows * num_columns
+        if slot.there is None or slot.there.numel() < size:
+            slot.there = torch.empty(size, dtype=self.dtype, device=self._device)
+            slot.here = torch.empty(size, dtype=self.dtype, pin_memory=True)
+        if slot.sent is not None:
+            torch.cuda.current_stream(self._device).wait_event(slot.sent)
+        return slot.there[:size].view(num_rows, num_columns)
+
+    def send(self, claimed: torch.Tensor) -> Arrival[torch.Tensor]:
+        """Start the copy of what the last `claim` gave, once all before it is computed."""
+        if self._stream is None:
+            return Arrival(None, lambda: claimed)
+        slot = self._slots[self._turn]
+        self._turn = (self._turn + 1) % len(self._slots)
+        assert slot.here is not None
+        here = slot.here[: claimed.numel()].view_as(claimed)
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            here.copy_(claimed, non_blocking=True)
+            slot.sent = torch.cuda.Event()
+            slot.sent.record(self._stream)
+        return Arrival(slot.sent, lambda: here)
+
+
+class _Slot:
+    """One buffer on either side, and when the last copy between them was done."""
+
+    def __init__(self) -> None:
+        self.there: torch.Tensor | None = None
+        self.here: torch.Tensor | None = None
+        self.sent: torch.cuda.Event | None = None

@@ -1,0 +1,160 @@
+"""Workloads as data: a model's shape with random weights, and documents of random tokens.
+
+Speed does not depend on what the weights are, only on their shapes and that they are random:
+zeros would draw less power and run faster. So a workload needs no download.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..engine.records import Document
+
+_STD = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What is run: a shape and documents. How it is run are an engine's settings."""
+
+    name: str
+    text: str
+    """One line for people."""
+    config: Mapping[str, Any]
+    """config.json of the shape."""
+    lengths: tuple[int, ...]
+    """Tokens of each document."""
+
+    def documents(self, seed: int = 0) -> list[Document]:
+        """Documents of uniformly random tokens."""
+        draw = np.random.default_rng(seed)
+        vocab_size = self.config["vocab_size"]
+        return [
+            Document(doc_id=str(i), input_ids=draw.integers(0, vocab_size, n, dtype=np.int32))
+            for i, n in enumerate(self.lengths)
+        ]
+
+    def checkpoint(self, device: torch.device, seed: int = 0) -> RandomCheckpoint:
+        """Weights of the shape, made where they are used."""
+        return RandomCheckpoint(self.config, device, seed)
+
+    def flops(self) -> float:
+        """Useful floating-point operations of one pass: products, the head's and attention's.
+
+        Two for every multiplication; attention's are counted where a token is allowed to look.
+        """
+        c = self.config
+        size = c["hidden_size"]
+        head_dim = c.get("head_dim") or size // c["num_attention_heads"]
+        queries = c["num_attention_heads"] * head_dim
+        keys = c["num_key_value_heads"] * head_dim
+        layer = size * (2 * queries + 2 * keys + 3 * c["intermediate_size"])
+        token = 2 * (c["num_hidden_layers"] * layer + size * c["vocab_size"])
+        pairs = sum(n * (n + 1) / 2 for n in self.lengths)
+        return token * sum(self.lengths) + 4 * queries * pairs * c["num_hidden_layers"]
+
+
+class RandomCheckpoint:
+    """Stands for a `Checkpoint`: every tensor that a plain one has to hold, random."""
+
+    folder = Path("random")
+
+    def __init__(self, config: Mapping[str, Any], device: torch.device, seed: int) -> None:
+        self.config = config
+        self._draw = torch.Generator(device).manual_seed(seed)
+        self._device = device
+        # As checkpoints are stored.
+        self._dtype = torch.bfloat16
+
+    def __contains__(self, name: str) -> bool:
+        # Asked only of what a checkpoint may or may not hold.
+        return False
+
+    def read(
+        self, name: str, shape: tuple[int, ...], device: torch.device | None = None
+    ) -> torch.Tensor:
+        """Normal numbers; a norm's weights lie around 1."""
+        centre, spread = (1.0, 0.1) if len(shape) == 1 and "norm" in name else (0.0, _STD)
+        tensor = torch.empty(shape, dtype=self._dtype, device=self._device)
+        return tensor.normal_(centre, spread, generator=self._draw)
+
+    def skip(self, *names: str) -> None:
+        """Nothing is left over."""
+
+    def finish(self) -> None:
+        """Nothing is held."""
+
+    def unread(self) -> list[str]:
+        """Nothing is left over."""
+        return []
+
+
+def _mixed(count: int, median: float) -> tuple[int, ...]:
+    """Lengths as a web corpus has them: log-normal, 16 to 8,192 tokens."""
+    draw = random.Random(0)
+    return tuple(min(8192, max(16, int(draw.lognormvariate(median, 0.9)))) for _ in range(count))
+
+
+_LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+_QWEN_HALF_B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "vocab_size": 151936,
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+WORKLOADS = {
+    w.name: w
+    for w in (
+        Workload(
+            name="llama8b-mixed",
+            text="Llama-3.1-8B shape, 600 documents of 16 to 8,192 tokens, mean 740",
+            config=_LLAMA_8B,
+            lengths=_mixed(600, 6.2),
+        ),
+        Workload(
+            name="llama8b-long",
+            text="Llama-3.1-8B shape, 48 documents of 8,192 tokens",
+            config=_LLAMA_8B,
+            lengths=(8192,) * 48,
+        ),
+        Workload(
+            name="qwen0.5b-mixed",
+            text="Qwen2.5-0.5B shape, 600 documents of 16 to 8,192 tokens, mean 740",
+            config=_QWEN_HALF_B,
+            lengths=_mixed(600, 6.2),
+        ),
+    )
+}

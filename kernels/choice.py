@@ -1,0 +1,49 @@
+"""Which implementation computes what, on which device: one table, by measurement.
+
+The figures behind it are in `infra/benchmarks/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The fastest exact way of every operation on one kind of device."""
+
+    triton: bool
+    """Fused Triton kernels for everything between products, or torch's operations."""
+    attention: str
+    """For 16-bit heads: `triton`, `flash` (torch's FlashAttention-2), or `sdpa`."""
+    cudnn_from: int | None = None
+    """Sequence length in tokens from which cuDNN's attention is taken."""
+
+
+_CPU = Choice(triton=False, attention="sdpa")
+_TABLE = {
+    (8, 0): Choice(triton=True, attention="flash"),
+    (8, 6): Choice(triton=True, attention="flash"),
+    (8, 9): Choice(triton=True, attention="flash"),
+    (9, 0): Choice(triton=True, attention="triton", cudnn_from=4096),
+}
+
+
+def choose(device: torch.device) -> Choice:
+    """The table's line for a device; newer ones than it knows take the last line."""
+    return _CPU if device.type != "cuda" else _choose_cuda(device.index or 0)
+
+
+@lru_cache
+def _choose_cuda(index: int) -> Choice:
+    capability = torch.cuda.get_device_capability(index)
+    known = [c for c in _TABLE if c <= capability]
+    return _TABLE[max(known)] if known else Choice(triton=False, attention="sdpa")
+
+
+def has_triton(x: torch.Tensor) -> bool:
+    """Whether `x` lies where the Triton kernels run."""
+    return x.is_cuda and choose(x.device).triton

@@ -1,0 +1,68 @@
+"""Gated activation and quantization in one read and one write."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from ..quantize import Activations, Layout
+from .quantize import LAYOUTS, empty_activations, shape_program, store_rows
+
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+_GELU = tl.constexpr(1)
+_GELU_TANH = tl.constexpr(2)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == _GELU:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    if ACTIVATION == _GELU_TANH:
+        inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
+        # (1 + tanh u) / 2 is the logistic function of 2u.
+        return x / (1.0 + tl.exp(-2.0 * inner))
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _gate(
+    gate_up,
+    values,
+    scales,
+    num_rows,
+    num_columns: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LAYOUT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    seen = (row[:, None] < num_rows) & (column[None, :] < num_columns)
+    at = row[:, None].to(tl.int64) * (2 * num_columns) + column[None, :]
+    gated = tl.load(gate_up + at, mask=seen, other=0.0).to(tl.float32)
+    up = tl.load(gate_up + at + num_columns, mask=seen, other=0.0).to(tl.float32)
+    y = _activate(gated, ACTIVATION) * up
+    store_rows(y, row, column, seen, values, scales, num_rows, num_columns, LAYOUT, ROWS, BLOCK)
+
+
+def gate(gate_up_TF: torch.Tensor, activation: str, layout: Layout) -> Activations:
+    """`kernels.activations.gate`; `gate_up` is contiguous."""
+    num_rows, num_columns = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
+    out = empty_activations(num_rows, num_columns, layout, gate_up_TF.dtype, gate_up_TF.device)
+    block, rows, warps = shape_program(num_columns)
+    _gate[(triton.cdiv(num_rows, rows),)](
+        gate_up_TF,
+        out.values_TK,
+        out.scales if out.scales is not None else gate_up_TF,
+        num_rows,
+        num_columns,
+        ACTIVATION=_ACTIVATIONS[activation],
+        LAYOUT=LAYOUTS[layout],
+        ROWS=rows,
+        BLOCK=block,
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
+    return out

@@ -1,0 +1,217 @@
+"""Causal attention over packed sequences, a tile of queries a program.
+
+Legend: T packed queries, S packed keys, H query heads, G key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+_LOG2_E = 1.4426950408889634
+
+# Queries and keys of a tile, warps, stages of the key loop; by padded head size. Fixed, since the
+# order of additions along a row of scores, and so its bits, goes by the number of keys.
+CONFIGS = {
+    64: (64, 64, 4, 4),
+    128: (64, 64, 4, 3),
+    256: (128, 64, 8, 2),
+}
+
+
+@triton.jit
+def _fold(
+    acc,
+    total,
+    top,
+    q,
+    keys,
+    values,
+    first_key,
+    n,
+    column,
+    position,
+    num_keys,
+    scale,
+    soft_cap,
+    window,
+    BN: tl.constexpr,
+    MASKED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    """Fold keys n ... n + BN - 1 into the running softmax; scores in units of log 2."""
+    k = keys.load([first_key + n, column])
+    s = tl.dot(q, tl.trans(k))
+    if CAP:
+        # scale holds 2 / cap, soft_cap the cap in units of log 2; tanh u = 1 - 2 / (e^2u + 1)
+        s = soft_cap * (1.0 - 2.0 / (tl.exp(s * scale) + 1.0))
+    if MASKED:
+        key = n + tl.arange(0, BN)
+        seen = key[None, :] <= position[:, None]
+        if WINDOW:
+            seen = seen & (key[None, :] > position[:, None] - window)
+        s = tl.where(seen, s, float("-inf"))
+    factor = 1.0 if CAP else scale
+    new_top = tl.maximum(top, tl.max(s, 1) * factor)
+    base = new_top
+    if WINDOW:
+        # A row may not have seen any key yet.
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    p = tl.exp2(s * factor - base[:, None])
+    shrink = tl.exp2(top - base)
+    total = total * shrink + tl.sum(p, 1)
+    acc = acc * shrink[:, None]
+    v = values.load([first_key + n, column])
+    if MASKED:
+        # Rows beyond the sequence belong to another one: zero times its infinity is not zero.
+        own = n + tl.arange(0, BN) < num_keys
+        v = tl.where(own[:, None], v, 0.0)
+    acc = tl.dot(p.to(v.dtype), v, acc)
+    return acc, total, new_top
+
+
+@triton.jit
+def _attend(
+    queries,
+    keys,
+    values,
+    out,
+    tiles,
+    scale,
+    soft_cap,
+    window,
+    num_heads: tl.constexpr,
+    heads_per_group: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    CAP: tl.constexpr,
+):
+    tile = tiles + (tl.program_id(0) // num_heads) * 4
+    head = tl.program_id(0) % num_heads
+    first_query = tl.load(tile)
+    num_queries = tl.load(tile + 1)
+    first_key = tl.load(tile + 2)
+    # Of the tile's first query among the keys of its sequence.
+    start = tl.load(tile + 3)
+    num_keys = start + num_queries
+    column = (head // heads_per_group) * D
+    dim = tl.arange(0, BLOCK_D)
+    q = queries.load([first_query, head * D])
+    if BLOCK_D != D:
+        # The columns beyond are another head's.
+        q = tl.where((dim < D)[None, :], q, 0.0)
+    row = tl.arange(0, BM)
+    position = start + row
+    acc = tl.zeros([BM, BLOCK_D], tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    top = tl.full([BM], float("-inf"), tl.float32)
+    if WINDOW:
+        masked_from = tl.maximum(start - window + 1, 0) // BN * BN
+    else:
+        masked_from = (start + 1) // BN * BN
+        for n in tl.range(0, masked_from, BN):
+            acc, total, top = _fold(
+                acc, total, top, q, keys, values, first_key, n, column, position, num_keys,
+                scale, soft_cap, window, BN, False, WINDOW, CAP,
+            )  # fmt: skip
+    for n in tl.range(masked_from, num_keys, BN):
+        acc, total, top = _fold(
+            acc, total, top, q, keys, values, first_key, n, column, position, num_keys,
+            scale, soft_cap, window, BN, True, WINDOW, CAP,
+        )  # fmt: skip
+    acc = acc / total[:, None]
+    at = (first_query + row)[:, None].to(tl.int64) * (num_heads * D) + head * D + dim[None, :]
+    own = (row < num_queries)[:, None] & (dim < D)[None, :]
+    tl.store(out + at, acc.to(out.dtype.element_ty), mask=own)
+
+
+def lay_out_tiles(
+    num_queries: Sequence[int], num_keys: Sequence[int], block: int, *, below: int | None = None
+) -> np.ndarray:
+    """int32 [tiles, 4]: first query, queries, first key, the first query's place among the keys.
+
+    The last queries of a sequence face its last keys. Long tiles come first, so that short ones
+    fill the end. With `below`, only sequences of fewer queries.
+    """
+    queries, keys = np.asarray(num_queries, np.int64), np.asarray(num_keys, np.int64)
+    counts = -(-queries // block)
+    if below is not None:
+        counts[queries >= below] = 0
+    sequence = np.repeat(np.arange(len(queries)), counts)
+    first = (np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)) * block
+    tiles = np.stack(
+        [
+            (np.cumsum(queries) - queries)[sequence] + first,
+            np.minimum(block, queries[sequence] - first),
+            (np.cumsum(keys) - keys)[sequence],
+            (keys - queries)[sequence] + first,
+        ],
+        axis=1,
+    )
+    return tiles[np.argsort(-tiles[:, 3], kind="stable")].astype(np.int32)
+
+
+def attend(
+    q_THD: torch.Tensor,
+    k_SGD: torch.Tensor,
+    v_SGD: torch.Tensor,
+    tiles: torch.Tensor,
+    out_THD: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    config: tuple[int, int, int, int] | None = None,
+) -> None:
+    """Attention of all sequences into the contiguous `out_THD`; rows of no tile are left alone.
+
+    `tiles` is `lay_out_tiles` on the device, for the block of queries of the head size's config.
+    The heads of a token lie side by side in each of q, k, v; rows may have strides of their own.
+    """
+    _, num_heads, size = q_THD.shape
+    padded = max(64, triton.next_power_of_2(size))
+    queries, keys, warps, stages = config or CONFIGS[padded]
+    if soft_cap is None:
+        factor, cap = scale * _LOG2_E, 0.0
+    else:
+        factor, cap = 2.0 * scale / soft_cap, soft_cap * _LOG2_E
+    _attend[(len(tiles) * num_heads,)](
+        _describe(q_THD, [queries, padded]),
+        _describe(k_SGD, [keys, padded]),
+        _describe(v_SGD, [keys, padded]),
+        out_THD,
+        tiles,
+        factor,
+        cap,
+        window or 0,
+        num_heads=num_heads,
+        heads_per_group=num_heads // k_SGD.shape[1],
+        D=size,
+        BLOCK_D=padded,
+        BM=queries,
+        BN=keys,
+        WINDOW=window is not None,
+        CAP=soft_cap is not None,
+        num_warps=warps,
+        num_stages=stages,
+        enable_fp_fusion=True,
+    )
+
+
+def block_of(size: int) -> int:
+    """Queries of a tile for a head size."""
+    return CONFIGS[max(64, triton.next_power_of_2(size))][0]
+
+
+def _describe(x_THD: torch.Tensor, block: list[int]) -> TensorDescriptor:
+    rows, heads, size = x_THD.shape
+    return TensorDescriptor(x_THD, [rows, heads * size], [x_THD.stride(0), 1], block)

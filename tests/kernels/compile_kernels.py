@@ -1,0 +1,303 @@
+"""Compile every kernel as it ships for the GPUs it ships to, without a GPU; print what it takes.
+
+    python tests/kernels/compile_kernels.py [NAME ...]
+
+NAME picks kernels by the beginning of their name. Exit status 1 if any does not compile, takes
+more shared memory than a block may have, or spills registers. It needs a process of its own, in
+which Triton does not interpret.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import triton
+import triton.language as tl
+from logitmill.kernels.gpu import activations, attention, linear, norms, quantize, rotary
+from logitmill.kernels.quantize import Layout
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+SHARED = {80: 166_912, 89: 101_376, 90: 232_448}
+"""Bytes of shared memory that a block may have, by compute capability."""
+FP8 = (89, 90)
+"""e4m3 does not exist before."""
+
+
+class Case(NamedTuple):
+    """One kernel as one launch compiles it."""
+
+    kernel: Any
+    signature: dict[str, str]
+    """Types of the arguments that are not constants, in Triton's notation; `i32:16` is an
+    integer divisible by 16. Pointers and descriptors are aligned, as torch allocates them."""
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    targets: tuple[int, ...] = tuple(SHARED)
+
+
+def _int8(tiles: linear.Tiles) -> tuple[dict[str, Any], dict[str, Any]]:
+    constants = {
+        "HAS_BIAS": True,
+        "BM": tiles.rows,
+        "BN": tiles.columns,
+        "BK": tiles.depth,
+        "BAND": tiles.band,
+    }
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": False}
+    return constants, options
+
+
+def _int8_tma(tiles: linear.Tiles, dtype: Any = tl.bfloat16) -> Case:
+    constants, options = _int8(tiles)
+    width = tiles.columns // tiles.parts
+    signature = {
+        "x": f"tensordesc<i8[{tiles.rows}, {tiles.depth}]>",
+        "w": f"tensordesc<i8[{tiles.columns}, {tiles.depth}]>",
+        "out": f"tensordesc<{dtype.name}[{tiles.rows}, {width}]>",
+        **SCALES,
+        **SIZES,
+    }
+    more = {"PARTS": tiles.parts, "PERSISTENT": tiles.persistent, "DTYPE": dtype}
+    return Case(linear._int8_tma, signature, constants | more, options, (90,))
+
+
+SCALES = {"x_scale": "*fp32", "w_scale": "*fp32", "bias": "*bf16"}
+SIZES = {"M": "i32", "N": "i32:16", "K": "i32:16"}
+INT8 = {"x": "*i8", "w": "*i8", "out": "*bf16", **SCALES, **SIZES}
+BLOCKS = {"x": "*fp8e4nv", "w": "*fp8e4nv", "out": "*bf16", **SCALES, **SIZES}
+BLOCKS |= {"x_stride": "i32", "w_stride": "i32"}
+EXPAND = {
+    "codes": "*i32",
+    "scales": "*fp16",
+    "zeros": "*u8",
+    "row_scale": "*fp32",
+    "groups": "*i32",
+    "out": "*bf16",
+    "num_lines": "i32",
+    "in_row": "i32",
+    "in_group": "i32",
+}
+EXPAND_FLAGS = {
+    "HAS_SCALES": True,
+    "HAS_ZEROS": True,
+    "HAS_ROW_SCALE": False,
+    "HAS_GROUPS": False,
+    "LINES": linear._PROGRAM // linear._LINE,
+    "WORDS": linear._LINE // 8,
+}
+SCATTERED = {"HAS_GROUPS": True, "LINES": linear._PROGRAM_SCATTERED // linear._LINE}
+EXPAND_OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+
+
+def _by_rows(
+    kernel: Any,
+    inputs: dict[str, str],
+    layout: Layout,
+    num_columns: int,
+    **more: Any,
+) -> Case:
+    """A kernel that ends in `quantize.store_rows`."""
+    fp8 = layout in (Layout.FP8_ROWS, Layout.FP8_GROUPS)
+    values = "*fp8e4nv" if fp8 else "*i8" if layout == Layout.INT8_ROWS else "*bf16"
+    block, rows, warps = quantize.shape_program(num_columns)
+    constants = {
+        "num_columns": num_columns,
+        "LAYOUT": quantize.LAYOUTS[layout],
+        "ROWS": rows,
+        "BLOCK": block,
+    }
+    signature = {**inputs, "values": values, "scales": "*fp32", "num_rows": "i32"}
+    return Case(
+        kernel, signature, constants | more, {"num_warps": warps}, FP8 if fp8 else tuple(SHARED)
+    )
+
+
+NORM = {"x": "*bf16", "delta": "*bf16", "weight": "*bf16", "eps": "fp32"}
+ROTATE = {
+    "heads": "*bf16",
+    "cos": "*fp32",
+    "sin": "*fp32",
+    "q_norm": "*bf16",
+    "k_norm": "*bf16",
+    "num_tokens": "i32",
+    "stride": "i32:16",
+    "eps": "fp32",
+}
+
+
+def _rotate(size: int, half: int, norm: bool) -> Case:
+    constants = {
+        "num_heads": 40,
+        "num_queries": 32,
+        "D": size,
+        "R": half,
+        "NORM": norm,
+        "TOKENS": rotary._TOKENS,
+        "HEADS": rotary._HEADS,
+        "HALF": triton.next_power_of_2(max(half, size - 2 * half) if norm else half),
+    }
+    return Case(rotary._rotate, ROTATE, constants, {"num_warps": 4})
+
+
+def _attend(size: int, *, window: bool = False, cap: bool = False) -> Case:
+    queries, keys, warps, stages = attention.CONFIGS[size]
+    signature = {
+        "queries": f"tensordesc<bf16[{queries}, {size}]>",
+        "keys": f"tensordesc<bf16[{keys}, {size}]>",
+        "values": f"tensordesc<bf16[{keys}, {size}]>",
+        "out": "*bf16",
+        "tiles": "*i32",
+        "scale": "fp32",
+        "soft_cap": "fp32",
+        "window": "i32",
+    }
+    constants = {
+        "num_heads": 32,
+        "heads_per_group": 4,
+        "D": size,
+        "BLOCK_D": size,
+        "BM": queries,
+        "BN": keys,
+        "WINDOW": window,
+        "CAP": cap,
+    }
+    options = {"num_warps": warps, "num_stages": stages}
+    return Case(attention._attend, signature, constants, options, (90,))
+
+
+CASES = [
+    *(_by_rows(norms._add_norm, NORM, layout, 4096, HAS_DELTA=True) for layout in Layout),
+    _by_rows(norms._add_norm, NORM, Layout.FP8_ROWS, 8192, HAS_DELTA=True),
+    *(
+        _by_rows(activations._gate, {"gate_up": "*bf16"}, layout, 14336, ACTIVATION=0)
+        for layout in Layout
+    ),
+    _by_rows(activations._gate, {"gate_up": "*bf16"}, Layout.FP8_ROWS, 28672, ACTIVATION=2),
+    *(
+        _by_rows(quantize._quantize, {"x": "*bf16"}, layout, 4096)
+        for layout in Layout
+        if layout != Layout.PLAIN
+    ),
+    _rotate(128, 64, norm=False),
+    _rotate(128, 32, norm=True),
+    *(_attend(size) for size in attention.CONFIGS),
+    _attend(128, window=True),
+    _attend(128, cap=True),
+    _int8_tma(linear.INT8_TMA),
+    Case(linear._int8, INT8, *_int8(linear.INT8_POINTERS)),
+    Case(
+        linear._fp8_blocks,
+        BLOCKS,
+        {"HAS_BIAS": True, "BM": 128, "BN": 128, "BAND": 8},
+        {"num_warps": 8, "num_stages": linear.FP8_BLOCKS.stages, "enable_fp_fusion": True},
+        FP8,
+    ),
+    Case(linear._expand, EXPAND, EXPAND_FLAGS, EXPAND_OPTIONS),
+    Case(linear._expand, EXPAND, EXPAND_FLAGS | SCATTERED, EXPAND_OPTIONS),
+    Case(
+        linear._expand,
+        EXPAND | {"out": "*fp8e4nv"},
+        EXPAND_FLAGS | {"HAS_ROW_SCALE": True},
+        EXPAND_OPTIONS,
+        FP8,
+    ),
+    Case(
+        linear._expand,
+        EXPAND | {"out": "*fp8e4nv"},
+        EXPAND_FLAGS | {"HAS_SCALES": False},
+        EXPAND_OPTIONS,
+        FP8,
+    ),
+]
+
+
+class Taken(NamedTuple):
+    """What one compiled kernel takes of a multiprocessor."""
+
+    registers: int
+    """Of a thread."""
+    spilled: int
+    """Bytes of a thread's stack."""
+    shared: int
+    """Bytes of a block."""
+
+
+def build(case: Case, target: int) -> Taken:
+    """Compile a case for one compute capability."""
+    names = case.kernel.arg_names
+    missing = set(names) ^ (set(case.signature) | set(case.constants))
+    assert not missing, f"{case.kernel.__name__}: {sorted(missing)}"
+    signature = {n: case.signature.get(n, "constexpr").partition(":")[0] for n in names}
+    aligned = [
+        (i,)
+        for i, name in enumerate(names)
+        if case.signature.get(name, "").startswith("*")
+        or case.signature.get(name, "").endswith(":16")
+    ]
+    source = ASTSource(
+        fn=case.kernel,
+        signature=signature,
+        constexprs=case.constants,
+        attrs={at: [["tt.divisibility", 16]] for at in aligned},
+    )
+    built = triton.compile(source, target=GPUTarget("cuda", target, 32), options=case.options)
+    registers, spilled = _read_usage(built.asm["cubin"])
+    return Taken(registers, spilled, built.metadata.shared)
+
+
+def _read_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes of a thread."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", file.name], check=True, capture_output=True, text=True
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found, text
+    return int(found[1]), int(found[2])
+
+
+def check(index: int, target: int) -> tuple[str, bool]:
+    """A line about case `index`, and whether it holds."""
+    case = CASES[index]
+    label = f"{case.kernel.__name__:<24} sm_{target}"
+    try:
+        taken = build(case, target)
+    except Exception as error:  # A compiler's errors have no common type.
+        return f"{label}  {type(error).__name__}: {error}", False
+    holds = taken.spilled == 0 and taken.shared <= SHARED[target]
+    line = f"{label}  {taken.registers:>3} registers {taken.shared:>7} B shared"
+    return f"{line} {taken.spilled:>4} B spilled{'' if holds else '  TOO MUCH'}", holds
+
+
+def main(names: list[str]) -> int:
+    """The exit status."""
+    work = [
+        (index, target)
+        for index, case in enumerate(CASES)
+        for target in case.targets
+        if not names or case.kernel.__name__.startswith(tuple(names))
+    ]
+    # Compilers are started afresh: a fork of a process with threads may hang.
+    with ProcessPoolExecutor(min(4, os.cpu_count() or 1), get_context("spawn")) as pool:
+        results = list(pool.map(check, *zip(*work, strict=True)))
+    for line, _ in results:
+        print(line)
+    return 0 if all(holds for _, holds in results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
