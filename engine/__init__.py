@@ -1,6 +1,6 @@
 """Arithmetic over documents: models, recipes, scores. Knows nothing of Prefect, Parquet or S3."""
 
-from .pipeline import Pipeline, pipeline
+from .pipeline import EngineSettings, Pipeline, pipeline
 from .recipes import PRESETS, Recipe, find_recipe
 from .records import Document, DocumentRecord, DocumentScore, TokenRecords
 
@@ -9,6 +9,7 @@ __all__ = [
     "Document",
     "DocumentRecord",
     "DocumentScore",
+    "EngineSettings",
     "Pipeline",
     "Recipe",
     "TokenRecords",

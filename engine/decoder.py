@@ -2,9 +2,9 @@
 
 Legend: T packed tokens, D hidden size, H query heads, G key/value heads, V vocabulary, R rows.
 
-Everything but attention treats a row of tokens alone, so the linear parts run in blocks of rows,
-each a multiple of `ROW_MULTIPLE`. Together with attention that sees one sequence at a time this
-keeps a document's bits the same whatever it is packed with.
+Everything but attention treats a row of tokens alone, so the linear parts run in blocks of rows
+(`blocks.py`). Together with attention that sees one sequence at a time this keeps a document's
+bits the same whatever it is packed with.
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from ..kernels import linear
 from ..kernels.activations import gate
 from ..kernels.attention import attend
 from ..kernels.norms import add_norm
 from ..kernels.quantize import Activations, Layout, quantize
 from ..kernels.rotary import rotate
+from .blocks import LEAST, Blocks, agree, powers
 from .formats import Linear
 from .spec import DecoderSpec
 from .transfer import to_device
-
-ROW_MULTIPLE = 512
-"""Rows of every product are a multiple of this: from here on the libraries of GPUs keep a row's
-bits whatever the number of rows (`infra/benchmarks/`)."""
 
 
 @dataclass(frozen=True)
@@ -71,29 +67,30 @@ class Decoder:
         embedding_VD: torch.Tensor,
         layers: Sequence[LayerWeights],
         final_norm_D: torch.Tensor,
-        head_VD: torch.Tensor,
+        head: Linear,
         block_rows: int,
     ) -> None:
+        """`block_rows` bounds the rows of a product; on a CPU they are always `LEAST`."""
         self.spec = spec
         self.vocab_size = spec.vocab_size
         self.max_positions = spec.max_positions
         self.device = embedding_VD.device
         self.dtype = embedding_VD.dtype
-        self.row_multiple = ROW_MULTIPLE
-        self.block_rows = block_rows
-        """Most rows of a matrix product, a multiple of `row_multiple`."""
+        self.blocks = Blocks([LEAST])
+        """Rows of the products of `hidden`."""
         self._embedding_VD = embedding_VD
         self._layers = layers
         self._final_norm_D = final_norm_D
-        self._head_VD = head_VD
+        self._head = head
         self._rates: tuple[torch.Tensor, float] | None = None
+        if self.device.type == "cuda":
+            self.blocks = self._agree(_unlike(layers), block_rows)
 
     def hidden(self, ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Hidden states after the final norm, [T, D].
 
         `ids_T` int64 on the device holds sequences of the given `lengths` one after another,
-        padded with any valid id to a multiple of `row_multiple`; rows of padding come out
-        meaningless.
+        padded with any valid id as `blocks` pads; rows of padding come out meaningless.
         """
         spec = self.spec
         cos_TR, sin_TR = self._angles(len(ids_T), lengths)
@@ -149,17 +146,25 @@ class Decoder:
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """Logits of rows of hidden states, float32 [R, V]."""
-        return linear.multiply_wide(hidden_RD, self._head_VD)
+        return self._head(quantize(hidden_RD, self._head.layout))
+
+    def agree_on_logits(self, most_rows: int) -> Blocks:
+        """Numbers of rows, up to `most_rows`, for which `logits` gives a row the same bits."""
+        return self._agree([(self._head, self.spec.hidden_size)], most_rows)
+
+    def _agree(self, linears: Sequence[tuple[Linear, int]], most_rows: int) -> Blocks:
+        products = [(partial(_multiply, linear), num_columns) for linear, num_columns in linears]
+        return agree(products, powers(most_rows), dtype=self.dtype, device=self.device)
 
     def _by_block(self, num_rows: int, compute: Callable[[slice], torch.Tensor]) -> torch.Tensor:
         """compute(rows) of every block of rows, one below the other; one block is not copied."""
-        first = compute(slice(0, self.block_rows))
-        if num_rows <= self.block_rows:
+        blocks = self.blocks.cut(num_rows)
+        first = compute(blocks[0])
+        if len(blocks) == 1:
             return first
         out = first.new_empty(num_rows, *first.shape[1:])
-        out[: self.block_rows] = first
-        for start in range(self.block_rows, num_rows, self.block_rows):
-            rows = slice(start, start + self.block_rows)
+        out[blocks[0]] = first
+        for rows in blocks[1:]:
             out[rows] = compute(rows)
         return out
 
@@ -185,3 +190,17 @@ class Decoder:
             rates_TR, factor = self._rates
         angles_TR = to_device(torch.from_numpy(positions_T), self.device)[:, None] * rates_TR
         return angles_TR.cos() * factor, angles_TR.sin() * factor
+
+
+def _unlike(layers: Sequence[LayerWeights]) -> list[tuple[Linear, int]]:
+    """Linears of unlike kinds or shapes, and how many columns each takes."""
+    found: dict[tuple[object, ...], tuple[Linear, int]] = {}
+    for layer in layers:
+        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            num_rows, num_columns = linear.shape
+            found.setdefault((type(linear), num_rows, num_columns), (linear, num_columns))
+    return list(found.values())
+
+
+def _multiply(linear: Linear, x_MK: torch.Tensor) -> torch.Tensor:
+    return linear(quantize(x_MK, linear.layout))

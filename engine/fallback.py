@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .decoder import ROW_MULTIPLE
+from .blocks import LEAST, Blocks
 
 log = logging.getLogger(__name__)
 
@@ -27,11 +27,10 @@ NO_LIMIT = 1 << 30
 class Fallback:
     """A transformers model behind the faces of `Decoder`."""
 
-    def __init__(self, model: Any, *, vocab_size: int, max_positions: int, block_rows: int):
+    def __init__(self, model: Any, *, vocab_size: int, max_positions: int):
         self.vocab_size = vocab_size
         self.max_positions = max_positions
-        self.row_multiple = ROW_MULTIPLE
-        self.block_rows = block_rows
+        self.blocks = Blocks([LEAST])
         self.device = next(model.parameters()).device
         self._model = model
         self._body = model.base_model
@@ -50,7 +49,6 @@ class Fallback:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        block_rows: int,
         trust_remote_code: bool,
     ) -> Fallback:
         """Load a model folder through `AutoModelForCausalLM`.
@@ -87,7 +85,6 @@ class Fallback:
             model.to(device).eval(),
             vocab_size=model.get_output_embeddings().weight.shape[0],
             max_positions=sizes[1],
-            block_rows=block_rows,
         )
 
     def hidden(self, ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -114,6 +111,10 @@ class Fallback:
             return self._model(input_ids=ids, use_cache=False).logits[0].float()
         finally:
             self._body.forward = forward
+
+    def agree_on_logits(self, most_rows: int) -> Blocks:
+        """One number of rows, for which nothing has to be tried."""
+        return Blocks([LEAST])
 
     def _widen_head(self) -> None:
         """Give the model a float32 head of its own: narrow logits are no source of a score."""

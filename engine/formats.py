@@ -38,12 +38,27 @@ class Linear(Protocol):
     def layout(self) -> Layout:
         """How it takes its input."""
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+
     def __call__(self, x: Activations) -> torch.Tensor:
         """x [T, K] -> [T, N] in the dtype of the arithmetic."""
 
 
+class _Held:
+    """Weights that lie as [N, K]."""
+
+    weight_NK: torch.Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_rows, num_columns = self.weight_NK.shape
+        return num_rows, num_columns
+
+
 @dataclass(frozen=True)
-class Dense:
+class Dense(_Held):
     """Weights in the dtype of the arithmetic: fp32, bf16 or fp16."""
 
     weight_NK: torch.Tensor
@@ -55,7 +70,18 @@ class Dense:
 
 
 @dataclass(frozen=True)
-class Fp8Rows:
+class WideDense(_Held):
+    """Dense weights whose products stay float32: a head's."""
+
+    weight_NK: torch.Tensor
+    layout = Layout.PLAIN
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        return linear.multiply_wide(x.values_TK, self.weight_NK)
+
+
+@dataclass(frozen=True)
+class Fp8Rows(_Held):
     """e4m3 weights with a scale a row."""
 
     weight_NK: torch.Tensor
@@ -69,7 +95,7 @@ class Fp8Rows:
 
 
 @dataclass(frozen=True)
-class Fp8Blocks:
+class Fp8Blocks(_Held):
     """e4m3 weights with a scale per block of 128 x 128."""
 
     weight_NK: torch.Tensor
@@ -84,7 +110,7 @@ class Fp8Blocks:
 
 
 @dataclass(frozen=True)
-class Int8Rows:
+class Int8Rows(_Held):
     """int8 weights with a scale a row."""
 
     weight_NK: torch.Tensor
@@ -115,6 +141,11 @@ class Int4Groups:
     def layout(self) -> Layout:
         return Layout.PLAIN if self.scale_N is None else Layout.FP8_ROWS
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_rows, num_bytes = self.weight.codes.shape
+        return num_rows, 2 * num_bytes
+
     def __call__(self, x: Activations) -> torch.Tensor:
         if self.scale_N is None:
             weight_NK = linear.expand_int4(self.weight, self.dtype)
@@ -124,7 +155,7 @@ class Int4Groups:
 
 
 @dataclass(frozen=True)
-class Emulated:
+class Emulated(_Held):
     """A format's numbers without its unit: rounded activations and weights, multiplied wide.
 
     It is what a CPU runs, and what the format means: sums are float32 and nothing but the
@@ -151,6 +182,10 @@ class Parts:
     def layout(self) -> Layout:
         return self.linears[0].layout
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return sum(part.shape[0] for part in self.linears), self.linears[0].shape[1]
+
     def __call__(self, x: Activations) -> torch.Tensor:
         return torch.cat([part(x) for part in self.linears], -1)
 
@@ -169,15 +204,18 @@ class Scheme:
     """Whether 8-bit numbers are multiplied as float32, for want of a unit."""
     reasons: Mapping[Quantization, str]
     """Why a kind runs as something else without having been told to."""
+    fp8_head: bool = False
+    """Whether the head, too, is rounded to fp8."""
 
     def describe(self, dtype: str) -> str:
         """One line for people; `dtype` names what is computed in.
 
         "awq int4, groups of 128, asymmetric -> expanded to bfloat16"
         """
+        head = "; head rounded to fp8" if self.fp8_head else ""
         if not self.stored.groups:
             run = self.runs[Quantization.NONE]
-            return f"unquantized -> {self._end(Quantization.NONE, run, dtype)}"
+            return f"unquantized -> {self._end(Quantization.NONE, run, dtype)}{head}"
         lines = []
         for group in self.stored.groups:
             line = f"{group.text} -> {self._end(group.kind, self.runs[group.kind], dtype)}"
@@ -212,7 +250,9 @@ _RUN_TEXT = {
 }
 
 
-def resolve_scheme(stored: Stored, wanted: str | None, capability: Capability) -> Scheme:
+def resolve_scheme(
+    stored: Stored, wanted: str | None, capability: Capability, *, fp8_head: bool = False
+) -> Scheme:
     """What runs, from how weights are stored, what was asked for and what the device has.
 
     Args:
@@ -221,12 +261,15 @@ def resolve_scheme(stored: Stored, wanted: str | None, capability: Capability) -
             device has no unit for it, dequantized: a second rounding would cost accuracy that
             nobody asked to pay.
         capability: of the GPU, or None for a CPU, which computes the same numbers in float32.
+        fp8_head: whether the head shall be rounded to fp8.
 
     A quantized checkpoint keeps the linears plain that it left plain.
 
     Raises:
         ValueError: naming `quantization`, its value and what would work.
     """
+    if fp8_head and (lacking := _lacks(Quantization.FP8, capability)):
+        raise ValueError(f"fp8_head: it cannot run, {lacking}; leave it out")
     target = None
     if wanted is not None:
         names = [str(q) for q in Quantization]
@@ -241,7 +284,7 @@ def resolve_scheme(stored: Stored, wanted: str | None, capability: Capability) -
             )
     if not stored.groups:
         runs = {Quantization.NONE: target or Quantization.NONE}
-        return Scheme(stored, runs, capability is None, {})
+        return Scheme(stored, runs, capability is None, {}, fp8_head)
     runs = {Quantization.NONE: Quantization.NONE}
     reasons: dict[Quantization, str] = {}
     for group in stored.groups:
@@ -253,7 +296,7 @@ def resolve_scheme(stored: Stored, wanted: str | None, capability: Capability) -
         elif target is None and lacking:
             runs[group.kind] = Quantization.NONE
             reasons[group.kind] = lacking
-    return Scheme(stored, runs, capability is None, reasons)
+    return Scheme(stored, runs, capability is None, reasons, fp8_head)
 
 
 def _lacks(kind: Quantization, capability: Capability) -> str | None:
@@ -303,6 +346,18 @@ def make_linear(
     if any(isinstance(part, Dense) for part in parts):
         return _make_dense(weights, bias_N, dtype)
     return Parts(parts)
+
+
+def make_head(weight_VD: torch.Tensor, scheme: Scheme) -> Linear:
+    """The head, whose products are float32 whatever its weights are."""
+    if scheme.fp8_head and suits(Quantization.FP8, *weight_VD.shape):
+        rounded = round_to(Quantization.FP8, weight_VD)
+        assert rounded is not None
+        made = _make(rounded, Quantization.FP8, None, torch.float32, scheme.emulated)
+        assert made is not None
+        return made
+    # Only a GPU multiplies 16-bit operands into a float32 result.
+    return WideDense(weight_VD if weight_VD.is_cuda else weight_VD.float())
 
 
 def _make_dense(

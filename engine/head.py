@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from ..kernels.logits import TILE, RowStatistics, narrow, row_statistics, top_k
+from .blocks import LEAST, Blocks
 from .transfer import Arrival, Outbox, to_host
 
 # What a chunk holds for each logit: itself in float32, and on a CPU scratch and a copy to keep.
 _BYTES_PER_LOGIT = {"cpu": 12, "cuda": 4}
-_CPU_MULTIPLE = 64
+# Fewest rows of a chunk on a CPU, whose caches like small ones.
+_CPU_LEAST = 64
 
 Columns = dict[str, np.ndarray]
 """Scored rows in host memory by the names of `TokenRecords`: [R] each, candidates [R, k]."""
@@ -29,12 +31,15 @@ class Model(Protocol):
     vocab_size: int
     max_positions: int
     device: torch.device
-    row_multiple: int
-    block_rows: int
+    blocks: Blocks
+    """Rows of the products of `hidden`; ids are padded accordingly."""
 
     def hidden(self, ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor: ...
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor: ...
+
+    def agree_on_logits(self, most_rows: int) -> Blocks:
+        """Numbers of rows, up to `most_rows`, for which `logits` gives a row the same bits."""
 
 
 class Head:
@@ -46,19 +51,19 @@ class Head:
 
     def __init__(self, model: Model, logits_memory: int) -> None:
         self._model = model
-        self.chunk_rows = _chunk_rows(model, logits_memory)
-        """Most rows of one chunk."""
+        self.blocks = _chunks(model, logits_memory)
+        """Rows of a chunk; rows of hidden states are padded accordingly."""
 
     def score(
         self, hidden_RD: torch.Tensor, targets_R: torch.Tensor, num_rows: int, *, num_top: int = 0
     ) -> Arrival[Columns]:
         """Statistics of the first `num_rows` rows, and of each the `num_top` likeliest tokens.
 
-        Rows are padded to the model's `row_multiple`; `targets_R` int64 are the ids that followed.
+        Rows are padded as `blocks` pads; `targets_R` int64 are the ids that followed.
         """
         packed_7R = _empty_statistics(len(hidden_RD), hidden_RD.device)
         candidates = []
-        for rows in self._chunks(len(hidden_RD)):
+        for rows in self.blocks.cut(len(hidden_RD)):
             logits_RV = self._model.logits(hidden_RD[rows])
             maxima_RN = _empty_maxima(logits_RV) if num_top else None
             statistics = row_statistics(
@@ -94,7 +99,7 @@ class Head:
 
         Values are log-probabilities if `normalised`, else logits, in the dtype of `outbox`.
         """
-        for rows in self._chunks(len(hidden_RD)):
+        for rows in self.blocks.cut(len(hidden_RD)):
             count = min(rows.stop, num_rows) - rows.start
             if count <= 0:
                 return
@@ -108,10 +113,6 @@ class Head:
                 slice(rows.start, rows.start + count),
                 outbox.send(claimed).then(partial(_take, columns, count)),
             )
-
-    def _chunks(self, num_rows: int) -> Iterator[slice]:
-        for start in range(0, num_rows, self.chunk_rows):
-            yield slice(start, min(start + self.chunk_rows, num_rows))
 
 
 def _empty_statistics(num_rows: int, device: torch.device) -> torch.Tensor:
@@ -134,18 +135,25 @@ def _take(
     return values[:count], {n: c[:count] for n, c in _name(columns.wait()[0]).items()}
 
 
-def _chunk_rows(model: Model, logits_memory: int) -> int:
-    """Rows whose logits and scratch fit `logits_memory` bytes; ValueError if hardly any do.
-
-    A GPU's products want full multiples, a CPU's give a row the same bits for any number.
-    """
+def _chunks(model: Model, logits_memory: int) -> Blocks:
+    rows = most_rows(model.vocab_size, model.device.type, logits_memory)
+    # A CPU's products give a row the same bits in any number of rows.
     on_cpu = model.device.type == "cpu"
-    multiple = _CPU_MULTIPLE if on_cpu else model.row_multiple
-    per_row = model.vocab_size * _BYTES_PER_LOGIT[model.device.type]
-    rows = logits_memory // per_row // multiple * multiple
+    return Blocks([min(rows, LEAST)]) if on_cpu else model.agree_on_logits(rows)
+
+
+def most_rows(vocab_size: int, device: str, logits_memory: int) -> int:
+    """Rows whose logits and scratch fit `logits_memory` bytes on a `cpu` or `cuda`.
+
+    Raises:
+        ValueError: if hardly any do.
+    """
+    least = _CPU_LEAST if device == "cpu" else LEAST
+    per_row = vocab_size * _BYTES_PER_LOGIT[device]
+    rows = logits_memory // per_row // least * least
     if rows == 0:
         raise ValueError(
-            f"logits_memory: {logits_memory} bytes is less than the {multiple * per_row} "
-            f"bytes that {multiple} rows of {model.vocab_size} logits take"
+            f"logits_memory: {logits_memory} bytes is less than the {least * per_row} "
+            f"bytes that {least} rows of {vocab_size} logits take"
         )
-    return min(rows, model.row_multiple) if on_cpu else rows
+    return rows

@@ -243,6 +243,7 @@ def prefix_token(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
         return None
     if prefix == AUTO:
         return bos if bos is not None else eos
+    assert prefix is not None, "a recipe has filled it in"
     chosen = {BOS: bos, TOKENIZER: bos, EOS: eos}[prefix]
     if chosen is None:
         raise ValueError(f"prefix: the tokenizer has no {prefix} token; use none or a token id")

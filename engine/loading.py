@@ -10,7 +10,7 @@ import torch
 from .checkpoint import Checkpoint
 from .decoder import Decoder, LayerWeights
 from .families import Family, Slice
-from .formats import Linear, Scheme, make_linear
+from .formats import Linear, Scheme, make_head, make_linear
 from .layouts import Source, is_cache_scale
 from .spec import DecoderSpec
 from .weights import Plain, Weight
@@ -24,7 +24,6 @@ def load_decoder(
     dtype: torch.dtype,
     block_rows: int,
     scheme: Scheme,
-    fp8_head: bool = False,
 ) -> Decoder:
     """Read a checkpoint onto `device`: linears as `scheme` says, everything else in `dtype`.
 
@@ -68,8 +67,7 @@ def load_decoder(
         embedding_VD=embedding_VD,
         layers=layers,
         final_norm_D=final_norm_D,
-        # Only a GPU multiplies 16-bit operands into a float32 result.
-        head_VD=head_VD if device.type == "cuda" else head_VD.float(),
+        head=make_head(head_VD, scheme),
         block_rows=block_rows,
     )
 

@@ -30,8 +30,8 @@ from .scorer import BatchSink, LogitsSink, Scorer
 from .tokenization import Tokenizer
 from .transfer import Arrival
 
-# Most rows of a matrix product: a CPU's caches hold what these make, a GPU's memory does.
-_BLOCK_ROWS = {"cpu": 512, "cuda": 32768}
+# Most rows of a matrix product on a GPU.
+_BLOCK_ROWS = 32768
 # Tokens of a packed batch, and bytes that logits may take.
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
 _LOGITS_MEMORY = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -70,7 +70,9 @@ class EngineSettings:
         """What the checkpoint's linears run as on the device; ValueError if they cannot."""
         device = self.resolve_device()
         capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-        return resolve_scheme(read_stored(config), self.quantization, capability)
+        return resolve_scheme(
+            read_stored(config), self.quantization, capability, fp8_head=self.fp8_head
+        )
 
     def resolve_device(self) -> torch.device:
         """The device to run on; ValueError if there is no such device."""
@@ -167,8 +169,9 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
         spec = family.spec(config)
         vocab_size, max_positions = spec.vocab_size, spec.max_positions
     else:
-        if scheme.stored.groups or settings.quantization not in (None, "none"):
-            wanted = settings.quantization or scheme.stored.method
+        plain = settings.quantization in (None, "none") and not settings.fp8_head
+        if scheme.stored.groups or not plain:
+            wanted = settings.quantization or scheme.stored.method or "fp8_head"
             raise ValueError(
                 f"quantization: {wanted!r} needs a family that the decoder knows, and "
                 f"{architecture} is none of {', '.join(FAMILIES)}; use an unquantized checkpoint"
@@ -199,7 +202,7 @@ def load_pipeline(folder: Path, settings: EngineSettings) -> Pipeline:
             FAMILIES[facts.architecture],
             device=where,
             dtype=dtype,
-            block_rows=_BLOCK_ROWS[where.type],
+            block_rows=_BLOCK_ROWS,
             scheme=settings.resolve_scheme(checkpoint.config),
         )
     else:
@@ -207,7 +210,6 @@ def load_pipeline(folder: Path, settings: EngineSettings) -> Pipeline:
             folder,
             device=where,
             dtype=dtype,
-            block_rows=_BLOCK_ROWS[where.type],
             trust_remote_code=settings.trust_remote_code,
         )
     tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
@@ -239,7 +241,7 @@ class Pipeline:
         """Columns of the logits."""
         self.max_positions = model.max_positions
         """Longest sequence the model was made for, and the default context of recipes."""
-        self.device_name = _name_device(model.device)
+        self.device_name = name_device(model.device)
         """What computes, as people call it: "NVIDIA H200", "AMD EPYC, 2 threads"."""
         self._model = model
         self._tokenizer = tokenizer
@@ -369,7 +371,8 @@ class Pipeline:
         return find_recipe(recipe, **settings).resolve(self.max_positions)
 
 
-def _name_device(device: torch.device) -> str:
+def name_device(device: torch.device) -> str:
+    """What people call a device: "NVIDIA H200", "AMD EPYC, 2 threads"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

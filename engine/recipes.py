@@ -19,9 +19,12 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 AUTO, BOS, EOS, NONE, TOKENIZER = "auto", "bos", "eos", "none", "tokenizer"
 PREFIXES = (AUTO, BOS, EOS, NONE, TOKENIZER)
+TOKEN, DOCUMENT = "token", "document"
+WEIGHTINGS = (TOKEN, DOCUMENT)
 JOINER = "\n\n"
 """What stands between the documents of a recipe that reads its corpus as one stream."""
 
@@ -46,30 +49,60 @@ class Recipe:
     """A named rule from a document's tokens to windows."""
 
     name: str
+    """`rolling`, `disjoint`, `strided`, `llamacpp`, `truncated` or `conditional`; what is left out
+    below is as in the preset of that name."""
     context: int | None = None
-    """Longest window in input tokens; None is the model's own limit."""
-    overlap: int = 1
-    """`rolling`: inputs that stand before the first target of every later window."""
+    """Longest window in input tokens; None is the preset's 2,048 (`disjoint`) or 512 (`llamacpp`),
+    else the model's own limit."""
+    overlap: int | None = None
+    """`rolling`: inputs that stand before the first target of every later window; None is 1."""
     stride: int | None = None
     """`strided`: tokens between the starts of neighbouring windows; None is half the context."""
-    prefix: str | int = AUTO
+    prefix: str | int | None = None
     """What stands in front: `auto` (BOS, else EOS), `bos`, `eos`, `none`, `tokenizer` (BOS where
     the tokenizer adds one by itself) or a token id."""
-    concatenate: bool = False
+    concatenate: bool | None = None
     """Whether the corpus is one stream, documents joined by a blank line."""
-    weighting: str = "token"
+    weighting: str | None = None
     """How documents make one perplexity: `token` (sums) or `document` (mean of perplexities)."""
 
     def __post_init__(self) -> None:
-        if self.name not in _WINDOWS:
-            raise ValueError(f"recipe: {self.name!r} is not one of {', '.join(PRESETS)}")
+        if self.name not in _PRESETS:
+            raise ValueError(f"recipe: {self.name!r} is not one of {', '.join(_PRESETS)}")
+        for field, value in _PRESETS[self.name].items():
+            if getattr(self, field) is None:
+                object.__setattr__(self, field, value)
         for field in ("context", "stride", "overlap"):
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise ValueError(f"{field}: {value} is not at least 1")
-        if isinstance(self.prefix, str) and self.prefix not in PREFIXES:
+        prefix = self.prefix
+        if prefix not in PREFIXES and not (isinstance(prefix, int) and prefix >= 0):
             raise ValueError(
                 f"prefix: {self.prefix!r} is not a token id or one of {', '.join(PREFIXES)}"
+            )
+        if self.weighting not in WEIGHTINGS:
+            raise ValueError(f"weighting: {self.weighting!r} is not one of {', '.join(WEIGHTINGS)}")
+        self._check_meaning()
+
+    def _check_meaning(self) -> None:
+        """ValueError for a setting that would change nothing, or what the recipe is."""
+        if self.overlap != 1 and self.name != "rolling":
+            raise ValueError(
+                f"overlap: {self.overlap} has no meaning for recipe {self.name}, only rolling"
+            )
+        if self.stride is not None and self.name != "strided":
+            raise ValueError(
+                f"stride: {self.stride} has no meaning for recipe {self.name}, only strided"
+            )
+        if self.concatenate and self.name in ("truncated", "conditional"):
+            raise ValueError(
+                f"concatenate: True has no meaning for recipe {self.name}, which is one of "
+                "documents; leave it out"
+            )
+        if self.concatenate and self.weighting != TOKEN:
+            raise ValueError(
+                f"weighting: {self.weighting!r} has no meaning for one stream, only token"
             )
 
     def resolve(self, max_positions: int) -> Recipe:
@@ -83,7 +116,7 @@ class Recipe:
             raise ValueError(
                 f"context: {context} is more than the model's {max_positions} positions"
             )
-        if self.overlap > context:
+        if self.overlap is not None and self.overlap > context:
             raise ValueError(f"overlap: {self.overlap} is more than the context of {context}")
         if context < 2 and self.name != "rolling":
             raise ValueError(f"context: {context} is not at least 2, which {self.name} needs")
@@ -114,15 +147,15 @@ class Recipe:
 
 def _rolling(recipe: Recipe, length: int, has_prefix: bool, num_context: int) -> list[Window]:
     """lm-evaluation-harness: every token once, a short last window filled up on its left."""
-    context = recipe.context
-    assert context is not None
+    context, overlap = recipe.context, recipe.overlap
+    assert context is not None and overlap is not None
     last = length - 1
     if last < 1:
         return []
     done = min(context, last)
     windows = [Window(0, done, 1)]
     while done < last:
-        stop = min(done + context - recipe.overlap + 1, last)
+        stop = min(done + context - overlap + 1, last)
         windows.append(Window(stop - context, stop, done + 1))
         done = stop
     return windows
@@ -188,14 +221,24 @@ _WINDOWS: dict[str, Callable[[Recipe, int, bool, int], list[Window]]] = {
     "conditional": _conditional,
 }
 
-PRESETS: dict[str, Recipe] = {
-    "rolling": Recipe(name="rolling"),
-    "disjoint": Recipe(name="disjoint", context=2048, prefix=TOKENIZER, concatenate=True),
-    "strided": Recipe(name="strided", prefix=TOKENIZER, concatenate=True),
-    "llamacpp": Recipe(name="llamacpp", context=512, prefix=TOKENIZER),
-    "truncated": Recipe(name="truncated", weighting="document"),
-    "conditional": Recipe(name="conditional"),
+_SHARED: dict[str, Any] = {
+    "overlap": 1,
+    "prefix": AUTO,
+    "concatenate": False,
+    "weighting": TOKEN,
 }
+_STREAM: dict[str, Any] = {**_SHARED, "prefix": TOKENIZER, "concatenate": True}
+_PRESETS: dict[str, dict[str, Any]] = {
+    "rolling": _SHARED,
+    "disjoint": {**_STREAM, "context": 2048},
+    "strided": _STREAM,
+    "llamacpp": {**_SHARED, "prefix": TOKENIZER, "context": 512},
+    "truncated": {**_SHARED, "weighting": DOCUMENT},
+    "conditional": _SHARED,
+}
+"""What a recipe's fields are where they are left out."""
+
+PRESETS = {name: Recipe(name=name) for name in _PRESETS}
 
 
 def find_recipe(
@@ -224,12 +267,6 @@ def find_recipe(
             raise ValueError(f"context: {context} contradicts the recipe {name!r}")
         recipe = PRESETS[base]
         context = int(number) if number else context
-    if overlap is not None and recipe.name != "rolling":
-        raise ValueError(
-            f"overlap: {overlap} has no meaning for recipe {recipe.name}, only rolling"
-        )
-    if stride is not None and recipe.name != "strided":
-        raise ValueError(f"stride: {stride} has no meaning for recipe {recipe.name}, only strided")
     if isinstance(prefix, str) and re.fullmatch("[0-9]+", prefix):
         prefix = int(prefix)
     settings = {"context": context, "overlap": overlap, "stride": stride, "prefix": prefix}

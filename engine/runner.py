@@ -15,6 +15,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from .blocks import Blocks
 from .head import Columns, Head, Model
 from .transfer import Arrival, Outbox, to_device
 
@@ -133,10 +134,10 @@ class Runner:
         stops = np.cumsum(lengths)
         # Row j of request i, of its last `size` ones: stop - size + j.
         rows = np.arange(sizes.sum()) + np.repeat(stops - np.cumsum(sizes), sizes)
-        multiple, device = self._model.row_multiple, self._model.device
-        ids_T = to_device(_pad([r.ids for r in requests], multiple), device)
-        rows_R = to_device(_pad([rows], multiple), device)
-        targets_R = to_device(_pad([r.targets for r in requests], multiple), device)
+        device, blocks, chunks = self._model.device, self._model.blocks, self._head.blocks
+        ids_T = to_device(_pad([r.ids for r in requests], blocks), device)
+        rows_R = to_device(_pad([rows], chunks), device)
+        targets_R = to_device(_pad([r.targets for r in requests], chunks), device)
         with torch.inference_mode():
             hidden_TD = self._model.hidden(ids_T, lengths)
             return hidden_TD[rows_R], targets_R, len(rows)
@@ -158,13 +159,10 @@ class Runner:
         if len(requests) > 1:
             self._limit = max(1, total // 2)
             log.warning("out of device memory: batches of at most %d tokens from now", self._limit)
-        elif self._model.block_rows > self._model.row_multiple and total > self._model.row_multiple:
-            half = min(self._model.block_rows, total) // 2
-            multiple = self._model.row_multiple
-            self._model.block_rows = max(half // multiple, 1) * multiple
+        elif (smaller := self._model.blocks.shrink()) is not None:
+            self._model.blocks = smaller
             log.warning(
-                "out of device memory: products of at most %d rows from now",
-                self._model.block_rows,
+                "out of device memory: products of at most %d rows from now", smaller.sizes[0]
             )
         else:
             raise RuntimeError(
@@ -180,10 +178,10 @@ def _halve(requests: list[Request]) -> list[list[Request]]:
     return [requests[:middle], requests[middle:]]
 
 
-def _pad(parts: Sequence[np.ndarray], multiple: int) -> torch.Tensor:
-    """The parts one after another, int64, padded with zeros to a multiple of rows."""
+def _pad(parts: Sequence[np.ndarray], blocks: Blocks) -> torch.Tensor:
+    """The parts one after another, int64, padded with zeros to whole blocks."""
     total = sum(len(part) for part in parts)
-    packed = np.zeros(-(-total // multiple) * multiple, np.int64)
+    packed = np.zeros(blocks.pad(total), np.int64)
     np.concatenate(parts, out=packed[:total], casting="same_kind")
     return torch.from_numpy(packed)
 

@@ -48,6 +48,8 @@ class Tokenizer:
         first = self._backend.encode("").ids[:1]
         self.adds_bos = self.bos_id is not None and first == [self.bos_id]
         """Whether the tokenizer itself puts BOS in front."""
+        self.has_template = bool(tokenizer.chat_template)
+        """Whether chat messages can be rendered."""
         self._normalizer = self._backend.normalizer
         self._token_bytes = self._byte_lengths()
 
@@ -100,7 +102,7 @@ class Tokenizer:
         """
         from jinja2 import TemplateError
 
-        if not self._hf.chat_template:
+        if not self.has_template:
             raise ValueError("messages: the tokenizer has no chat template; give text instead")
         try:
             return self._hf.apply_chat_template(list(messages), tokenize=False)

@@ -23,9 +23,11 @@ _BLOCKS_FROM, _BLOCKS_TO = 513, 8192
 _BLOCK = 256
 # Queries of one block of a sliding window; bounds the mask to block x (block + window).
 _WINDOW_BLOCK = 1024
-# Tokens that a length is rounded up to for cuDNN, and the largest head that it takes.
+# Tokens that a length is rounded up to for cuDNN, and the head size at which it is faster.
 _CUDNN_MULTIPLE = 512
 _CUDNN_HEAD = 128
+# The largest head that the kernels for packed sequences take; any is a multiple of 8.
+_PACKED_HEAD = 256
 
 
 def attend(
@@ -46,7 +48,8 @@ def attend(
     """
     if q_THD.dtype in (torch.bfloat16, torch.float16):
         packed = _PACKED.get(choose(q_THD.device).attention)
-        if packed is not None:
+        size = q_THD.shape[2]
+        if packed is not None and size % 8 == 0 and size <= _PACKED_HEAD:
             return packed(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     out_THD[sum(lengths) :] = 0
@@ -97,13 +100,12 @@ def _attend_triton(
 
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     out_THD[sum(lengths) :] = 0
-    takes_cudnn = window is None and q_THD.shape[2] <= _CUDNN_HEAD and q_THD.shape[2] % 8 == 0
+    takes_cudnn = window is None and q_THD.shape[2] == _CUDNN_HEAD
     long_from = choose(q_THD.device).cudnn_from if takes_cudnn else None
     start = 0
-    for length in lengths if long_from is not None else ():
-        if length >= long_from:
-            rows = slice(start, start + length)
-            _attend_cudnn(q_THD[rows], k_TGD[rows], v_TGD[rows], scale, out_THD[rows])
+    for length in lengths:
+        if long_from is not None and length >= long_from:
+            _attend_cudnn(q_THD, k_TGD, v_TGD, slice(start, start + length), scale, out_THD)
         start += length
     tiles = _tiles(lengths, attention.block_of(q_THD.shape[2]), long_from, q_THD.device)
     if len(tiles):
@@ -112,26 +114,32 @@ def _attend_triton(
 
 
 def _attend_cudnn(
-    q_LHD: torch.Tensor,
-    k_LGD: torch.Tensor,
-    v_LGD: torch.Tensor,
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    rows: slice,
     scale: float,
-    out_LHD: torch.Tensor,
+    out_THD: torch.Tensor,
 ) -> None:
     """cuDNN's attention of one sequence, whose plans cost 40 ms for each new shape.
 
-    So a length is rounded up to one of few; what is added lies behind every query and is zero.
+    So a length is rounded up to one of few. No query of the sequence sees what is added; still,
+    keys and values there are zeros and not a neighbour's, since zero times an infinity is not zero.
     """
-    length = len(q_LHD)
+    length = rows.stop - rows.start
     padding = -length % _CUDNN_MULTIPLE
+    queries = q_THD[rows.start : rows.stop + padding]
+    keys, values = k_TGD[rows], v_TGD[rows]
     if padding:
-        q_LHD, k_LGD, v_LGD = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (q_LHD, k_LGD, v_LGD))
-    q, k, v = (x.transpose(0, 1)[None] for x in (q_LHD, k_LGD, v_LGD))
+        keys, values = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (keys, values))
+        missing = length + padding - len(queries)
+        queries = F.pad(queries, (0, 0, 0, 0, 0, missing)) if missing else queries
+    q, k, v = (x.transpose(0, 1)[None] for x in (queries, keys, values))
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         mixed = F.scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
         )
-    out_LHD.copy_(mixed[0].transpose(0, 1)[:length])
+    out_THD[rows] = mixed[0].transpose(0, 1)[:length]
 
 
 def _attend_flash(

@@ -101,11 +101,10 @@ def _fill(
     shifted = logits_RV - max_R[:, None]
     torch.exp(shifted, out=weight)
     total = weight.sum(1)
-    # 0 * -inf, a NaN, counts as nothing; a row with a NaN of its own has a total of NaN.
     weight *= shifted
-    mean = weight.nansum(1) / total
+    mean = _sum_numbers(weight) / total
     weight *= shifted
-    square = weight.nansum(1) / total
+    square = _sum_numbers(weight) / total
     log_total = total.log()
     out.logprob.copy_(target_R1[:, 0] - max_R - log_total)
     out.entropy.copy_(log_total - mean)
@@ -117,6 +116,17 @@ def _fill(
     if maxima_RN is not None:
         sound_R1 = (max_R < torch.inf)[:, None]
         maxima_RN.copy_(tiles_RN.masked_fill_(~sound_R1, torch.nan))
+
+
+def _sum_numbers(terms_RV: torch.Tensor) -> torch.Tensor:
+    """Sums of rows in which 0 * -inf, a NaN, counts as nothing.
+
+    A row of logits that holds a NaN of its own has a total of NaN to say so. Rows whose plain sum
+    is a number keep it, which is faster and has the same bits beside any others.
+    """
+    sums = terms_RV.sum(1)
+    broken = sums.isnan()
+    return torch.where(broken, terms_RV.nansum(1), sums) if broken.any() else sums
 
 
 def _tile_maxima(logits_RV: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ _LOG2_E = 1.4426950408889634
 # Queries and keys of a tile, warps, stages of the key loop; by padded head size. Fixed, since the
 # order of additions along a row of scores, and so its bits, goes by the number of keys.
 CONFIGS = {
-    64: (64, 64, 4, 4),
+    64: (64, 64, 4, 2),
     128: (64, 64, 4, 3),
     256: (128, 64, 8, 2),
 }

@@ -153,7 +153,7 @@ def _int8(
     tl.store(out + at, y.to(out.dtype.element_ty), mask=inside)
 
 
-INT8_TMA = Tiles(128, 256, 128, warps=8, stages=3, tma=True, persistent=True, parts=2)
+INT8_TMA = Tiles(256, 128, 128, warps=8, stages=3, tma=True, persistent=True, parts=2)
 INT8_POINTERS = Tiles(128, 128, 128, warps=8, stages=3)
 
 

@@ -185,6 +185,7 @@ def row_statistics(
         DEPTH=depth,
         LANES=lanes,
         num_warps=warps,
+        enable_fp_fusion=True,
     )
 
 
@@ -199,9 +200,9 @@ def _key(bits):
 
 
 @triton.jit
-def _load_keys(numbers, mask):
-    """Keys of float32 numbers; what is masked is less than all of them."""
-    return _key(tl.load(numbers.to(tl.pointer_type(tl.int32)), mask=mask, other=-1))
+def _load_keys(bits, mask):
+    """Keys of numbers by pointers to their bits; what is masked is less than all of them."""
+    return _key(tl.load(bits, mask=mask, other=-1))
 
 
 @triton.jit
@@ -254,7 +255,7 @@ def _choose_tiles(maxima, tiles, num_tiles, KEPT: tl.constexpr, BLOCK: tl.conste
     seen = tile < num_tiles
     key = _load_keys(maxima + tile, seen)
     # In a row of NaN all tiles are equal, and the first ones are taken.
-    peak = tl.load(maxima)
+    peak = tl.load(maxima).to(tl.float32, bitcast=True)
     key = tl.where(peak == peak, key, tl.where(seen, 0, _LEAST))
     lowest = tl.min(tl.where(seen, key, 0x7FFFFFFF), axis=0)
     low, high, sure = _bounds(key, lowest, KEPT)
@@ -294,7 +295,7 @@ def _choose_slots(
     logits += row * row_stride
     maxima += row * num_tiles
     tiles += row * KEPT
-    peak = tl.load(maxima)
+    peak = tl.load(maxima).to(tl.float32, bitcast=True)
     sound = peak == peak
     place = tl.arange(0, TILES)[:, None]
     lane = tl.arange(0, _TILE)[None, :]
@@ -317,7 +318,8 @@ def _choose_slots(
         slot = start + tl.arange(0, PART)
         entry, _ = _candidates(logits, tiles, slot // _TILE, slot % _TILE, num_columns, KEPT)
         keep, to, sure, equal = _places(entry, low, high, spare, sure, equal)
-        tl.store(slots + row * k + to, slot, mask=keep & sound)
+        to = tl.where(sound, to, k)
+        tl.store(slots + row * k + to, slot, mask=keep & (to < k))
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
@@ -337,11 +339,12 @@ def _sort(
     """Ids and values of the chosen entries, from the largest; equals by ascending id."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * row_stride
-    peak = tl.load(maxima + row * num_tiles)
+    peak = tl.load(maxima + row * num_tiles).to(tl.float32, bitcast=True)
     sound = peak == peak
     place = tl.arange(0, BLOCK)
     seen = place < k
-    slot = tl.load(slots + row * k + place, mask=seen & sound, other=0)
+    slot = tl.load(slots + row * k + place, mask=seen, other=0)
+    slot = tl.where(sound, slot, 0)
     tile = tl.load(tiles + row * KEPT + slot // _TILE)
     # In a row of NaN the first columns, all as good as each other.
     column = tl.where(sound, tile * _TILE + slot % _TILE, place)
@@ -351,7 +354,7 @@ def _sort(
     pair = (key.to(tl.int64) << 32) | (0x7FFFFFFF - column).to(tl.int64)
     pair = tl.sort(pair, descending=True)
     column = 0x7FFFFFFF - (pair & 0x7FFFFFFF).to(tl.int32)
-    value = tl.load(logits + column, mask=seen, other=0.0)
+    value = tl.load(logits + column, mask=seen, other=0).to(tl.float32, bitcast=True)
     tl.store(ids + row * k + place, column, mask=seen)
     tl.store(values + row * k + place, tl.where(sound, value, float("nan")), mask=seen)
 
@@ -367,6 +370,8 @@ def top_k(
         maxima_RN = logits_RV.new_empty(num_rows, num_tiles)
         targets = torch.zeros(num_rows, dtype=torch.int64, device=device)
         row_statistics(logits_RV, targets, logits_RV.new_empty(7, num_rows), maxima_RN)
+    # The search is one of integers.
+    bits_RV, maxima_RN = logits_RV.view(torch.int32), maxima_RN.view(torch.int32)
     kept = min(k, num_tiles)
     tiles = torch.empty(num_rows, kept, dtype=torch.int32, device=device)
     slots = torch.empty(num_rows, k, dtype=torch.int32, device=device)
@@ -376,13 +381,13 @@ def top_k(
     _choose_tiles[(num_rows,)](maxima_RN, tiles, num_tiles, KEPT=kept, BLOCK=block, num_warps=4)
     room = triton.next_power_of_2(kept)
     _choose_slots[(num_rows,)](
-        logits_RV,
+        bits_RV,
         maxima_RN,
         tiles,
         slots,
         num_columns,
         num_tiles,
-        logits_RV.stride(0),
+        bits_RV.stride(0),
         k,
         KEPT=kept,
         ENOUGH=kept == k,
@@ -391,14 +396,14 @@ def top_k(
         num_warps=slot_warps(room),
     )
     _sort[(num_rows,)](
-        logits_RV,
+        bits_RV,
         maxima_RN,
         tiles,
         slots,
         ids,
         values,
         num_tiles,
-        logits_RV.stride(0),
+        bits_RV.stride(0),
         k,
         KEPT=kept,
         BLOCK=triton.next_power_of_2(k),

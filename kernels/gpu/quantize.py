@@ -49,6 +49,14 @@ def shape_program(num_columns: int) -> tuple[int, int, int]:
 
 
 @triton.jit
+def _largest(y, AXIS: tl.constexpr):
+    """max |y|, NaN if any y is: a maximum of floats would leave NaN out, one of bits does not."""
+    bits = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    largest = tl.max(bits, AXIS).to(tl.float32, bitcast=True)
+    return tl.where(largest < _LEAST, _LEAST, largest)
+
+
+@triton.jit
 def store_rows(
     y,
     row,
@@ -66,7 +74,7 @@ def store_rows(
     at = row[:, None].to(tl.int64) * num_columns + column[None, :]
     if LAYOUT == _FP8_GROUPS:
         groups = tl.reshape(y, (ROWS, BLOCK // _GROUP, _GROUP))
-        largest = tl.maximum(tl.max(tl.abs(groups), 2), _LEAST)
+        largest = _largest(groups, 2)
         scaled = groups * tl.div_rn(_FP8_MAX, largest)[:, :, None]
         scaled = tl.reshape(scaled, (ROWS, BLOCK))
         scaled = tl.minimum(tl.maximum(scaled, -_FP8_MAX), _FP8_MAX)
@@ -76,13 +84,13 @@ def store_rows(
         there = (row[:, None] < num_rows) & (group[None, :] < num_columns // _GROUP)
         tl.store(scales + into, largest * _PER_FP8_MAX, mask=there)
     elif LAYOUT == _FP8_ROWS:
-        largest = tl.maximum(tl.max(tl.abs(y), 1), _LEAST)
+        largest = _largest(y, 1)
         scaled = y * tl.div_rn(_FP8_MAX, largest)[:, None]
         scaled = tl.minimum(tl.maximum(scaled, -_FP8_MAX), _FP8_MAX)
         tl.store(values + at, scaled.to(tl.float8e4nv), mask=seen)
         tl.store(scales + row, largest * _PER_FP8_MAX, mask=row < num_rows)
     elif LAYOUT == _INT8_ROWS:
-        largest = tl.maximum(tl.max(tl.abs(y), 1), _LEAST)
+        largest = _largest(y, 1)
         scaled = y * tl.div_rn(_INT8_MAX, largest)[:, None]
         rounded = (scaled + _ROUNDER) - _ROUNDER
         rounded = tl.minimum(tl.maximum(rounded, -_INT8_MAX), _INT8_MAX)

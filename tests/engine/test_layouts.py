@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import quantizers
 import torch
+from logitmill.engine.blocks import LEAST
 from logitmill.engine.checkpoint import Checkpoint
-from logitmill.engine.decoder import ROW_MULTIPLE, Decoder
+from logitmill.engine.decoder import Decoder
 from logitmill.engine.families import FAMILIES
 from logitmill.engine.formats import Capability, Dense, Emulated, Parts, resolve_scheme
 from logitmill.engine.layouts import read_stored
@@ -109,14 +110,14 @@ def load(
         FAMILIES[checkpoint.config["architectures"][0]],
         device=CPU,
         dtype=dtype,
-        block_rows=ROW_MULTIPLE,
+        block_rows=LEAST,
         scheme=resolve_scheme(read_stored(checkpoint.config), wanted, capability),
     )
 
 
 def logits(decoder: Decoder) -> torch.Tensor:
     """[rows, V] of all of `SEQUENCES`, packed."""
-    ids = torch.zeros(ROW_MULTIPLE, dtype=torch.int64)
+    ids = torch.zeros(LEAST, dtype=torch.int64)
     ids[: SEQUENCES.numel()] = SEQUENCES.flatten()
     with torch.inference_mode():
         hidden = decoder.hidden(ids, [len(sequence) for sequence in SEQUENCES])

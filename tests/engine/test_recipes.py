@@ -210,10 +210,11 @@ def test_hashes_are_stable() -> None:
 def test_every_setting_changes_the_hash() -> None:
     base = Recipe(name="rolling", context=64)
     others = [
+        Recipe(name="strided", context=64),
+        Recipe(name="strided", context=64, stride=3),
         replace(base, name="truncated"),
         replace(base, context=65),
         replace(base, overlap=2),
-        replace(base, stride=3),
         replace(base, prefix="none"),
         replace(base, prefix=1),
         replace(base, concatenate=True),
@@ -222,6 +223,33 @@ def test_every_setting_changes_the_hash() -> None:
     hashes = Counter(r.hash for r in [base, *others])
     assert set(hashes.values()) == {1}
     assert Recipe(name="rolling", context=64).hash == base.hash
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_recipe_made_by_hand_is_the_preset_of_its_name(name: str) -> None:
+    assert Recipe(name=name) == PRESETS[name] == find_recipe(name)
+    changed = Recipe(name=name, context=7)
+    assert changed == replace(PRESETS[name], context=7) == find_recipe(name, context=7)
+    alone = Recipe(name=name, concatenate=False, prefix="none")
+    assert (alone.concatenate, alone.prefix) == (False, "none")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"name": "strided", "overlap": 4}, "overlap: 4 has no meaning for recipe strided"),
+        ({"name": "rolling", "stride": 4}, "stride: 4 has no meaning for recipe rolling"),
+        ({"name": "truncated", "concatenate": True}, "concatenate: True has no meaning for recipe"),
+        ({"name": "conditional", "concatenate": True}, "concatenate: True has no meaning"),
+        ({"name": "disjoint", "weighting": "document"}, "weighting: 'document' has no meaning for"),
+        ({"name": "rolling", "weighting": "byte"}, "weighting: 'byte' is not one of token, doc"),
+        ({"name": "rolling", "prefix": -1}, "prefix: -1 is not a token id or one of auto"),
+        ({"name": "rolling-64"}, "recipe: 'rolling-64' is not one of rolling, disjoint"),
+    ],
+)
+def test_what_has_no_meaning_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Recipe(**settings)
 
 
 def test_a_context_can_stand_in_the_name() -> None:

@@ -6,6 +6,8 @@ what is tested is the engine's own arithmetic, not a checkpoint.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -60,28 +62,133 @@ def test_float32_logits_are_those_of_transformers(folder):
         torch.testing.assert_close(pipe.get_logits(ids), expected, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_a_sequence_keeps_its_bits_in_any_batch(folder, dtype):
+FORMATS = ["none", "fp8", "fp8_block", "int8", "int4", "int4_fp8"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantization"),
+    [("float16", "none"), ("float32", "none"), *(("bfloat16", name) for name in FORMATS)],
+)
+def test_a_sequence_keeps_its_bits_in_any_batch(folder, dtype, quantization):
     inputs = sequences()
-    pipe = pipeline(folder, dtype=dtype, device="cuda")
+    settings = {"dtype": dtype, "quantization": quantization, "device": "cuda"}
+    pipe = pipeline(folder, **settings)
     alone = [pipe.get_logits(ids) for ids in inputs]
     order = np.random.default_rng(1).permutation(len(inputs))
-    for budget in (512, 4096, 32768):
-        other = pipeline(folder, dtype=dtype, device="cuda", max_batch_tokens=budget)
+    for budget in (512, 4096, 10_000, 32768):
+        other = pipeline(folder, **settings, max_batch_tokens=budget)
         for i, logits in zip(order, other.get_logits([inputs[i] for i in order]), strict=True):
             assert torch.equal(logits, alone[i]), (budget, len(inputs[i]))
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_records_keep_their_bits_in_any_batch(dtype):
-    texts = [p.read_text() for p in sorted(Path(torch.__file__).parent.glob("*.py"))[:12]]
-    one = pipeline(MODEL, dtype=dtype, device="cuda", max_batch_tokens=1024)
-    many = pipeline(MODEL, dtype=dtype, device="cuda", max_batch_tokens=65536)
-    alone = [next(iter(one.score(text))) for text in texts]
-    for expected, found in zip(reversed(alone), many.score(list(reversed(texts))), strict=True):
-        assert vars(expected.tokens).keys() == vars(found.tokens).keys()
+def test_long_sequences_keep_their_bits_beside_others(folder):
+    """From some length on another kernel attends: its own rows, and not its neighbours'."""
+    draw = np.random.default_rng(3)
+    inputs = [draw.integers(0, 4000, n) for n in (4095, 4096, 4097, 5000, 6143, 700)]
+    pipe = pipeline(folder, dtype="bfloat16", device="cuda")
+    alone = [pipe.get_logits(ids) for ids in inputs]
+    for order in ([5, 4, 3, 2, 1, 0], [3, 5, 0, 1, 4, 2]):
+        for i, logits in zip(order, pipe.get_logits([inputs[i] for i in order]), strict=True):
+            assert torch.equal(logits, alone[i]), (order, len(inputs[i]))
+
+
+@pytest.mark.parametrize(
+    "settings", [{"dtype": "float32"}, *({"quantization": q} for q in FORMATS)]
+)
+def test_records_keep_their_bits_in_any_batch(settings):
+    one = pipeline(MODEL, device="cuda", max_batch_tokens=1024, **settings)
+    many = pipeline(MODEL, device="cuda", max_batch_tokens=65536, **settings)
+    alone = [next(iter(one.score(text, top_k=20))) for text in texts()]
+    found = many.score(list(reversed(texts())), top_k=20)
+    for expected, score in zip(reversed(alone), found, strict=True):
         for name, values in vars(expected.tokens).items():
-            assert np.array_equal(values, getattr(found.tokens, name)), name
+            assert np.array_equal(values, getattr(score.tokens, name)), name
+
+
+DIGEST = """
+import hashlib, sys
+from pathlib import Path
+from logitmill.engine import pipeline
+pipe = pipeline(sys.argv[1], device="cuda", quantization=sys.argv[2],
+                max_batch_tokens=int(sys.argv[3]))
+digest = hashlib.sha256()
+for score in sorted(pipe.score([Path(p).read_text() for p in sys.argv[4:]]),
+                    key=lambda s: s.record.loglikelihood):
+    for column in (score.tokens.logprob, score.tokens.entropy, score.tokens.rank):
+        digest.update(column.tobytes())
+print(digest.hexdigest())
+"""
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8", "int8", "int4"])
+def test_records_keep_their_bits_in_another_process(quantization):
+    files = [str(p) for p in paths()]
+    found = set()
+    for budget, order in (("1500", files), ("30000", files[::-1])):
+        command = [sys.executable, "-c", DIGEST, str(MODEL), quantization, budget, *order]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        found.add(done.stdout.split()[-1])
+    assert len(found) == 1
+
+
+def paths() -> list[Path]:
+    return sorted(Path(torch.__file__).parent.glob("*.py"))[:12]
+
+
+def texts() -> list[str]:
+    return [p.read_text() for p in paths()]
+
+
+def test_candidates_are_the_largest_logits(folder):
+    ids = sequences()[9]
+    pipe = pipeline(folder, dtype="bfloat16", device="cuda")
+    logits = pipe.get_logits(ids)[:-1]
+    tokens = next(iter(pipe.score([ids], prefix="none", top_k=50))).tokens
+    expected = torch.log_softmax(logits.double(), -1).sort(dim=1, descending=True, stable=True)
+    assert np.array_equal(tokens.top_ids, expected.indices[:, :50].numpy())
+    np.testing.assert_allclose(tokens.top_logprobs, expected.values[:, :50], atol=1e-5)
+    assert np.array_equal(tokens.top_ids[:, 0], tokens.top1_id)
+    assert np.array_equal(tokens.top_logprobs[:, 0], tokens.top1_logprob)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_kept_log_probabilities_are_those_of_the_records(folder, dtype):
+    inputs = sequences()[1:]
+    pipe = pipeline(folder, dtype="bfloat16", device="cuda", max_batch_tokens=2000)
+    kept = {i: [] for i in range(len(inputs))}
+
+    def keep(index, doc_id, first_row, logprobs, logsumexp):
+        assert first_row == sum(len(rows) for rows in kept[index])
+        kept[index].append(logprobs.copy())
+
+    scores = list(pipe.score(inputs, prefix="none", on_logits=keep, logits_dtype=dtype))
+    plain = list(pipe.score(inputs, prefix="none"))
+    for score, expected in zip(scores, plain, strict=True):
+        rows = np.concatenate(kept[score.index])
+        assert rows.dtype == dtype
+        tokens = score.tokens
+        assert np.array_equal(tokens.logprob, expected.tokens.logprob)
+        own = rows[np.arange(len(rows)), tokens.token_id]
+        assert np.array_equal(own, tokens.logprob.astype(dtype))
+
+
+def test_memory_that_runs_out_costs_speed_and_no_bits(folder):
+    draw = np.random.default_rng(5)
+    inputs = [draw.integers(0, 4000, n) for n in draw.integers(200, 3000, 60)]
+    settings = {"dtype": "bfloat16", "device": "cuda", "logits_memory": 64 << 20}
+    expected = list(pipeline(folder, **settings).score(inputs, prefix="none"))
+    pipe = pipeline(folder, **settings, max_batch_tokens=65536)
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    used = total - free
+    # Room for the weights and for batches of some thousand tokens.
+    torch.cuda.set_per_process_memory_fraction((used + (300 << 20)) / total)
+    try:
+        found = list(pipe.score(inputs, prefix="none"))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    for one, other in zip(expected, found, strict=True):
+        assert np.array_equal(one.tokens.logprob, other.tokens.logprob)
 
 
 def test_bfloat16_scores_are_near_those_of_a_cpu():

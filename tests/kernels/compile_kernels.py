@@ -23,7 +23,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 import triton.language as tl
-from logitmill.kernels.gpu import activations, attention, linear, norms, quantize, rotary
+from logitmill.kernels.gpu import activations, attention, linear, logits, norms, quantize, rotary
 from logitmill.kernels.quantize import Layout
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -118,9 +118,8 @@ def _by_rows(
         "BLOCK": block,
     }
     signature = {**inputs, "values": values, "scales": "*fp32", "num_rows": "i32"}
-    return Case(
-        kernel, signature, constants | more, {"num_warps": warps}, FP8 if fp8 else tuple(SHARED)
-    )
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return Case(kernel, signature, constants | more, options, FP8 if fp8 else tuple(SHARED))
 
 
 NORM = {"x": "*bf16", "delta": "*bf16", "weight": "*bf16", "eps": "fp32"}
@@ -147,15 +146,17 @@ def _rotate(size: int, half: int, norm: bool) -> Case:
         "HEADS": rotary._HEADS,
         "HALF": triton.next_power_of_2(max(half, size - 2 * half) if norm else half),
     }
-    return Case(rotary._rotate, ROTATE, constants, {"num_warps": 4})
+    return Case(rotary._rotate, ROTATE, constants, {"num_warps": 4, "enable_fp_fusion": False})
 
 
 def _attend(size: int, *, window: bool = False, cap: bool = False) -> Case:
-    queries, keys, warps, stages = attention.CONFIGS[size]
+    """The launch of `attention.attend` for a head size, with the tiles that it ships."""
+    padded = max(64, triton.next_power_of_2(size))
+    queries, keys, warps, stages = attention.CONFIGS[padded]
     signature = {
-        "queries": f"tensordesc<bf16[{queries}, {size}]>",
-        "keys": f"tensordesc<bf16[{keys}, {size}]>",
-        "values": f"tensordesc<bf16[{keys}, {size}]>",
+        "queries": f"tensordesc<bf16[{queries}, {padded}]>",
+        "keys": f"tensordesc<bf16[{keys}, {padded}]>",
+        "values": f"tensordesc<bf16[{keys}, {padded}]>",
         "out": "*bf16",
         "tiles": "*i32",
         "scale": "fp32",
@@ -166,14 +167,57 @@ def _attend(size: int, *, window: bool = False, cap: bool = False) -> Case:
         "num_heads": 32,
         "heads_per_group": 4,
         "D": size,
-        "BLOCK_D": size,
+        "BLOCK_D": padded,
         "BM": queries,
         "BN": keys,
         "WINDOW": window,
         "CAP": cap,
     }
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return Case(attention._attend, signature, constants, options, (90,))
+
+
+ROWS = {"logits": "*fp32", "num_columns": "i32:16", "row_stride": "i32:16"}
+TOP_K = {"logits": "*i32", "maxima": "*i32", "tiles": "*i32", "slots": "*i32"}
+TOP_K |= {"num_tiles": "i32", "row_stride": "i32:16", "k": "i32"}
+
+
+def _row_statistics(maxima: bool, *, aligned: bool = True) -> Case:
+    signature = {
+        **(ROWS if aligned else {"logits": "*fp32", "num_columns": "i32", "row_stride": "i32"}),
+        "targets": "*i64",
+        "out": "*fp32",
+        "maxima": "*fp32",
+        "num_rows": "i32",
+        "out_stride": "i32",
+    }
+    constants = {"MAXIMA": maxima, "DEPTH": logits._DEPTH, "LANES": logits._LANES}
+    return Case(logits._row_statistics, signature, constants, {"num_warps": logits._WARPS})
+
+
+def _choose_slots(k: int, *, enough: bool = True) -> Case:
+    room = triton.next_power_of_2(k)
+    constants = {
+        "KEPT": k,
+        "ENOUGH": enough,
+        "TILES": room,
+        "PART": min(room * logits.TILE, logits._PART),
+    }
+    signature = {**TOP_K, "num_columns": "i32"}
+    return Case(logits._choose_slots, signature, constants, {"num_warps": logits.slot_warps(room)})
+
+
+def _sort(k: int) -> Case:
+    constants = {"KEPT": k, "BLOCK": triton.next_power_of_2(k)}
+    signature = {**TOP_K, "ids": "*i32", "values": "*fp32"}
+    return Case(logits._sort, signature, constants, {"num_warps": 1 if k <= 64 else 4})
+
+
+def _narrow(dtype: str) -> Case:
+    signature = {**ROWS, "top_id": "*i32", "top_logprob": "*fp32", "out": f"*{dtype}"}
+    signature |= {"num_rows": "i32", "out_stride": "i32:16"}
+    constants = {"LOGPROBS": True, "BLOCK": logits._BLOCK}
+    return Case(logits._narrow, signature, constants, {"num_warps": 4})
 
 
 CASES = [
@@ -194,6 +238,9 @@ CASES = [
     *(_attend(size) for size in attention.CONFIGS),
     _attend(128, window=True),
     _attend(128, cap=True),
+    _attend(256, window=True, cap=True),
+    # Padded to the next config.
+    _attend(80),
     _int8_tma(linear.INT8_TMA),
     Case(linear._int8, INT8, *_int8(linear.INT8_POINTERS)),
     Case(
@@ -219,6 +266,18 @@ CASES = [
         EXPAND_OPTIONS,
         FP8,
     ),
+    *(_row_statistics(maxima) for maxima in (False, True)),
+    _row_statistics(True, aligned=False),
+    Case(
+        logits._choose_tiles,
+        {"maxima": "*i32", "tiles": "*i32", "num_tiles": "i32"},
+        {"KEPT": 20, "BLOCK": 2048},
+        {"num_warps": 4},
+    ),
+    *(_choose_slots(k) for k in (1, 20, 128, 256)),
+    _choose_slots(200, enough=False),
+    *(_sort(k) for k in (20, 128, 256)),
+    *(_narrow(dtype) for dtype in ("fp16", "bf16", "fp32")),
 ]
 
 

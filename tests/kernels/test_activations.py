@@ -1,4 +1,4 @@
-"""Gated activations against their formulas."""
+"""Gated activations against their formulas, and the kernel against the definition."""
 
 from __future__ import annotations
 
@@ -6,21 +6,90 @@ import math
 
 import pytest
 import torch
+from by_rows import DTYPES, LAYOUTS, SHAPES, assert_near_activations, poison, takes
 from logitmill.kernels.activations import ACTIVATIONS, gate
+from logitmill.kernels.quantize import Layout, dequantize
 
-FORMULAS = {
-    "silu": lambda x: x / (1 + math.exp(-x)),
-    "gelu": lambda x: x * 0.5 * (1 + math.erf(x / math.sqrt(2))),
-    "gelu_tanh": lambda x: (
-        0.5 * x * (1 + math.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
-    ),
-}
+gpu = pytest.importorskip("logitmill.kernels.gpu.activations")
+
+# In the tails of the normal distribution, 1 + erf cancels in float32: 2^-24 times the operands.
+TAIL = 2e-6
+
+
+def formula(name: str, x: torch.Tensor) -> torch.Tensor:
+    """The activation in float64, written so that nothing cancels."""
+    x = x.double()
+    if name == "silu":
+        return x / (1 + (-x).exp())
+    if name == "gelu":
+        return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
+    return x / (1 + (-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).exp())
+
+
+def draw(num_rows: int, num_columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Both halves [T, 2F]."""
+    generator = torch.Generator().manual_seed(num_rows * num_columns)
+    return (2 * torch.randn(num_rows, 2 * num_columns, generator=generator)).to(dtype)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
-def test_the_first_half_gates_the_second(name: str) -> None:
-    gated = torch.linspace(-6, 6, 25)
-    up = torch.linspace(3, -2, 25)
-    out = gate(torch.cat([gated, up])[None], name)
-    expected = [FORMULAS[name](g.item()) * u.item() for g, u in zip(gated, up, strict=True)]
-    torch.testing.assert_close(out[0], torch.tensor(expected), atol=2e-6, rtol=1e-5)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_first_half_gates_the_second(name: str, dtype: torch.dtype) -> None:
+    gated = torch.linspace(-6, 6, 25).to(dtype)
+    up = torch.linspace(3, -2, 25).to(dtype)
+    out = gate(torch.cat([gated, up])[None], name, Layout.PLAIN).values_TK
+    assert out.shape == (1, 25) and out.dtype == dtype
+    expected = formula(name, gated) * up.double()
+    rtol = max(2e-6, torch.finfo(dtype).eps / 2 * 1.001)
+    torch.testing.assert_close(out[0].double(), expected, atol=TAIL, rtol=rtol)
+
+
+def test_transformers_agree() -> None:
+    from transformers.activations import ACT2FN
+
+    x = draw(3, 40, torch.float32)
+    theirs = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+    for name in ACTIVATIONS:
+        expected = ACT2FN[theirs[name]](x[:, :40]) * x[:, 40:]
+        assert torch.equal(gate(x, name, Layout.PLAIN).values_TK, expected)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_codes_are_rounded_once(name: str) -> None:
+    x = draw(7, 256, torch.bfloat16)
+    expected = formula(name, x[:, :256]) * x[:, 256:].double()
+    out = dequantize(gate(x, name, Layout.INT8_ROWS)).double()
+    step = expected.abs().amax(-1, keepdim=True) / 127
+    assert ((out - expected).abs() <= 0.501 * step).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_kernel(
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    layout: Layout,
+    name: str,
+) -> None:
+    if not takes(layout, shape[1]):
+        pytest.skip("groups are whole")
+    x = draw(*shape, dtype)
+    x[0, : shape[1]] = 0.0
+    expected = gate(x, name, layout)
+    poison(monkeypatch)
+    out = gpu.gate(x.to(device), name, layout)
+    assert_near_activations(out, expected, atol=TAIL)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_the_kernel_far_from_zero(device: torch.device, name: str) -> None:
+    """Where exponentials overflow the activation is 0 on one side and x on the other."""
+    far = torch.tensor([-1e30, -3e4, -200.0, -90.0, 90.0, 200.0, 3e4, 1e30])
+    x = torch.cat([far, torch.ones(8)])[None].to(device)
+    out = gpu.gate(x, name, Layout.PLAIN).values_TK.cpu()[0]
+    torch.testing.assert_close(out, far.clamp_min(0.0), atol=1e-30, rtol=1e-6)

@@ -1,26 +1,60 @@
-"""Attention over packed sequences against the textbook, one sequence and one query at a time."""
+"""Attention over packed sequences against the textbook, and the kernel against both."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from logitmill.kernels import attention
 from logitmill.kernels.attention import attend
+from logitmill.kernels.choice import Choice
+
+gpu = pytest.importorskip("logitmill.kernels.gpu.attention")
+
+# The interpreter's numpy warns of every NaN and overflow.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+def weigh(
+    q: torch.Tensor, k: torch.Tensor, scale: float, window: int | None, soft_cap: float | None
+) -> torch.Tensor:
+    """softmax over the keys that each query may see, in float64; [H, queries, keys].
+
+    The last query faces the last key.
+    """
+    keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * scale
+    if soft_cap is not None:
+        scores = soft_cap * (scores / soft_cap).tanh()
+    at = torch.arange(len(k) - len(q), len(k))[:, None]
+    key = torch.arange(len(k))[None]
+    seen = key <= at
+    if window is not None:
+        seen &= key > at - window
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+
+
+def mix(weights_HQK: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """float64 [queries, H, D]."""
+    values = v.double().repeat_interleave(len(weights_HQK) // v.shape[1], 1)
+    return torch.einsum("hqk,khd->qhd", weights_HQK, values)
 
 
 def textbook(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
 ) -> torch.Tensor:
-    """softmax over the keys that each query may see, in float64; [length, H, D]."""
-    length, num_heads, _ = q.shape
-    group = num_heads // k.shape[1]
-    out = torch.zeros_like(q, dtype=torch.float64)
-    for h in range(num_heads):
-        keys, values = k[:, h // group].double(), v[:, h // group].double()
-        for t in range(length):
-            first = 0 if window is None else max(0, t - window + 1)
-            scores = keys[first : t + 1] @ q[t, h].double() * scale
-            out[t, h] = scores.softmax(0) @ values[first : t + 1]
-    return out
+    return mix(weigh(q, k, scale, window, None), v)
+
+
+def parts(lengths: Sequence[int]) -> list[slice]:
+    """The rows of each packed sequence."""
+    return [slice(*ends) for ends in pairwise(accumulate(lengths, initial=0))]
 
 
 def draw(num_rows: int, heads: int, kv_heads: int, dim: int) -> tuple[torch.Tensor, ...]:
@@ -38,23 +72,16 @@ def test_each_sequence_is_the_textbook_of_itself(
     lengths = [1, 9, 30, 9, 9, 2]
     q, k, v = draw(sum(lengths) + 4, heads, kv_heads, dim)
     out = attend(q, k, v, lengths, scale=0.3, window=window)
-    start = 0
-    for n in lengths:
-        rows = slice(start, start + n)
+    for rows in parts(lengths):
         expected = textbook(q[rows], k[rows], v[rows], 0.3, window)
         torch.testing.assert_close(out[rows].double(), expected, atol=2e-6, rtol=1e-5)
-        start += n
-    assert not out[start:].any(), "rows of padding are zeros"
+    assert not out[sum(lengths) :].any(), "rows of padding are zeros"
 
 
 def test_long_windows_in_blocks_are_the_mask_as_a_whole() -> None:
     q, k, v = draw(2500, 2, 1, 8)
     out = attend(q, k, v, [2500], scale=0.3, window=700)
-    positions = torch.arange(2500)
-    seen = (positions[None] <= positions[:, None]) & (positions[None] > positions[:, None] - 700)
-    scores = torch.einsum("qhd,kd->hqk", q.double(), k[:, 0].double()) * 0.3
-    weight = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-    expected = torch.einsum("hqk,kd->qhd", weight, v[:, 0].double())
+    expected = textbook(q, k, v, 0.3, 700)
     torch.testing.assert_close(out.double(), expected, atol=2e-6, rtol=1e-5)
 
 
@@ -76,3 +103,274 @@ def test_the_future_is_not_seen() -> None:
     after = attend(q, k, v, [20], scale=0.25)
     assert torch.equal(before[:10], after[:10])
     assert not torch.equal(before[10:], after[10:])
+
+
+# ---- the kernel ------------------------------------------------------------------------------
+
+# Queries and keys of a tile, warps, stages: small, for the interpreter.
+SMALL = (32, 32, 4, 2)
+BF16, FP16 = torch.bfloat16, torch.float16
+
+
+def pack(
+    num_queries: Sequence[int],
+    num_keys: Sequence[int],
+    heads: int,
+    kv_heads: int,
+    size: int,
+    dtype: torch.dtype = BF16,
+) -> tuple[torch.Tensor, ...]:
+    """q, k, v of packed sequences with NaN in the rows behind them."""
+    generator = torch.Generator().manual_seed(size + sum(num_keys))
+    rows = (num_queries, heads), (num_keys, kv_heads), (num_keys, kv_heads)
+    drawn = [torch.randn(sum(n) + 40, h, size, generator=generator).to(dtype) for n, h in rows]
+    for x, (n, _) in zip(drawn, rows, strict=True):
+        x[sum(n) :] = torch.nan
+    return tuple(drawn)
+
+
+def launch(
+    device: torch.device,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_queries: Sequence[int],
+    num_keys: Sequence[int] | None = None,
+    *,
+    scale: float = 0.3,
+    config: tuple[int, int, int, int] = SMALL,
+    **options: Any,
+) -> torch.Tensor:
+    """The kernel's rows; NaN where it wrote none."""
+    tiles = gpu.lay_out_tiles(num_queries, num_keys or num_queries, config[0])
+    out = torch.full(q.shape, torch.nan, dtype=q.dtype, device=device)
+    q, k, v = (x.to(device) for x in (q, k, v))
+    there = torch.from_numpy(tiles).to(device)
+    gpu.attend(q, k, v, there, out, scale=scale, config=config, **options)
+    return out.cpu()
+
+
+def assert_attends(
+    out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    scale: float = 0.3,
+    window: int | None = None,
+    soft_cap: float | None = None,
+) -> None:
+    """Of one sequence: weights and results are rounded once to the dtype, sums are float32."""
+    weights = weigh(q, k, scale, window, soft_cap)
+    bound = torch.finfo(out.dtype).eps * mix(weights, v.double().abs()) + 2e-5
+    error = (out.double() - mix(weights, v)).abs()
+    assert (error <= bound).all(), f"{(error / bound).max().item():.2f} of the bound"
+
+
+HEADS = [(1, 1, 64), (4, 1, 64), (3, 3, 80), (4, 2, 96), (2, 2, 128), (2, 1, 192), (2, 1, 256)]
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), HEADS)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+def test_the_kernel_for_groups_and_sizes_of_heads(
+    device: torch.device, heads: int, kv_heads: int, size: int, dtype: torch.dtype
+) -> None:
+    lengths = [1, 45, 32]
+    q, k, v = pack(lengths, lengths, heads, kv_heads, size, dtype)
+    out = launch(device, q, k, v, lengths, scale=size**-0.5)
+    for rows in parts(lengths):
+        assert_attends(out[rows], q[rows], k[rows], v[rows], scale=size**-0.5)
+    assert out[sum(lengths) :].isnan().all(), "rows of no tile are left alone"
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 64, 65, 100])
+@pytest.mark.parametrize("window", [None, 1, 32, 40, 1000])
+def test_the_kernel_for_lengths_and_windows(
+    device: torch.device, length: int, window: int | None
+) -> None:
+    q, k, v = pack([length], [length], 2, 1, 64)
+    out = launch(device, q, k, v, [length], window=window)[:length]
+    assert_attends(out, q[:length], k[:length], v[:length], window=window)
+
+
+@pytest.mark.parametrize("soft_cap", [0.5, 5.0, 50.0])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("scale", [0.125, 30.0])
+def test_the_kernel_for_soft_caps(
+    device: torch.device, scale: float, window: int | None, soft_cap: float
+) -> None:
+    """With the large scale the caps' exponentials overflow."""
+    q, k, v = pack([70], [70], 2, 1, 64)
+    options = {"scale": scale, "window": window, "soft_cap": soft_cap}
+    out = launch(device, q, k, v, [70], **options)[:70]
+    assert_attends(out, q[:70], k[:70], v[:70], **options)
+
+
+@pytest.mark.parametrize("window", [None, 5, 50])
+def test_the_kernel_for_fewer_queries_than_keys(device: torch.device, window: int | None) -> None:
+    """The last query faces the last key."""
+    num_queries, num_keys = [1, 33, 40, 2], [1, 97, 40, 66]
+    q, k, v = pack(num_queries, num_keys, 2, 1, 64)
+    out = launch(device, q, k, v, num_queries, num_keys, window=window)
+    for rows, seen in zip(parts(num_queries), parts(num_keys), strict=True):
+        assert_attends(out[rows], q[rows], k[seen], v[seen], window=window)
+
+
+@pytest.mark.parametrize("size", [64, 80])
+def test_the_kernel_reads_views(device: torch.device, size: int) -> None:
+    """Queries, keys and values of a token lie side by side as one product leaves them."""
+    heads = torch.randn(50, 2 + 1 + 1, size, generator=torch.Generator().manual_seed(0)).to(BF16)
+    q, k, v = heads.to(device).split([2, 1, 1], dim=1)
+    tiles = torch.from_numpy(gpu.lay_out_tiles([50], [50], SMALL[0])).to(device)
+    out = torch.empty(50, 2, size, dtype=BF16, device=device)
+    gpu.attend(q, k, v, tiles, out, scale=0.3, config=SMALL)
+    assert_attends(out.cpu(), q.cpu(), k.cpu(), v.cpu())
+
+
+@pytest.mark.parametrize("size", [64, 80, 128, 256])
+def test_the_kernel_as_it_ships(device: torch.device, size: int) -> None:
+    config = gpu.CONFIGS[max(64, 1 << (size - 1).bit_length())]
+    assert gpu.block_of(size) == config[0]
+    length = config[0] + 3
+    q, k, v = pack([length], [length], 1, 1, size)
+    out = launch(device, q, k, v, [length], scale=size**-0.5, config=config)[:length]
+    assert_attends(out, q[:length], k[:length], v[:length], scale=size**-0.5)
+
+
+OPTIONS = [{}, {"window": 20}, {"soft_cap": 5.0}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("length", [1, 33, 64, 70])
+def test_the_kernel_keeps_the_bits_of_a_sequence(
+    device: torch.device, length: int, options: dict[str, Any]
+) -> None:
+    """Alone, first, last, or between others."""
+    q, k, v = pack([length], [length], 2, 1, 64)
+    alone = launch(device, q, k, v, [length], **options)[:length]
+    for before, after in [([], [40, 3]), ([40, 3], []), ([31], [32]), ([1, length], [length])]:
+        lengths = [*before, length, *after]
+        packed = pack(lengths, lengths, 2, 1, 64)
+        rows = parts(lengths)[len(before)]
+        for x, own in zip(packed, (q, k, v), strict=True):
+            x[rows] = own[:length]
+        assert torch.equal(launch(device, *packed, lengths, **options)[rows], alone)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [64, 80])
+def test_the_kernel_keeps_a_sequence_from_its_neighbours(
+    device: torch.device, size: int, bad: float, options: dict[str, Any]
+) -> None:
+    lengths = [5, 37, 32, 9]
+    q, k, v = pack(lengths, lengths, 2, 2, size)
+    clean = launch(device, q, k, v, lengths, **options)
+    rows = parts(lengths)
+    for i in range(len(lengths)):
+        spoilt = [x.clone() for x in (q, k, v)]
+        for j, others in enumerate(rows):
+            if j != i:
+                for x in spoilt:
+                    x[others] = bad
+        out = launch(device, *spoilt, lengths, **options)
+        assert torch.equal(out[rows[i]], clean[rows[i]])
+
+
+# ---- tiles -----------------------------------------------------------------------------------
+
+
+@given(
+    sequences=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 50)), max_size=12),
+    block=st.sampled_from([1, 7, 16, 64]),
+    below=st.none() | st.integers(1, 70),
+)
+def test_tiles_hold_every_query_once(
+    sequences: list[tuple[int, int]], block: int, below: int | None
+) -> None:
+    queries = [n for n, _ in sequences]
+    keys = [n + more for n, more in sequences]
+    tiles = gpu.lay_out_tiles(queries, keys, block, below=below)
+    assert tiles.dtype == np.int32 and tiles.shape[1:] == (4,)
+    assert tiles.flags.c_contiguous
+    assert (np.diff(tiles[:, 3]) <= 0).all(), "long tiles come first"
+    held = sorted(
+        (first + i, first_key, place + i)
+        for first, count, first_key, place in tiles.tolist()
+        for i in range(count)
+    )
+    expected = [
+        (rows.start + i, seen.start, n - m + i)
+        for rows, seen, m, n in zip(parts(queries), parts(keys), queries, keys, strict=True)
+        for i in range(m)
+        if below is None or m < below
+    ]
+    assert held == expected
+    # A sequence is cut every `block` queries from its own start, wherever it lies.
+    starts = {rows.start: rows for rows in parts(queries) if rows.start < rows.stop}
+    for first, count, *_ in tiles.tolist():
+        rows = starts[max(start for start in starts if start <= first)]
+        assert (first - rows.start) % block == 0
+        assert count == min(block, rows.stop - first)
+
+
+# ---- which one computes ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def _on_a_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel is chosen for every device, cuDNN from 70 tokens on."""
+    line = Choice(triton=True, attention="triton", cudnn_from=70)
+    monkeypatch.setattr(attention, "choose", lambda device: line)
+    if device.type == "cpu":
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
+    attention._tiles.cache_clear()
+    yield
+    attention._tiles.cache_clear()
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
+@pytest.mark.parametrize(("size", "window"), [(128, None), (128, 16), (64, None), (80, None)])
+def test_short_sequences_are_the_kernels_and_long_ones_cudnns(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, size: int, window: int | None
+) -> None:
+    sent: list[slice] = []
+
+    def stand_in(q: Any, k: Any, v: Any, rows: slice, scale: float, out: torch.Tensor) -> None:
+        sent.append(rows)
+        out[rows] = 7.0
+
+    monkeypatch.setattr(attention, "_attend_cudnn", stand_in)
+    lengths = [3, 70, 40, 90]
+    q, k, v = pack(lengths, lengths, 2, 1, size)
+    out = attend(*(x.to(device) for x in (q, k, v)), lengths, scale=0.3, window=window).cpu()
+    takes_cudnn = window is None and size == 128
+    assert sent == ([slice(3, 73), slice(113, 203)] if takes_cudnn else [])
+    for rows in parts(lengths):
+        if rows in sent:
+            assert (out[rows] == 7.0).all()
+        else:
+            assert_attends(out[rows], q[rows], k[rows], v[rows], window=window)
+    assert not out[sum(lengths) :].any(), "rows of padding are zeros"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [1, 511, 512, 513])
+def test_cudnn_of_a_length_that_is_rounded_up(length: int) -> None:
+    """The same bits before bad neighbours, behind them, and with nothing left to round up to."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    heads = torch.randn(length, 8, 128, generator=torch.Generator().manual_seed(length)).to(BF16)
+    results = []
+    for before, after in [(0, 0), (0, 600), (600, 600), (600, 5)]:
+        packed = torch.full((before + length + after, 8, 128), torch.nan, dtype=BF16)
+        rows = slice(before, before + length)
+        packed[rows] = heads
+        q, k, v = packed.cuda().split([4, 2, 2], dim=1)
+        out = torch.zeros(q.shape, dtype=BF16, device="cuda")
+        attention._attend_cudnn(q, k, v, rows, 0.1, out)
+        results.append(out[rows].cpu())
+        out[rows] = 0.0
+        assert not out.any(), "other rows are left alone"
+    assert_attends(results[0], *heads.split([4, 2, 2], dim=1), scale=0.1)
+    assert all(torch.equal(result, results[0]) for result in results)

@@ -1,35 +1,158 @@
-"""Rotary positions as complex numbers: dimension i and i + R/2 are one number that turns."""
+"""Rotary positions as complex numbers: dimension i and i + R are one number that turns."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from by_rows import DTYPES, assert_near, assert_same_bits
+from logitmill.kernels.norms import rms_norm
 from logitmill.kernels.rotary import rotate
 
+gpu = pytest.importorskip("logitmill.kernels.gpu.rotary")
 
-@pytest.mark.parametrize("turned", [16, 12, 2])
-def test_pairs_turn_as_complex_numbers(turned: int) -> None:
-    generator = torch.Generator().manual_seed(turned)
-    x = torch.randn(7, 3, 16, generator=generator)
-    angles = 10 * torch.rand(7, turned // 2, generator=generator)
-    out = rotate(x, angles.cos(), angles.sin())
-    half = turned // 2
-    numbers = torch.complex(x[..., :half].double(), x[..., half:turned].double())
-    expected = numbers * torch.polar(torch.ones_like(angles).double(), angles.double())[:, None]
-    torch.testing.assert_close(out[..., :half].double(), expected.real, atol=1e-6, rtol=1e-6)
-    torch.testing.assert_close(out[..., half:turned].double(), expected.imag, atol=1e-6, rtol=1e-6)
-    assert torch.equal(out[..., turned:], x[..., turned:])
+
+def draw_angles(num_tokens: int, half: int) -> torch.Tensor:
+    return 10 * torch.rand(num_tokens, half, generator=torch.Generator().manual_seed(half))
+
+
+def draw_heads(num_tokens: int, num_heads: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(num_heads * size)
+    return torch.randn(num_tokens, num_heads, size, generator=generator).to(dtype)
+
+
+def draw_norms(size: int, dtype: torch.dtype) -> dict[str, Any]:
+    q, k = 1 + 0.3 * torch.randn(2, size, generator=torch.Generator().manual_seed(size))
+    return {"q_norm_D": q.to(dtype), "k_norm_D": k.to(dtype), "eps": 1e-3}
+
+
+def turned(heads: torch.Tensor, angles: torch.Tensor, **options: Any) -> torch.Tensor:
+    """`rotate` of a copy; all heads are queries unless it is said."""
+    out = heads.clone()
+    rotate(out, angles.cos(), angles.sin(), **{"num_queries": heads.shape[1], **options})
+    return out
+
+
+def formula(heads: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """In float64."""
+    half = angles.shape[1]
+    wide = heads.double()
+    numbers = torch.complex(wide[..., :half], wide[..., half : 2 * half])
+    # The angles' cosines are float32, as they are given.
+    numbers = numbers * torch.complex(angles.cos().double(), angles.sin().double())[:, None]
+    return torch.cat([numbers.real, numbers.imag, wide[..., 2 * half :]], dim=-1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_turned", [16, 12, 2])
+def test_pairs_turn_as_complex_numbers(num_turned: int, dtype: torch.dtype) -> None:
+    x = draw_heads(7, 3, 16, dtype)
+    angles = draw_angles(7, num_turned // 2)
+    out = turned(x, angles)
+    rtol = max(1e-6, torch.finfo(dtype).eps / 2 * 1.001)
+    torch.testing.assert_close(out.double(), formula(x, angles), atol=1e-6, rtol=rtol)
+    assert_same_bits(out[..., num_turned:], x[..., num_turned:])
+
+
+@pytest.mark.parametrize("num_turned", [16, 6])
+def test_heads_are_normalised_before_they_turn(num_turned: int) -> None:
+    x = draw_heads(7, 5, 16, torch.float32)
+    angles = draw_angles(7, num_turned // 2)
+    norms = draw_norms(16, torch.float32)
+    out = turned(x, angles, num_queries=3, **norms)
+    for heads, name in ((slice(0, 3), "q_norm_D"), (slice(3, 5), "k_norm_D")):
+        expected = formula(rms_norm(x[:, heads], norms[name], norms["eps"]), angles)
+        torch.testing.assert_close(out[:, heads].double(), expected, atol=1e-6, rtol=1e-6)
 
 
 def test_products_depend_on_the_distance_alone() -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 64, generator=generator)
+    q, k = draw_heads(2, 1, 64, torch.float32).split(1)
     rates = 10000.0 ** (-torch.arange(32) / 32)
 
     def product(i: int, j: int) -> float:
-        at_i, at_j = (p * rates[None] for p in (i, j))
-        turned_q, turned_k = (rotate(x, a.cos(), a.sin()) for x, a in ((q, at_i), (k, at_j)))
-        return float((turned_q * turned_k).sum())
+        return float((turned(q, i * rates[None]) * turned(k, j * rates[None])).sum())
 
     assert product(50, 43) == pytest.approx(product(7, 0), abs=1e-4)
     assert abs(product(50, 43) - product(50, 40)) > 1e-2
+
+
+@pytest.mark.parametrize("num_turned", [32, 8])
+def test_transformers_agree(num_turned: int) -> None:
+    """GPT-NeoX's function turns the leading dimensions; with all of them it is Llama's."""
+    from transformers.models.gpt_neox.modeling_gpt_neox import apply_rotary_pos_emb as partial
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb as whole
+
+    x = draw_heads(7, 5, 32, torch.float32)
+    angles = draw_angles(7, num_turned // 2)
+    both = torch.cat([angles, angles], dim=-1)[None]
+    apply = whole if num_turned == 32 else partial
+    q, k = (part.transpose(0, 1)[None] for part in (x[:, :3], x[:, 3:]))
+    theirs = apply(q, k, both.cos(), both.sin())
+    expected = torch.cat([part[0].transpose(0, 1) for part in theirs], dim=1)
+    out = turned(x, angles, num_queries=3)
+    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_transformers_agree_on_norms_of_heads() -> None:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+
+    x = draw_heads(7, 5, 32, torch.float32)
+    angles = draw_angles(7, 16)
+    norms = draw_norms(32, torch.float32)
+    both = torch.cat([angles, angles], dim=-1)[None]
+    parts = []
+    for heads, name in ((slice(0, 3), "q_norm_D"), (slice(3, 5), "k_norm_D")):
+        module = Qwen3RMSNorm(32, eps=norms["eps"])
+        module.weight.data.copy_(norms[name])
+        parts.append(module(x[:, heads]).transpose(0, 1)[None].detach())
+    theirs = apply_rotary_pos_emb(*parts, both.cos(), both.sin())
+    expected = torch.cat([part[0].transpose(0, 1) for part in theirs], dim=1)
+    out = turned(x, angles, num_queries=3, **norms)
+    torch.testing.assert_close(out, expected, atol=2e-6, rtol=1e-6)
+
+
+# Tokens, heads, queries among them, head size, dimensions that turn.
+CASES = [
+    (1, 1, 1, 64, 64),
+    (3, 12, 10, 128, 128),
+    (5, 9, 8, 80, 80),
+    (9, 4, 2, 96, 48),
+    (5, 3, 1, 128, 32),
+    (6, 18, 16, 16, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(("num_tokens", "num_heads", "num_queries", "size", "num_turned"), CASES)
+def test_the_kernel(
+    device: torch.device,
+    num_tokens: int,
+    num_heads: int,
+    num_queries: int,
+    size: int,
+    num_turned: int,
+    normed: bool,
+    dtype: torch.dtype,
+) -> None:
+    """Of heads that are a view, as queries and keys are in front of the values."""
+    rows = draw_heads(num_tokens, num_heads + 3, size, dtype)
+    rows[:, num_heads:] = torch.nan
+    angles = draw_angles(num_tokens, num_turned // 2)
+    cos, sin = angles.cos(), angles.sin()
+    norms = draw_norms(size, dtype) if normed else {"q_norm_D": None, "k_norm_D": None, "eps": 0.0}
+    there = rows.to(device, copy=True)
+    before = rows.clone()
+    rotate(rows[:, :num_heads], cos, sin, num_queries=num_queries, **norms)
+    weights = [
+        None if norms[name] is None else norms[name].to(device) for name in ("q_norm_D", "k_norm_D")
+    ]
+    gpu.rotate(
+        there[:, :num_heads], cos.to(device), sin.to(device), num_queries, *weights, norms["eps"]
+    )
+    # Where two products cancel, float32's rounding of each stands out.
+    assert_near(there[:, :num_heads], rows[:, :num_heads], atol=3e-6)
+    assert_same_bits(there[:, num_heads:], before[:, num_heads:])
+    if not normed:
+        assert_same_bits(there[..., num_turned:], before[..., num_turned:])
