@@ -10,7 +10,7 @@ Legend: T packed tokens, K inputs, N outputs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 import torch
@@ -27,6 +27,10 @@ Capability = tuple[int, int] | None
 # Oldest GPUs whose tensor cores multiply these.
 _LEAST_FP8 = (8, 9)
 _LEAST_INT8 = (8, 0)
+# The only ones whose library scales both operands of a product by groups of columns.
+_GROUPS_MAJOR = 9
+# Kinds that are held as `INT4`.
+_IN_INT4 = (Quantization.INT4, Quantization.INT4_FP8, Quantization.INT4_FP8_EXACT)
 # What an all-zero row is divided by instead of zero.
 _LEAST_SCALE = 1e-12
 
@@ -123,8 +127,19 @@ class Int8Rows(_Held):
         return linear.multiply_int8(x, self.weight_NK, self.scale_N, self.bias_N, self.dtype)
 
 
+class _HeldInt4:
+    """Weights that lie as codes of four bits."""
+
+    weight: Int4
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        num_rows, num_bytes = self.weight.codes.shape
+        return num_rows, 2 * num_bytes
+
+
 @dataclass(frozen=True)
-class Int4Groups:
+class Int4Groups(_HeldInt4):
     """4-bit weights, expanded for every call into scratch that lives as long as the call.
 
     They are for fitting: a batch of thousands of tokens hides the expansion, and no product of
@@ -141,17 +156,30 @@ class Int4Groups:
     def layout(self) -> Layout:
         return Layout.PLAIN if self.scale_N is None else Layout.FP8_ROWS
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        num_rows, num_bytes = self.weight.codes.shape
-        return num_rows, 2 * num_bytes
-
     def __call__(self, x: Activations) -> torch.Tensor:
         if self.scale_N is None:
             weight_NK = linear.expand_int4(self.weight, self.dtype)
             return linear.multiply(x.values_TK, weight_NK, self.bias_N)
         weight_NK = linear.expand_int4_fp8(self.weight, self.scale_N)
         return linear.multiply_fp8(x, weight_NK, self.scale_N, self.bias_N, self.dtype)
+
+
+@dataclass(frozen=True)
+class Int4Codes(_HeldInt4):
+    """4-bit weights whose codes less zero points are multiplied in e4m3, none of them rounded.
+
+    They are expanded for every call, as `Int4Groups` are.
+    """
+
+    weight: Int4
+    """Its scales as `lay_out_group_scales` makes them."""
+    bias_N: torch.Tensor | None
+    dtype: torch.dtype
+    layout = Layout.FP8_GROUPS
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        weight_NK = linear.expand_int4_codes(self.weight)
+        return linear.multiply_fp8_groups(x, weight_NK, self.weight.scales, self.bias_N, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -232,13 +260,16 @@ class Scheme:
         if run == Quantization.NONE:
             return dtype if kind == Quantization.NONE else f"dequantized to {dtype}"
         text = f"expanded to {dtype}" if run == Quantization.INT4 else _RUN_TEXT[run]
-        held = Quantization.INT4 if run == Quantization.INT4_FP8 else run
+        held = _held(run)
         if kind not in (Quantization.NONE, held):
             text = f"rounded again to {held}, {text}"
         elif kind == Quantization.NONE:
             text = f"rounded to {held}, {text}"
         if self.emulated and run != Quantization.INT4:
             text += ", emulated in float32"
+        if run == Quantization.INT4_FP8_EXACT:
+            # Which linears have others is known only once they are read.
+            text += f", other groups expanded to {dtype}"
         return text
 
 
@@ -247,7 +278,13 @@ _RUN_TEXT = {
     Quantization.FP8_BLOCK: "multiplied in fp8 with scales of blocks",
     Quantization.INT8: "multiplied in int8",
     Quantization.INT4_FP8: "multiplied in fp8 with scales of rows",
+    Quantization.INT4_FP8_EXACT: "multiplied in fp8 with scales of groups of 128",
 }
+
+
+def _held(run: Quantization) -> Quantization:
+    """What weights are held in to run as this."""
+    return Quantization.INT4 if run in _IN_INT4 else run
 
 
 def resolve_scheme(
@@ -303,9 +340,16 @@ def _lacks(kind: Quantization, capability: Capability) -> str | None:
     """Why a device cannot run a kind; None if it can."""
     if capability is None:
         return None
+    exact = kind == Quantization.INT4_FP8_EXACT
     fp8 = (Quantization.FP8, Quantization.FP8_BLOCK, Quantization.INT4_FP8)
-    if kind in fp8 and capability < _LEAST_FP8:
+    if (exact or kind in fp8) and capability < _LEAST_FP8:
         return "this GPU has no fp8 units"
+    if exact and capability[0] != _GROUPS_MAJOR:
+        major, minor = capability
+        return (
+            f"this GPU has compute capability {major}.{minor}, and fp8 products with scales of "
+            f"groups are there on {_GROUPS_MAJOR}.x alone"
+        )
     if kind == Quantization.INT8 and capability < _LEAST_INT8:
         return "this GPU has no int8 units that the kernels know"
     return None
@@ -320,14 +364,15 @@ def make_linear(
     """One linear whose outputs are those of `weights`, one after another.
 
     Weights that are stored unlike (some left plain by the checkpoint) are multiplied plain, and so
-    is what the scheme's kind cannot hold (`suits`).
+    is what the scheme's kind cannot hold (`suits`). `INT4_FP8_EXACT` is `INT4` for what
+    does not suit it (`Groups.suits_fp8`), and for all weights where one does not.
     """
     stored = {weight.kind for weight in weights}
     run = scheme.runs[weights[0].kind] if len(stored) == 1 else Quantization.NONE
     num_rows = sum(weight.shape[0] for weight in weights)
     if run == Quantization.NONE or not suits(run, num_rows, weights[0].shape[1]):
         return _make_dense(weights, bias_N, dtype)
-    held = Quantization.INT4 if run == Quantization.INT4_FP8 else run
+    held = _held(run)
     if stored == {held}:
         joined = join(weights)
     else:
@@ -345,6 +390,10 @@ def make_linear(
     ]
     if any(isinstance(part, Dense) for part in parts):
         return _make_dense(weights, bias_N, dtype)
+    if len({part.layout for part in parts}) > 1:
+        # One input has one layout, and plain is the one that all of `INT4` take.
+        runs = {**scheme.runs, held: Quantization.INT4}
+        return make_linear(weights, bias_N, replace(scheme, runs=runs), dtype)
     return Parts(parts)
 
 
@@ -378,6 +427,15 @@ def _make(
     match run:
         case Quantization.INT4:
             return Int4Groups(cast(Groups, weight).numbers, bias_N, dtype)
+        case Quantization.INT4_FP8_EXACT:
+            groups = cast(Groups, weight)
+            numbers = groups.numbers
+            if not groups.suits_fp8():
+                return Int4Groups(numbers, bias_N, dtype)
+            if emulated:
+                return _emulate(weight, Layout.FP8_GROUPS, bias_N, dtype)
+            numbers = numbers._replace(scales=linear.lay_out_group_scales(numbers.scales))
+            return Int4Codes(numbers, bias_N, dtype)
         case Quantization.INT4_FP8:
             numbers = cast(Groups, weight).numbers
             largest = weight.dense(torch.float32).abs().amax(1)

@@ -48,8 +48,8 @@ class EngineSettings:
     dtype: str | None = None
     """`float32`, `bfloat16` or `float16`; None is float32 on a CPU, else the checkpoint's own."""
     quantization: str | None = None
-    """What linears are multiplied as: `none`, `fp8`, `fp8_block`, `int8`, `int4`, `int4_fp8`;
-    None is what the checkpoint is stored as."""
+    """What linears are multiplied as: `none`, `fp8`, `fp8_block`, `int8`, `int4`, `int4_fp8`,
+    `int4_fp8_exact`; None is what the checkpoint is stored as."""
     fp8_head: bool = False
     """Whether the head is multiplied in fp8 too: faster, and less exact."""
     max_batch_tokens: int | None = None
@@ -116,7 +116,9 @@ def pipeline(
         dtype: `float32`, `bfloat16` or `float16`; by default float32 on a CPU, on a GPU what the
             checkpoint is stored in. Log-probabilities are float32 whatever it is.
         quantization: what linears are multiplied as: `none`, `fp8` (scales of rows), `fp8_block`
-            (of 128 x 128), `int8`, `int4` (expanded to `dtype`), `int4_fp8` (expanded to fp8).
+            (of 128 x 128), `int8`, `int4` (expanded to `dtype`), `int4_fp8` (expanded to fp8),
+            `int4_fp8_exact` (the same without a second rounding: on Hopper GPUs, for groups of
+            128 columns in order; others are multiplied as `int4`).
             By default what the checkpoint says; a plain checkpoint is rounded while it loads.
         fp8_head: whether the head is multiplied in fp8 as well.
         max_batch_tokens: tokens of one packed batch. It decides speed and memory, not numbers.

@@ -42,6 +42,10 @@ class Quantization(StrEnum):
     """Four bits with a scale and a zero point per group of columns; activations plain."""
     INT4_FP8 = "int4_fp8"
     """`INT4`, rounded to e4m3 when multiplied; activations e4m3 with a scale a row."""
+    INT4_FP8_EXACT = "int4_fp8_exact"
+    """`INT4`, its codes multiplied in e4m3, which holds them exactly; activations e4m3 with a
+    scale per 128 columns of a row. What it does not suit (groups of another size, columns in
+    an order of their own, N not a multiple of 16) is multiplied as `INT4`."""
 
 
 class Weight(Protocol):
@@ -177,6 +181,13 @@ class Groups:
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         return expand_int4(self.numbers, dtype)
 
+    def suits_fp8(self) -> bool:
+        """Whether `INT4_FP8_EXACT` takes it: groups of 128 neighbours, N a multiple of 16."""
+        num_rows, num_columns = self.shape
+        of_neighbours = self.numbers.groups is None
+        in_groups = self.numbers.scales.shape[1] * GROUP == num_columns
+        return of_neighbours and in_groups and num_rows % 16 == 0
+
 
 def join(weights: Sequence[Weight]) -> Weight | None:
     """Weights of one kind below each other; None where the format cannot hold them as one."""
@@ -225,8 +236,8 @@ def _join_groups(weights: Sequence[Groups]) -> Groups | None:
 def round_to(kind: Quantization, weight_NK: torch.Tensor) -> Weight | None:
     """Round to nearest, without calibration; None where K holds no whole groups.
 
-    `kind` is what the weights are held in: not `NONE`, and `INT4` where `INT4_FP8` runs. K has
-    been found to suit it.
+    `kind` is what the weights are held in: not `NONE`, and `INT4` where `INT4_FP8` or
+    `INT4_FP8_EXACT` runs. K has been found to suit it.
     """
     if kind in (Quantization.FP8, Quantization.INT8):
         layout = Layout.INT8_ROWS if kind == Quantization.INT8 else Layout.FP8_ROWS
@@ -245,8 +256,9 @@ def suits(kind: Quantization, num_rows: int, num_columns: int) -> bool:
 
     The libraries' 8-bit products take multiples of 16, and activations with a scale per group of
     columns whole groups. A CPU could do without, but a checkpoint means the same everywhere.
+    `INT4_FP8_EXACT` takes any, since it is `INT4` where its own product cannot be had.
     """
-    if kind in (Quantization.NONE, Quantization.INT4):
+    if kind in (Quantization.NONE, Quantization.INT4, Quantization.INT4_FP8_EXACT):
         return True
     multiple = GROUP if kind == Quantization.FP8_BLOCK else 16
     return num_rows % 16 == 0 and num_columns % multiple == 0

@@ -3,10 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .corpus import CorpusSpec
     from .run import Run, open_run
     from .score import score_corpus
 
-__all__ = ["Run", "open_run", "score_corpus"]
+__all__ = ["CorpusSpec", "Run", "open_run", "score_corpus"]
 
 
 def __getattr__(name: str) -> Any:
@@ -15,6 +16,10 @@ def __getattr__(name: str) -> Any:
         from .score import score_corpus
 
         return score_corpus
+    if name == "CorpusSpec":
+        from .corpus import CorpusSpec
+
+        return CorpusSpec
     if name in ("Run", "open_run"):
         from . import run
 

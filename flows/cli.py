@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import re
+import shlex
 import sys
 import threading
 import time
@@ -44,6 +46,12 @@ class Tier(StrEnum):
     logits = "logits"
 
 
+class Kept(StrEnum):
+    """What `bench` can keep besides records."""
+
+    logits = "logits"
+
+
 class StoredDtype(StrEnum):
     """Dtypes that log-probabilities are stored in."""
 
@@ -55,6 +63,11 @@ class StoredDtype(StrEnum):
 _UsageError: Any = typer.BadParameter.__bases__[0]
 
 _ENDPOINT_HELP = "S3 server to use where it is not Amazon's."
+_QUANTIZATION_HELP = (
+    "What linears are multiplied as: none, fp8, fp8_block, int8, int4, int4_fp8, "
+    "int4_fp8_exact; default as the checkpoint is stored."
+)
+_FP8_HEAD_HELP = "Multiply the head in fp8 too: faster, less exact."
 _FAILED_SHOWN = 3
 _INPUT, _RECIPE, _ENGINE = "What is read", "How it is scored", "How it is computed"
 
@@ -155,12 +168,22 @@ def score(
             rich_help_panel=_ENGINE,
         ),
     ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help=_QUANTIZATION_HELP, rich_help_panel=_ENGINE)
+    ] = None,
+    fp8_head: Annotated[
+        bool, typer.Option("--fp8-head", help=_FP8_HEAD_HELP, rich_help_panel=_ENGINE)
+    ] = False,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Tokens of a packed batch.", rich_help_panel=_ENGINE)
     ] = None,
     logits_memory_mb: Annotated[
-        int, typer.Option(help="Megabytes that logits may take.", rich_help_panel=_ENGINE)
-    ] = 256,
+        int | None,
+        typer.Option(
+            help="Megabytes that logits may take at a time; default 256 on a CPU, 2048 on a GPU.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = None,
     logits_dtype: Annotated[
         StoredDtype, typer.Option(help="How logits are stored.", rich_help_panel=_ENGINE)
     ] = StoredDtype.float32,
@@ -227,8 +250,10 @@ def score(
             engine=EngineSettings(
                 device=device,
                 dtype=dtype,
+                quantization=quantization,
+                fp8_head=fp8_head,
                 max_batch_tokens=batch_tokens,
-                logits_memory=logits_memory_mb << 20,
+                logits_memory=None if logits_memory_mb is None else logits_memory_mb << 20,
                 trust_remote_code=trust_remote_code,
             ),
             logits_dtype=logits_dtype.value,
@@ -274,9 +299,16 @@ def report(
 def inspect(
     target: Annotated[str, typer.Argument(help="A run's URI, or a model folder or Hub id.")],
     doc: Annotated[str | None, typer.Option(help="Show this document of a run.")] = None,
+    device: Annotated[str | None, typer.Option(help="For a model: cpu, cuda, cuda:1.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help=f"For a model. {_QUANTIZATION_HELP}")
+    ] = None,
+    fp8_head: Annotated[
+        bool, typer.Option("--fp8-head", help=f"For a model. {_FP8_HEAD_HELP}")
+    ] = False,
     endpoint_url: Annotated[str | None, typer.Option(help=_ENDPOINT_HELP)] = None,
 ) -> None:
-    """Show what a run holds, or how a model would be run.
+    """Show what a run holds, or how a model is stored and would be run. Loads no weights.
 
     Examples:
 
@@ -284,43 +316,127 @@ def inspect(
 
     `logitmill inspect runs/6f3a09c2d41b77e0 --doc json/decoder.py`
 
-    `logitmill inspect Qwen/Qwen3-0.6B`
+    `logitmill inspect Qwen/Qwen3-0.6B --quantization fp8`
     """
-    _or_exit(lambda: _inspect(target, doc, endpoint_url))
+    settings = {"device": device, "quantization": quantization, "fp8_head": fp8_head}
+    _or_exit(lambda: _inspect(target, doc, endpoint_url, settings))
 
 
 @app.command()
 def bench(
-    model: Annotated[str, typer.Argument(help="Model folder or Hub id.")],
-    corpus: Annotated[str, typer.Argument(help="Texts to measure on: file, folder, glob, URI.")],
-    peer: Annotated[
-        bool, typer.Option("--peer", help="Also run the usual transformers loop beside it.")
+    target: Annotated[
+        str | None,
+        typer.Argument(
+            help="A workload (--list shows them), or a model folder or Hub id.",
+            metavar="WORKLOAD|MODEL",
+        ),
+    ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Argument(help="Texts to measure a model on: file, folder, glob, URI."),
+    ] = None,
+    show_list: Annotated[
+        bool, typer.Option("--list", help="Show the workloads and do nothing else.")
     ] = False,
-    limit: Annotated[int | None, typer.Option(help="At most so many documents.")] = None,
-    recipe: Annotated[str, typer.Option(help="As for score.")] = "rolling",
-    text_column: Annotated[str, typer.Option(help="Column of a table that is scored.")] = "text",
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.")] = None,
-    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16.")] = None,
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a packed batch.")] = None,
-    repeat: Annotated[int, typer.Option(help="Runs of each; the fastest counts.")] = 3,
+    top_k: Annotated[
+        list[int] | None,
+        typer.Option(help="Also measure keeping so many candidates a token. May be given twice."),
+    ] = None,
+    keep: Annotated[
+        Kept | None, typer.Option(help="Also measure bringing all logits to host memory.")
+    ] = None,
+    peer: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Also run transformers (the usual loop), vllm or lmdeploy on the same work. May "
+            "be given twice."
+        ),
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Add the record to this file of JSON lines.")
+    ] = None,
+    repeat: Annotated[int, typer.Option(help="Runs of each pass; the fastest counts.")] = 3,
+    limit: Annotated[
+        int | None, typer.Option(help="At most so many documents.", rich_help_panel=_INPUT)
+    ] = None,
+    text_column: Annotated[
+        str, typer.Option(help="Column of a table that is scored.", rich_help_panel=_INPUT)
+    ] = "text",
+    recipe: Annotated[
+        str, typer.Option(help="As for score; for texts.", rich_help_panel=_RECIPE)
+    ] = "rolling",
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1.", rich_help_panel=_ENGINE)
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16.", rich_help_panel=_ENGINE),
+    ] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help=_QUANTIZATION_HELP, rich_help_panel=_ENGINE)
+    ] = None,
+    fp8_head: Annotated[
+        bool, typer.Option("--fp8-head", help=_FP8_HEAD_HELP, rich_help_panel=_ENGINE)
+    ] = False,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens of a packed batch.", rich_help_panel=_ENGINE)
+    ] = None,
+    from_disk: Annotated[
+        bool,
+        typer.Option(
+            "--from-disk",
+            help="Load a workload's weights from a checkpoint, which is written to the temporary "
+            "folder first if it is not there yet.",
+            rich_help_panel=_ENGINE,
+        ),
+    ] = False,
 ) -> None:
-    """Measure scored tokens a second, loading left out, and how far the peer's sum is off.
+    """Measure tokens a second, loading left out, and how far that is from what the device can do.
 
-    Example:
+    A workload has a model's shape, random weights and random tokens, and needs no download.
 
-    `logitmill bench infra/demo/model '/usr/lib/python3.11/*.py' --limit 40 --peer`
+    Examples:
+
+    `logitmill bench llama8b-mixed --quantization fp8 --top-k 20`
+
+    `logitmill bench infra/demo/model 'docs/**/*.md' --limit 40 --peer transformers`
     """
 
     def run() -> None:
-        from ..engine.pipeline import EngineSettings
-        from .bench import measure, print_measurements
-        from .corpus import CorpusSpec
+        if show_list:
+            from .workloads import WORKLOADS
 
-        settings = EngineSettings(device=device, dtype=dtype, max_batch_tokens=batch_tokens)
-        spec = CorpusSpec(uri=corpus, text_column=text_column, limit=limit)
-        print_measurements(
-            measure(model, spec, settings=settings, recipe=recipe, peer=peer, repeat=repeat)
+            for name, workload in WORKLOADS.items():
+                typer.echo(f"{name:16} {workload.text}")
+            return
+        if target is None:
+            raise ValueError("WORKLOAD|MODEL: missing; --list shows the workloads")
+        from ..engine.pipeline import EngineSettings
+        from .bench import Request, measure, show
+
+        request = Request(
+            target=target,
+            corpus=corpus,
+            engine=EngineSettings(
+                device=device,
+                dtype=dtype,
+                quantization=quantization,
+                fp8_head=fp8_head,
+                max_batch_tokens=batch_tokens,
+            ),
+            recipe=recipe,
+            text_column=text_column,
+            top_k=tuple(top_k or ()),
+            keep_logits=keep is not None,
+            peers=tuple(peer or ()),
+            repeat=repeat,
+            limit=limit,
+            from_disk=from_disk,
         )
+        record = measure(request, command=_typed(without="--json"))
+        show(record)
+        if json_file is not None:
+            record.append(json_file)
 
     _or_exit(run)
 
@@ -386,7 +502,7 @@ def _or_exit(action: Callable[[], None]) -> None:
     try:
         action()
     except ValueError as error:
-        _say_error(str(error))
+        _say_error(_name_options(str(error)))
         raise typer.Exit(2) from None
     except (RuntimeError, OSError) as error:
         _say_error(str(error))
@@ -396,8 +512,58 @@ def _or_exit(action: Callable[[], None]) -> None:
         raise typer.Exit(130) from None
 
 
+def _typed(*, without: str) -> str:
+    """The command as it was typed, but for one option and its value."""
+    arguments = sys.argv[1:]
+    if without in arguments:
+        at = arguments.index(without)
+        del arguments[at : at + 2]
+    return shlex.join(["logitmill", *arguments])
+
+
 def _say_error(message: str) -> None:
     typer.secho(f"error: {' '.join(message.split())}", err=True, fg=typer.colors.RED)
+
+
+# What fields of settings are called in the command, where that is not `--field`.
+_CALLED = {
+    "uri": "CORPUS",
+    "model": "MODEL",
+    "tiers": "--keep",
+    "shard_bytes": "--shard-mb",
+    "max_batch_tokens": "--batch-tokens",
+    "logits_memory": "--logits-memory-mb",
+    "max_logits_bytes": "--max-logits-gb",
+    "storage_options": "environment variables",
+}
+_WORDS = (
+    *("out", "recipe", "context", "overlap", "stride", "prefix", "format", "subset", "split"),
+    *("limit", "device", "dtype", "quantization", "uri", "model", "tiers"),
+)
+_COMPOUNDS = (
+    *("text_column", "messages_column", "ids_column", "context_column", "id_column"),
+    *("source_column", "language_column", "endpoint_url", "logits_dtype", "fp8_head"),
+    *("trust_remote_code", "shard_bytes", "max_batch_tokens", "logits_memory"),
+    *("max_logits_bytes", "storage_options"),
+)
+# A word is a field where it leads the message, stands alone in brackets or before a value; a
+# compound is one anywhere.
+_FIELD = re.compile(
+    r"^({0})(?=[:=])|(?<=\()({0})(?=\))|(?<![\w./-])({0})(?==)|\b({1})\b(?:=True)?".format(
+        "|".join(_WORDS), "|".join(_COMPOUNDS)
+    )
+)
+
+
+def _name_options(message: str) -> str:
+    """An error's message with the command's own names for fields; what is quoted stays."""
+
+    def name(match: re.Match[str]) -> str:
+        field = next(filter(None, match.groups()))
+        return _CALLED.get(field) or "--" + field.replace("_", "-")
+
+    parts = re.split(r"('[^']*')", message)
+    return "".join(part if i % 2 else _FIELD.sub(name, part) for i, part in enumerate(parts))
 
 
 def _say_plan(prepared: Prepared) -> None:
@@ -412,12 +578,15 @@ def _say_plan(prepared: Prepared) -> None:
     typer.echo(
         f"model   {request.model}: {facts.architecture}, {way}, {facts.dtype} on {facts.device}"
     )
+    typer.echo(f"linears {facts.quantization}")
     typer.echo(
         f"recipe  {recipe.name}, context {recipe.context}, prefix {recipe.prefix} ({recipe.hash})"
     )
     if prepared.logits_bytes is not None:
         typer.echo(f"logits  about {prepared.logits_bytes / 1e9:,.2f} GB, {job.logits_dtype}")
     typer.echo(f"run     {job.folder.uri}")
+    if prepared.other is not None:
+        typer.echo(f"note    {prepared.other}")
 
 
 def _say_result(uri: str, storage_options: Mapping[str, Any]) -> None:
@@ -453,7 +622,11 @@ def _show_totals(run: Run) -> None:
     if m["bytes"] and m["tokens"]:
         bits = -m["loglikelihood"] / math.log(2) / m["bytes"]
         ppl = math.exp(-m["loglikelihood"] / m["tokens"])
-        typer.echo(f"{bits:.4f} bits/byte, token perplexity {ppl:.3f} (token-weighted)")
+        line = f"{bits:.4f} bits/byte, token perplexity {ppl:.3f} (token-weighted)"
+        if m["recipe"]["weighting"] == "document":
+            scored = run.table("scores", ["token_perplexity"]).column(0).drop_null()
+            line += f", {math.fsum(scored.to_pylist()) / len(scored):.3f} (mean of documents)"
+        typer.echo(line)
 
 
 def _show_outliers(run: Run, count: int = 5) -> None:
@@ -483,7 +656,9 @@ def _show_outliers(run: Run, count: int = 5) -> None:
     Console(file=sys.stdout).print(table)
 
 
-def _inspect(target: str, doc: str | None, endpoint_url: str | None) -> None:
+def _inspect(
+    target: str, doc: str | None, endpoint_url: str | None, settings: Mapping[str, Any]
+) -> None:
     from .folder import Folder, StoreError, endpoint_options
     from .run import find_runs, open_run
 
@@ -492,6 +667,9 @@ def _inspect(target: str, doc: str | None, endpoint_url: str | None) -> None:
         runs = find_runs(Folder(target, options))
     except StoreError:
         runs = []  # Not a place at all, as `org/name` is none.
+    given = [name for name, value in settings.items() if value]
+    if given and (runs or doc is not None):
+        raise ValueError(f"{given[0]}: {target!r} is a run, not a model; leave it out")
     if doc is not None:
         run = open_run(target, partial=True, storage_options=options)
         try:
@@ -509,14 +687,17 @@ def _inspect(target: str, doc: str | None, endpoint_url: str | None) -> None:
         from ..engine.checkpoint import find_model
         from ..engine.pipeline import EngineSettings, inspect_model
 
-        facts = inspect_model(find_model(target), EngineSettings())
+        facts = inspect_model(find_model(target), EngineSettings(**settings))
         for name, value in vars(facts).items():
             typer.echo(f"{name:14} {value}")
 
 
 def _show_run(run: Run) -> None:
+    # The first runs did not say, and knew nothing else.
+    linears = run.plan.get("quantization", "unquantized")
     typer.echo(
-        f"{run.uri}\nmodel   {run.plan['model']['name']}\ncorpus  {run.plan['uri']}\n"
+        f"{run.uri}\nmodel   {run.plan['model']['name']}\n"
+        f"linears {linears}\ncorpus  {run.plan['uri']}\n"
         f"recipe  {run.plan['recipe']['name']} ({run.plan['recipe_hash']})\n"
         f"tiers   {', '.join(run.tiers)}"
     )

@@ -9,11 +9,18 @@ from itertools import pairwise
 
 from prefect.utilities.callables import ParameterSchema
 
-from ..engine.pipeline import EngineSettings
-from ..engine.recipes import PRESETS, Recipe
+from ..engine.pipeline import DTYPES, EngineSettings
+from ..engine.recipes import PRESETS, WEIGHTINGS, Recipe
+from ..engine.weights import Quantization
 from .corpus import CorpusSpec
 
 _HIDDEN = "storage_options"
+_CHOICES = {
+    (EngineSettings, "dtype"): list(DTYPES),
+    (EngineSettings, "quantization"): [str(kind) for kind in Quantization],
+    (Recipe, "name"): list(PRESETS),
+    (Recipe, "weighting"): list(WEIGHTINGS),
+}
 
 
 def complete_schema(schema: ParameterSchema) -> None:
@@ -29,6 +36,11 @@ def complete_schema(schema: ParameterSchema) -> None:
         for name, text in _describe_fields(cls).items():
             if name in definition["properties"]:
                 definition["properties"][name]["description"] = text
+    for (owner, name), choices in _CHOICES.items():
+        field = schema.definitions[owner.__name__]["properties"][name]
+        for kind in field.get("anyOf", [field]):
+            if kind["type"] == "string":
+                kind["enum"] = choices
     schema.properties["recipe"]["anyOf"] = [
         {"title": "preset", "type": "string", "enum": list(PRESETS)},
         {

@@ -162,36 +162,86 @@ class TokensWriter:
         self._scores, self._bytes = [], 0
 
 
+class TooManyLogits(RuntimeError):
+    """There are more logits than the run may keep. The message names the setting."""
+
+
 class LogitsWriter:
-    """The `logits` part: log-probabilities over the whole vocabulary, in document order."""
+    """The `logits` part: log-probabilities over the whole vocabulary, in document order.
+
+    A document's rows are stored so many at a time, whatever numbers they come in, so that batches
+    decide no bytes.
+    """
 
     tier = "logits"
 
-    def __init__(self, path: Path, metadata: Mapping[str, str], *, dtype: str) -> None:
+    def __init__(
+        self, path: Path, metadata: Mapping[str, str], *, dtype: str, max_bytes: int
+    ) -> None:
+        """`max_bytes` of log-probabilities, before compression, are kept and no more."""
         self._dtype = np.dtype(LOGITS_DTYPES[dtype]).newbyteorder("<")
         self._part = PartWriter(path, LOGITS, {**metadata, "logits_dtype": dtype})
+        self._room = max_bytes
+        self._document = (-1, "")
+        self._first_row = 0
+        self._num_rows = 0
+        self._logprobs = np.empty((0, 0), self._dtype)
+        self._logsumexp = np.empty(0, np.float32)
 
     def add_rows(
         self, index: int, doc_id: str, first_row: int, logprobs: np.ndarray, logsumexp: np.ndarray
     ) -> None:
-        """Append consecutive rows of a document; an engine's `on_logits`."""
-        per_row = logprobs.shape[1] * self._dtype.itemsize
-        step = max(1, _GROUP_BYTES // per_row)
-        for start in range(0, len(logprobs), step):
-            rows = logprobs[start : start + step]
-            self._part.write(
-                {
-                    "doc_id": [doc_id],
-                    "first_row": [first_row + start],
-                    "num_rows": [len(rows)],
-                    "logsumexp": [logsumexp[start : start + step]],
-                    "logprobs": [rows.astype(self._dtype).tobytes()],
-                }
+        """Append consecutive rows of a document; an engine's `on_logits`. Copies what it keeps.
+
+        Raises:
+            TooManyLogits: if they are more than may be kept.
+        """
+        num_columns = logprobs.shape[1]
+        self._room -= logprobs.size * self._dtype.itemsize
+        if self._room < 0:
+            raise TooManyLogits(
+                f"max_logits_bytes: it is used up within document {doc_id!r}, as the corpus holds "
+                "more tokens than a sample of it let expect; raise it, score fewer documents "
+                "(limit), or keep tokens instead"
             )
+        if not len(self._logprobs):
+            step = max(1, _GROUP_BYTES // (num_columns * self._dtype.itemsize))
+            self._logprobs = np.empty((step, num_columns), self._dtype)
+            self._logsumexp = np.empty(step, np.float32)
+        if self._document != (index, doc_id):
+            self._flush()
+            self._document, self._first_row = (index, doc_id), first_row
+        taken = 0
+        while taken < len(logprobs):
+            count = min(len(logprobs) - taken, len(self._logprobs) - self._num_rows)
+            into = slice(self._num_rows, self._num_rows + count)
+            self._logprobs[into] = logprobs[taken : taken + count]
+            self._logsumexp[into] = logsumexp[taken : taken + count]
+            taken += count
+            self._num_rows += count
+            if self._num_rows == len(self._logprobs):
+                self._flush()
 
     def add(self, score: DocumentScore) -> None:
         """Documents add nothing to their rows."""
 
     def close(self) -> None:
         """Finish the file."""
+        self._flush()
         self._part.close()
+
+    def _flush(self) -> None:
+        if not self._num_rows:
+            return
+        rows = slice(self._num_rows)
+        self._part.write(
+            {
+                "doc_id": [self._document[1]],
+                "first_row": [self._first_row],
+                "num_rows": [self._num_rows],
+                "logsumexp": [self._logsumexp[rows]],
+                "logprobs": [self._logprobs[rows].tobytes()],
+            }
+        )
+        self._first_row += self._num_rows
+        self._num_rows = 0

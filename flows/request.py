@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..engine.checkpoint import digest, find_model
-from ..engine.intake import prefix_token
-from ..engine.pipeline import EngineSettings, ModelFacts, inspect_model
+from ..engine.checkpoint import digest, find_model, read_config
+from ..engine.head import most_rows
+from ..engine.intake import Intake
+from ..engine.pipeline import EngineSettings, ModelFacts, inspect_model, name_device
 from ..engine.recipes import Recipe, find_recipe
 from ..engine.tokenization import Tokenizer
 from .corpus import CorpusSpec, plan_corpus, read_shard
@@ -20,6 +20,7 @@ from .corpus.plan import Plan
 from .folder import Folder, Part, endpoint_options
 from .parts import LOGITS_DTYPES, TIERS
 from .store import MANIFEST, PLAN, find_receipts, hash_json
+from .versions import versions
 
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 50, 1 << 18
 
@@ -61,6 +62,8 @@ class Job:
     recipe: Recipe
     tiers: Sequence[str]
     logits_dtype: str
+    max_logits_bytes: int
+    num_shards: int
     run_key: str
 
 
@@ -76,6 +79,8 @@ class Prepared:
     """What `plan.json` holds."""
     logits_bytes: int | None
     """About what the logits will take; None if they are not kept."""
+    other: str | None
+    """A line on a run that other software or another device made of the same, if there is one."""
 
     def write_plan(self) -> None:
         """Put the plan in place, if it is not there."""
@@ -108,9 +113,11 @@ def prepare(request: Request) -> Prepared:
     root = Folder(request.out, endpoint_options(request.out, request.endpoint_url))
     model_folder = find_model(request.model)
     facts = inspect_model(model_folder, engine)
+    if engine.logits_memory is not None:
+        most_rows(facts.vocab_size, facts.device, engine.logits_memory)
     recipe = find_recipe(request.recipe).resolve(facts.max_positions)
     tokenizer = Tokenizer.load(model_folder, trust_remote_code=engine.trust_remote_code)
-    _check_fit(recipe, spec, tokenizer, model_folder)
+    _check_fit(recipe, spec, tokenizer, facts.vocab_size, model_folder)
     if recipe.concatenate:
         # One stream is one document, so it is one shard.
         spec = replace(spec, shard_bytes=1 << 60)
@@ -120,8 +127,10 @@ def prepare(request: Request) -> Prepared:
         logits_bytes = _check_size(request, spec, plan, tokenizer, facts.vocab_size)
     root.check_writable()
 
+    scheme = engine.resolve_scheme(read_config(model_folder))
     described: dict[str, Any] = {
         "format": 1,
+        "uri": spec.uri,
         "model": {
             "name": request.model,
             "digest": digest(model_folder),
@@ -130,21 +139,27 @@ def prepare(request: Request) -> Prepared:
         },
         "engine": {
             "dtype": facts.dtype,
-            "device": facts.device,
-            "logits_memory": engine.logits_memory,
-            "logitmill": importlib.metadata.version("logitmill"),
+            "linears": {str(stored): str(run) for stored, run in scheme.runs.items()},
+            "fp8_head": engine.fp8_head,
         },
+        "quantization": facts.quantization,
+        "device": name_device(engine.resolve_device()),
+        "versions": versions(),
         "recipe": asdict(recipe),
         "recipe_hash": recipe.hash,
         "tiers": tiers,
         "logits_dtype": request.logits_dtype if "logits" in tiers else None,
         "shard_bytes": spec.shard_bytes,
+        "corpus": plan.to_dict(),
     }
-    # The same model under another name gives the same numbers.
-    unnamed = {key: value for key, value in described["model"].items() if key != "name"}
-    run_key = hash_json({**described, "model": unnamed, "corpus": plan.fingerprint})[:16]
+    described["run_key"] = run_key = _make_key(described)
     folder = root.below(run_key)
-    described |= {"run_key": run_key, "uri": spec.uri, "corpus": plan.to_dict()}
+    found = folder.read_json(PLAN)
+    if found is not None and Plan.from_dict(found["corpus"]).shards != plan.shards:
+        raise ValueError(
+            f"out: {folder.uri!r} holds a run of these settings whose shards were cut otherwise; "
+            "remove it, or give another folder"
+        )
     job = Job(
         folder=folder,
         corpus=spec,
@@ -154,9 +169,58 @@ def prepare(request: Request) -> Prepared:
         recipe=recipe,
         tiers=tiers,
         logits_dtype=request.logits_dtype,
+        max_logits_bytes=request.max_logits_bytes,
+        num_shards=len(plan.shards),
         run_key=run_key,
     )
-    return Prepared(request, job, plan, facts, described, logits_bytes)
+    other = _find_other(root, described) if found is None else None
+    return Prepared(request, job, plan, facts, described, logits_bytes, other)
+
+
+# Hex digits of a run key: of what is asked for, and of what answers it.
+_ASKED_DIGITS, _MADE_DIGITS = 11, 5
+
+
+def _make_key(plan: Mapping[str, Any]) -> str:
+    """A hash of what decides the numbers; runs that differ in their last bits alone begin alike.
+
+    The same model under another name gives the same numbers, and so does the same corpus in
+    another place.
+    """
+    names = ("format", "engine", "recipe", "tiers", "logits_dtype", "shard_bytes")
+    asked = {name: plan[name] for name in names}
+    asked["model"] = {key: value for key, value in plan["model"].items() if key != "name"}
+    asked["corpus"] = plan["corpus"]["fingerprint"]
+    made = {name: plan[name] for name in ("device", "versions")}
+    return hash_json(asked)[:_ASKED_DIGITS] + hash_json(made)[:_MADE_DIGITS]
+
+
+def _find_other(root: Folder, described: Mapping[str, Any]) -> str | None:
+    """A line on a run below `root` that other makers made of the same, None if there is none."""
+    key = described["run_key"]
+    for name in root.folders():
+        if name == key or not name.startswith(key[:_ASKED_DIGITS]):
+            continue
+        plan = root.below(name).read_json(PLAN)
+        if plan is not None:
+            return (
+                f"{root.below(name).uri} holds the same with {_contrast(plan, described)}; "
+                "last bits can differ, so this is a run of its own"
+            )
+    return None
+
+
+def _contrast(plan: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Which makers two plans do not share: "torch 2.12.0, not 2.13.0"."""
+    ours, theirs = other["versions"], plan["versions"]
+    found = [
+        f"{name} {theirs.get(name, 'absent')}, not {ours.get(name, 'absent')}"
+        for name in sorted({*ours, *theirs})
+        if ours.get(name) != theirs.get(name)
+    ]
+    if plan["device"] != other["device"]:
+        found.append(f"device {plan['device']}, not {other['device']}")
+    return "; ".join(found)
 
 
 def _make_spec(request: Request) -> CorpusSpec:
@@ -178,18 +242,31 @@ def _check_tiers(tiers: Sequence[str]) -> list[str]:
     return [tier for tier in TIERS if tier == "scores" or tier in tiers]
 
 
-def _check_fit(recipe: Recipe, spec: CorpusSpec, tokenizer: Tokenizer | None, folder: Path) -> None:
-    """ValueError for a recipe, a corpus and a tokenizer that do not go together."""
+def _check_fit(
+    recipe: Recipe, spec: CorpusSpec, tokenizer: Tokenizer | None, vocab_size: int, folder: Path
+) -> None:
+    """ValueError for a recipe, a corpus, a tokenizer and a model that do not go together."""
     if tokenizer is None and spec.ids_column is None:
         raise ValueError(
             f"tokenizer: the model folder {str(folder)!r} has none, so text cannot be scored; add "
             "its tokenizer.json or score a column of token ids (ids_column)"
         )
-    prefix_token(recipe, tokenizer)
+    # It refuses a prefix that the tokenizer or the model does not have.
+    Intake(recipe, tokenizer, vocab_size)
+    if spec.messages_column is not None and tokenizer and not tokenizer.has_template:
+        raise ValueError(
+            f"messages_column: {spec.messages_column!r} needs a chat template, which the model's "
+            "tokenizer does not have; score a column of text (text_column)"
+        )
     if recipe.name == "conditional" and spec.context_column is None:
         raise ValueError(
             "context_column: None, but the recipe conditional needs the column that is read and "
             "not scored"
+        )
+    if recipe.name != "conditional" and spec.context_column is not None:
+        raise ValueError(
+            f"context_column: {spec.context_column!r} is not read by the recipe {recipe.name}; "
+            "use conditional, or leave it out"
         )
     if recipe.concatenate and spec.columns.text is None:
         raise ValueError(

@@ -114,7 +114,8 @@ def score_corpus(
         engine: device, dtype, batch size and memory of the engine.
         limit: at most this many documents, the first in plan order.
         logits_dtype: what log-probabilities of the tier `logits` are stored in.
-        max_logits_bytes: refuse to start a run whose `logits` would take more than this.
+        max_logits_bytes: refuse to start a run whose `logits` would take more than this, before
+            compression, and end one that turns out to.
         endpoint_url: the S3 server to use where it is not Amazon's.
 
     Returns:
@@ -154,6 +155,8 @@ def score_corpus(
         facts.dtype,
         facts.device,
     )
+    if prepared.other is not None:
+        log.info("%s", prepared.other)
     if prepared.logits_bytes is not None:
         log.info("logits will take about %.2f GB", prepared.logits_bytes / 1e9)
     if pending:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import threading
 import time
@@ -10,6 +9,7 @@ from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
@@ -20,11 +20,19 @@ from ..engine.scorer import LogitsSink
 from .corpus import read_shard
 from .corpus.plan import Shard
 from .folder import one_line
-from .parts import LogitsWriter, ScoresWriter, TokensWriter, write_table
+from .parts import (
+    LOGITS_DTYPES,
+    LogitsWriter,
+    ScoresWriter,
+    TokensWriter,
+    TooManyLogits,
+    write_table,
+)
 from .progress import TALLY
 from .request import Job
-from .store import Receipt
+from .store import Receipt, find_receipts
 from .summary import Summary
+from .versions import versions
 
 RETRIES = 2
 
@@ -43,7 +51,7 @@ class Stopped(Exception):
     retry_delay_seconds=exponential_backoff(backoff_factor=10),
     # A mistake stays one, and what was stopped is not wanted: only the rest may pass.
     retry_condition_fn=lambda task, run, state: (
-        not isinstance(state.result(raise_on_failure=False), (ValueError, Stopped))
+        not isinstance(state.result(raise_on_failure=False), (ValueError, Stopped, TooManyLogits))
     ),
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -58,6 +66,9 @@ def score_shard(job: Job, shard: Shard) -> int:
         with TALLY.attempt():
             receipt = _score(job, shard)
     except Exception as error:
+        if isinstance(error, TooManyLogits):
+            # The other shards have no more room than this one.
+            stopped.add(job.run_key)
         get_run_logger().warning("shard %d: %s", shard.index, one_line(error))
         raise
     receipt.write(job.folder)
@@ -83,13 +94,22 @@ def _score(job: Job, shard: Shard) -> Receipt:
         if "tokens" in job.tiers:
             writers.append(TokensWriter(scratch / "tokens", metadata))
         if "logits" in job.tiers:
-            logits = LogitsWriter(scratch / "logits", metadata, dtype=job.logits_dtype)
+            logits = LogitsWriter(
+                scratch / "logits",
+                metadata,
+                dtype=job.logits_dtype,
+                max_bytes=_logits_room(job, pipe.vocab_size),
+            )
             writers.append(logits)
             on_logits = logits.add_rows
         writers.append(ScoresWriter(scratch / "scores", metadata))
         documents = read_shard(job.corpus, shard)
         scores = pipe.score(
-            documents, recipe=job.recipe, on_logits=on_logits, on_batch=TALLY.add_batch
+            documents,
+            recipe=job.recipe,
+            on_logits=on_logits,
+            logits_dtype=job.logits_dtype,
+            on_batch=TALLY.add_batch,
         )
         for score in scores:
             if job.run_key in stopped:
@@ -124,6 +144,13 @@ def _score(job: Job, shard: Shard) -> Receipt:
     )
 
 
+def _logits_room(job: Job, vocab_size: int) -> int:
+    """Bytes of logits that the run may still keep: what its finished shards hold is used."""
+    tokens = sum(receipt.tokens for receipt in find_receipts(job.folder, job.num_shards).values())
+    row_bytes = vocab_size * np.dtype(LOGITS_DTYPES[job.logits_dtype]).itemsize
+    return job.max_logits_bytes - tokens * row_bytes
+
+
 _loading = threading.Lock()
 
 
@@ -140,10 +167,3 @@ def load_engine(job: Job) -> Pipeline:
 @lru_cache(maxsize=1)
 def _load_engine(model: str, digest: str, settings: EngineSettings) -> Pipeline:
     return load_pipeline(Path(model), settings)
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers come from."""
-    return {
-        name: importlib.metadata.version(name) for name in ("logitmill", "torch", "transformers")
-    }

@@ -96,10 +96,10 @@ class RandomCheckpoint:
         return []
 
 
-def _mixed(count: int, median: float) -> tuple[int, ...]:
-    """Lengths as a web corpus has them: log-normal, 16 to 8,192 tokens."""
+def _mixed(count: int, middle: float, longest: int = 8192) -> tuple[int, ...]:
+    """Lengths as a web corpus has them: log-normal about exp(middle) tokens, 16 at least."""
     draw = random.Random(0)
-    return tuple(min(8192, max(16, int(draw.lognormvariate(median, 0.9)))) for _ in range(count))
+    return tuple(min(longest, max(16, int(draw.lognormvariate(middle, 0.9)))) for _ in range(count))
 
 
 _LLAMA_8B = {
@@ -134,6 +134,22 @@ _QWEN_HALF_B = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
+_DEMO = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "intermediate_size": 640,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 1024,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
 
 WORKLOADS = {
     w.name: w
@@ -156,5 +172,12 @@ WORKLOADS = {
             config=_QWEN_HALF_B,
             lengths=_mixed(600, 6.2),
         ),
+        Workload(
+            name="demo-mixed",
+            text="shape of the bundled model, 80 documents of 16 to 1,024 tokens, for a CPU",
+            config=_DEMO,
+            lengths=_mixed(80, 5.2, longest=1024),
+        ),
     )
 }
+"""By name."""

@@ -15,6 +15,8 @@ from .quantize import FP8_MAX, GROUP, Activations, dequantize
 
 INT4_ZERO = 8
 """The code that stands for zero where a weight has no zero points of its own."""
+# torch does not annotate the members.
+_SCALINGS: Any = F.ScalingType
 
 
 def multiply(
@@ -85,9 +87,9 @@ def multiply_fp8_blocks(
     float32 [ceil(N / 128), K / 128]. Sums are float32 from one group of columns to the next, and
     the result plus bias is rounded once to `dtype`.
     """
-    # The library has this product for Hopper alone.
-    if weight_NK.is_cuda and torch.cuda.get_device_capability(weight_NK.device)[0] == 9:
-        return _multiply_fp8_blocks_hopper(x, weight_NK, scales, bias_N, dtype)
+    if _is_hopper(weight_NK):
+        scaling = _SCALINGS.BlockWise128x128
+        return _multiply_fp8_hopper(x, weight_NK, scales.t(), scaling, bias_N, dtype)
     if has_triton(weight_NK):
         from .gpu import linear as gpu
 
@@ -107,14 +109,53 @@ def lay_out_block_scales(scales: torch.Tensor) -> torch.Tensor:
     return F.pad(scales.float(), (0, -scales.shape[1] % 4)).contiguous()
 
 
-def _multiply_fp8_blocks_hopper(
+def multiply_fp8_groups(
     x: Activations,
     weight_NK: torch.Tensor,
-    scales: torch.Tensor,
+    scales_NG: torch.Tensor,
     bias_N: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """`multiply_fp8_blocks` by the GPU's library, which takes multiples of four rows."""
+    """The product of e4m3 operands that both have a scale per 128 columns of a row; [T, N].
+
+    `x` is `FP8_GROUPS`, `weight_NK` e4m3 and `scales_NG` float32 [N, K / 128], copied unless
+    `lay_out_group_scales` made them. Sums and rounding are those of `multiply_fp8_blocks`. Of
+    GPUs, Hopper has a product of its own (N a multiple of 16); others multiply in float32.
+    """
+    if _is_hopper(weight_NK):
+        scales, scaling = lay_out_group_scales(scales_NG), _SCALINGS.BlockWise1x128
+        return _multiply_fp8_hopper(x, weight_NK, scales, scaling, bias_N, dtype)
+    weight = dequantize(Activations(weight_NK, scales_NG))
+    return _finish(multiply(dequantize(x), weight), bias_N, dtype)
+
+
+def lay_out_group_scales(scales_RG: torch.Tensor) -> torch.Tensor:
+    """Scales [rows, K / 128] in float32, group after group in memory: strides (1, rows).
+
+    The GPU's library reads them so. No copy where they lie so.
+    """
+    by_group = scales_RG.float().t().contiguous()
+    # A single group counts as contiguous whatever its stride; the library looks at the number.
+    return by_group.as_strided(scales_RG.shape, (1, len(scales_RG)))
+
+
+def _is_hopper(tensor: torch.Tensor) -> bool:
+    """Whether the library has products of e4m3 operands with a scale per group of columns."""
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device)[0] == 9
+
+
+def _multiply_fp8_hopper(
+    x: Activations,
+    weight_NK: torch.Tensor,
+    scales: torch.Tensor,
+    scaling: Any,
+    bias_N: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """A product of `FP8_GROUPS` by the GPU's library, which takes multiples of four rows.
+
+    `scales` are the weight's, as the library takes them for `scaling`.
+    """
     assert x.scales is not None
     values_TK, scales_TG = x.values_TK, x.scales
     num_rows = len(values_TK)
@@ -123,16 +164,13 @@ def _multiply_fp8_blocks_hopper(
         # Bytes, since padding is not defined for e4m3.
         values_TK = F.pad(values_TK.view(torch.uint8), (0, 0, 0, more)).view(values_TK.dtype)
         scales_TG = F.pad(scales_TG, (0, 0, 0, more))
-    # Group after group in memory; no copy where it was quantized that way.
-    scales_TG = scales_TG.t().contiguous().t()
-    blocks: Any = F.ScalingType
     product = F.scaled_mm(
         values_TK,
         weight_NK.t(),
-        scales_TG,
-        blocks.BlockWise1x128,
-        scales.t(),
-        blocks.BlockWise128x128,
+        lay_out_group_scales(scales_TG),
+        _SCALINGS.BlockWise1x128,
+        scales,
+        scaling,
         output_dtype=torch.bfloat16
         if dtype == torch.bfloat16 and bias_N is None
         else torch.float32,

@@ -21,9 +21,9 @@ _TILE = tl.constexpr(TILE)
 
 # A step of the scan takes DEPTH x LANES columns. Each lane keeps sums of its own, so that nothing
 # is exchanged between threads before the row ends.
-_LANES = 1024
+_LANES = 512
 _DEPTH = 4
-_WARPS = 8
+_WARPS = 4
 # Columns of one program of `narrow`.
 _BLOCK = 4096
 # Candidates of `top_k` that are given their places at a time.

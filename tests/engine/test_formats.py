@@ -10,6 +10,7 @@ from logitmill.engine.formats import (
     Emulated,
     Fp8Blocks,
     Fp8Rows,
+    Int4Codes,
     Int4Groups,
     Int8Rows,
     Linear,
@@ -19,7 +20,7 @@ from logitmill.engine.formats import (
 )
 from logitmill.engine.layouts import Stored, StoredGroup, read_stored
 from logitmill.engine.weights import Groups, Plain, Quantization, Weight, round_to
-from logitmill.kernels.linear import Int4, expand_int4_fp8
+from logitmill.kernels.linear import expand_int4_codes, expand_int4_fp8
 from logitmill.kernels.quantize import Layout, quantize
 from quantizers import fake_quantize
 
@@ -37,7 +38,7 @@ WEIGHTS_ONLY = Stored(
     (StoredGroup(Quantization.FP8, "fp8, a scale per row, weights only", weight_only=True),),
 )
 
-HOPPER, ADA, AMPERE = (9, 0), (8, 9), (8, 0)
+HOPPER, ADA, AMPERE, BLACKWELL = (9, 0), (8, 9), (8, 0), (10, 0)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,27 @@ HOPPER, ADA, AMPERE = (9, 0), (8, 9), (8, 0)
             "int4_fp8",
             HOPPER,
             "unquantized -> rounded to int4, multiplied in fp8 with scales of rows",
+        ),
+        (
+            PLAIN,
+            "int4_fp8_exact",
+            HOPPER,
+            "unquantized -> rounded to int4, multiplied in fp8 with scales of groups of 128, "
+            "other groups expanded to bfloat16",
+        ),
+        (
+            AWQ,
+            "int4_fp8_exact",
+            HOPPER,
+            "awq int4, groups of 128, asymmetric -> multiplied in fp8 with scales of groups of "
+            "128, other groups expanded to bfloat16",
+        ),
+        (
+            BLOCKS,
+            "int4_fp8_exact",
+            None,
+            "fp8, blocks of 128 x 128 -> rounded again to int4, multiplied in fp8 with scales of "
+            "groups of 128, emulated in float32, other groups expanded to bfloat16",
         ),
         (AWQ, None, AMPERE, "awq int4, groups of 128, asymmetric -> expanded to bfloat16"),
         (AWQ, None, None, "awq int4, groups of 128, asymmetric -> expanded to bfloat16"),
@@ -159,6 +181,14 @@ def test_the_scheme_says_what_runs(
             "quantization: 'fp8' cannot run, this GPU has no fp8 units; one of none, int8, int4",
         ),
         ("int4_fp8", (8, 6), "'int4_fp8' cannot run, this GPU has no fp8 units"),
+        ("int4_fp8_exact", (8, 6), "'int4_fp8_exact' cannot run, this GPU has no fp8 units"),
+        (
+            "int4_fp8_exact",
+            ADA,
+            "'int4_fp8_exact' cannot run, this GPU has compute capability 8.9, .* 9.x alone; one "
+            "of none, fp8, fp8_block, int8, int4, int4_fp8 can",
+        ),
+        ("int4_fp8_exact", BLACKWELL, "this GPU has compute capability 10.0"),
         ("int8", (7, 5), "'int8' cannot run, .* one of none, int4 can"),
     ],
 )
@@ -204,6 +234,7 @@ KINDS: dict[str, tuple[type, Layout, str]] = {
     "int8": (Int8Rows, Layout.INT8_ROWS, "int8"),
     "int4": (Int4Groups, Layout.PLAIN, "plain"),
     "int4_fp8": (Int4Groups, Layout.FP8_ROWS, "fp8"),
+    "int4_fp8_exact": (Int4Codes, Layout.FP8_GROUPS, "fp8_groups"),
 }
 
 
@@ -224,7 +255,7 @@ def test_a_format_multiplies_what_it_holds(wanted: str, with_bias: bool) -> None
     dense = torch.cat([w.dense(torch.float32) for w in weights])
     held = dense
     if wanted != "none":
-        rounded = round_to(Quantization(wanted.removesuffix("_fp8")), dense)
+        rounded = round_to(Quantization(wanted.split("_fp8")[0]), dense)
         assert rounded is not None
         held = rounded.dense(torch.float32)
     if wanted == "int4_fp8":
@@ -328,13 +359,81 @@ def test_what_a_format_cannot_hold_is_multiplied_plain(
         assert torch.equal(made.weight_NK, weight.values_NK)
 
 
+def round_int4(num_rows: int, num_columns: int, seed: int = 0) -> Groups:
+    rounded = round_to(Quantization.INT4, draw(num_rows, num_columns, seed=seed))
+    assert isinstance(rounded, Groups)
+    return rounded
+
+
+def ordered(weight: Groups) -> Groups:
+    """With columns that say themselves which group they are of, in another order."""
+    num_columns = weight.shape[1]
+    order = torch.arange(num_columns).flip(0).to(torch.int32) // 128
+    return Groups(weight.numbers._replace(groups=order))
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        round_int4(64, 192),
+        round_int4(40, 128),
+        ordered(round_int4(64, 256)),
+        Plain(draw(64, 192)),
+        Plain(draw(40, 128)),
+    ],
+    ids=["groups of 64", "40 rows", "columns in order", "plain of 192", "plain of 40 rows"],
+)
+def test_what_exact_codes_do_not_suit_is_int4(weight: Weight) -> None:
+    for capability in (None, HOPPER):
+        made = make([weight], "int4_fp8_exact", capability)
+        usual = make([weight], "int4", capability)
+        assert isinstance(made, Int4Groups)
+        assert made.layout == Layout.PLAIN
+        x = draw(24, weight.shape[1], seed=3)
+        assert torch.equal(run(made, x), run(usual, x))
+
+
+def test_no_groups_of_4_bits_are_multiplied_plain() -> None:
+    weight = Plain(draw(64, 48))
+    made = make([weight], "int4_fp8_exact", HOPPER)
+    assert isinstance(made, Dense)
+    assert made.weight_NK is weight.values_NK
+
+
+@pytest.mark.parametrize("capability", [None, HOPPER])
+def test_parts_of_one_input_share_its_layout(capability: Capability) -> None:
+    """All in e4m3, or all plain where one of them has to be."""
+    first, second = round_int4(32, 256, seed=1), round_int4(48, 256, seed=2)
+    wide = Groups(second.numbers._replace(scales=second.numbers.scales.float()))
+    bias, x = draw(80, 1)[:, 0], draw(24, 256, seed=3)
+    for other, layout in ((wide, Layout.FP8_GROUPS), (ordered(second), Layout.PLAIN)):
+        made = make([first, other], "int4_fp8_exact", capability, bias)
+        assert isinstance(made, Parts)
+        assert {part.layout for part in made.linears} == {layout}
+        dense = torch.cat([first.dense(torch.float32), other.dense(torch.float32)])
+        rounded = x if layout == Layout.PLAIN else fake_quantize(x, "fp8_groups")
+        expected = (rounded.double() @ dense.double().t() + bias).float()
+        torch.testing.assert_close(run(made, x), expected, atol=1e-3, rtol=1e-4)
+
+
+def test_codes_are_held_with_the_scales_of_their_groups() -> None:
+    """As they are stored: nothing of the weight is rounded again."""
+    weight = round_int4(64, 256)
+    made = make([weight], "int4_fp8_exact", HOPPER)
+    assert isinstance(made, Int4Codes)
+    assert made.weight.codes is weight.numbers.codes
+    steps = expand_int4_codes(made.weight).float()
+    held = steps * made.weight.scales.repeat_interleave(128, 1)
+    assert torch.equal(held, weight.dense(torch.float32))
+    on_cpu = make([weight], "int4_fp8_exact", None)
+    assert isinstance(on_cpu, Emulated)
+    assert torch.equal(on_cpu.weight_NK, held)
+
+
 def test_weights_of_unlike_groups_are_multiplied_apart() -> None:
     """Columns of another order, groups of another size: one after another, outputs in order."""
-    first = round_to(Quantization.INT4, draw(32, 128, seed=1))
-    assert isinstance(first, Groups)
-    codes, scales, zeros, _ = first.numbers
-    order = torch.arange(128).flip(0).to(torch.int32) // 128
-    second = Groups(Int4(codes.clone(), scales, zeros, order))
+    first = round_int4(32, 128, seed=1)
+    second = ordered(first)
     bias, x = draw(64, 1)[:, 0], draw(24, 128, seed=3)
     made = make([first, second], None, None, bias)
     assert isinstance(made, Parts)

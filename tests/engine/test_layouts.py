@@ -14,7 +14,15 @@ from logitmill.engine.blocks import LEAST
 from logitmill.engine.checkpoint import Checkpoint
 from logitmill.engine.decoder import Decoder
 from logitmill.engine.families import FAMILIES
-from logitmill.engine.formats import Capability, Dense, Emulated, Parts, resolve_scheme
+from logitmill.engine.formats import (
+    Capability,
+    Dense,
+    Emulated,
+    Int4Codes,
+    Int4Groups,
+    Parts,
+    resolve_scheme,
+)
 from logitmill.engine.layouts import read_stored
 from logitmill.engine.loading import load_decoder
 from logitmill.engine.weights import Quantization, round_to
@@ -24,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from test_families import from_folder, make_model, shape, write_internlm2
 
 CPU = torch.device("cpu")
+HOPPER = (9, 0)
 
 FP8_ARGS = {"num_bits": 8, "type": "float", "symmetric": True}
 INT8_ARGS = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -471,6 +480,7 @@ def test_plain_checkpoints_are_rounded_while_they_load(
         ("fp8 blocks", "fp8"),
         ("fp8 blocks", "int8"),
         ("fp8 blocks", "int4_fp8"),
+        ("fp8 blocks", "int4_fp8_exact"),
         ("smooth_quant", "int4"),
     ],
 )
@@ -482,10 +492,38 @@ def test_one_quantization_is_turned_into_another(
     assert torch.equal(logits(load(folder, wanted)), logits(load(meant, wanted)))
 
 
+@pytest.mark.parametrize(
+    ("quantizer", "exact"),
+    [
+        (quantizers.awq(128), True),
+        (quantizers.gptq(128), True),
+        (quantizers.gptq(128, sym=False, form="gptq_v2"), True),
+        (quantizers.awq(32), False),
+        (quantizers.gptq(128, desc_act=True), False),
+    ],
+    ids=["awq", "gptq", "gptq v2", "awq 32", "gptq desc_act"],
+)
+def test_codes_of_four_bits_are_multiplied_exactly(
+    quantizer: Quantizer, exact: bool, tmp_path: Path
+) -> None:
+    """Activations are all that is rounded, and nothing is where groups do not suit."""
+    # K of 256 throughout: with a single group, an order of columns is none.
+    model = make_model("Llama", small(hidden_size=256), seed=2)
+    folder, meant = quantize_folder(save(model, tmp_path / "plain"), tmp_path / "q", quantizer)
+    activations = "fp8_groups" if exact else "plain"
+    expected = reference(meant, activations)
+    for capability, made in ((None, Emulated), (HOPPER, Int4Codes)):
+        decoder = load(folder, "int4_fp8_exact", capability=capability)
+        layer = decoder._layers[0]
+        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+            assert isinstance(linear, made if exact else Int4Groups)
+        assert_rows_agree(logits(decoder), expected, activations)
+
+
 def test_gpu_formats_compute_what_the_cpu_emulates(llama: Path, tmp_path: Path) -> None:
     """The formats that a GPU would run, through the kernels' plain definitions."""
     for layout in ("fp8 tensors", "fp8 blocks", "smooth_quant"):
         quantizer = LAYOUTS[layout]()
         folder, _ = quantize_folder(llama, tmp_path / layout, quantizer)
-        on_gpu = logits(load(folder, capability=(9, 0)))
+        on_gpu = logits(load(folder, capability=HOPPER))
         assert_rows_agree(on_gpu, logits(load(folder)), quantizer.activations)

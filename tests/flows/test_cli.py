@@ -103,7 +103,7 @@ def test_a_mistake_is_one_line_and_status_2(
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
-    assert line.startswith(f"error: out: '{file}/runs' cannot be written:")
+    assert line.startswith(f"error: --out: '{file}/runs' cannot be written:")
 
 
 def test_each_mistake_names_its_field(
@@ -112,18 +112,23 @@ def test_each_mistake_names_its_field(
     good = ("score", demo_folder, corpus, "--out", tmp_path / "runs")
     cases = [
         (("--keep", "everything"), "'everything' is not one of 'tokens', 'logits'"),
-        (("--dtype", "int3"), "dtype: 'int3' is not one of float32"),
-        (("--device", "abacus"), "device: 'abacus'"),
-        (("--device", "cuda"), "device: 'cuda' is not there"),
-        (("--recipe", "rolling-x"), "recipe: 'rolling-x' is not one of"),
-        (("--context", "5000"), "context: 5000 is more than"),
-        (("--stride", "5"), "stride: 5 has no meaning for recipe rolling"),
-        (("--limit", "-3"), "limit=-3"),
+        (("--dtype", "int3"), "--dtype: 'int3' is not one of float32"),
+        (("--device", "abacus"), "--device: 'abacus'"),
+        (("--device", "cuda"), "--device: 'cuda' is not there"),
+        (("--quantization", "fp7"), "--quantization: 'fp7' is not one of none, fp8, fp8_block"),
+        (("--recipe", "rolling-x"), "--recipe: 'rolling-x' is not one of"),
+        (("--context", "5000"), "--context: 5000 is more than"),
+        (("--stride", "5"), "--stride: 5 has no meaning for recipe rolling"),
+        (("--limit", "-3"), "--limit=-3"),
         (("--limit", "x"), "'--limit': Input should be a valid integer"),
-        (("--batch-tokens", "0"), "max_batch_tokens: 0"),
-        (("--shard-mb", "0"), "shard_bytes=0"),
-        (("--text-column", "nope"), "text_column='nope'"),
-        (("--max-logits-gb", "0", "--keep", "logits"), "max_logits_bytes: 0"),
+        (("--batch-tokens", "0"), "--batch-tokens: 0"),
+        (("--logits-memory-mb", "0"), "--logits-memory-mb: 0 bytes is less than the 3145728"),
+        (("--shard-mb", "0"), "--shard-mb=0"),
+        (("--text-column", "nope"), "--text-column='nope'"),
+        (("--context-column", "q"), "--context-column: 'q' is not read"),
+        (("--split", "test"), "--split='test' is for Hugging Face datasets, but CORPUS="),
+        (("--ids-column", "i", "--messages-column", "m"), "--messages-column='m' and --ids-col"),
+        (("--max-logits-gb", "0", "--keep", "logits"), "--max-logits-gb: 0"),
         (("--nonsense",), "No such option: --nonsense"),
     ]
     for arguments, expected in cases:
@@ -133,6 +138,25 @@ def test_each_mistake_names_its_field(
         assert line.startswith("error: ") and expected in line, (arguments, line)
     code, _, err = in_process(capsys, "score", demo_folder)
     assert code == 2 and "Missing argument 'corpus'" in err and "--help" in err
+    code, _, err = in_process(capsys, "score", tmp_path / "none", corpus)
+    assert code == 2 and err.startswith("error: MODEL: there is no folder")
+
+
+def test_fields_are_named_as_options_but_not_what_is_quoted() -> None:
+    said = {
+        "split='a uri=b' is wrong, but uri='s3://limit=3' is not; say format='text' instead.": (
+            "--split='a uri=b' is wrong, but CORPUS='s3://limit=3' is not; say --format='text' "
+            "instead."
+        ),
+        "max_logits_bytes: 3 is less; score fewer documents (limit), or leave id_column out": (
+            "--max-logits-gb: 3 is less; score fewer documents (--limit), or leave --id-column out"
+        ),
+        "trust_remote_code: x brings code; pass trust_remote_code=True": (
+            "--trust-remote-code: x brings code; pass --trust-remote-code"
+        ),
+        "quantization_config: the model's format: 3": "quantization_config: the model's format: 3",
+    }
+    assert {message: cli._name_options(message) for message in said} == said
 
 
 def test_shards_that_fail_are_status_1(
@@ -172,6 +196,12 @@ def test_inspect_and_report(
     assert code == 2 and err.startswith("error: doc_id: 'nobody' is not in the run")
     code, out, _ = in_process(capsys, "inspect", demo_folder)
     assert code == 0 and "LlamaForCausalLM" in out and "1024" in out
+    assert "unquantized -> float32" in out
+    settings = ("--quantization", "fp8", "--fp8-head", "--device", "cpu")
+    code, out, _ = in_process(capsys, "inspect", demo_folder, *settings)
+    assert code == 0 and "unquantized -> rounded to fp8" in out and "head rounded to fp8" in out
+    code, _, err = in_process(capsys, "inspect", finished.uri, "--quantization", "fp8")
+    assert code == 2 and err.startswith("error: --quantization: ") and "is a run" in err
     code, _, err = in_process(capsys, "inspect", tmp_path / "nothing")
     assert code == 2 and len(err.splitlines()) == 1
 
@@ -282,6 +312,31 @@ def test_a_run_on_a_server_of_ones_own_is_written_and_read(
     code, out, _ = in_process(capsys, "report", uri, *endpoint)
     assert code == 0
     assert out.strip() == f"{uri}/report.html"
+
+
+def test_the_plan_says_what_runs_and_that_others_have_run(
+    demo_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from logitmill.flows import request
+
+    arguments = ("score", demo_folder, corpus, "--out", tmp_path, "--limit", "2")
+    settings = ("--recipe", "truncated-32", "--quantization", "int8", "--fp8-head")
+    code, out, _ = in_process(capsys, *arguments, *settings)
+    assert code == 0 and "note" not in out
+    (line,) = re.findall("^linears (.*)$", out, re.MULTILINE)
+    assert line.startswith("unquantized -> rounded to int8") and "head rounded to fp8" in line
+    table = open_run(str(tmp_path)).table()
+    mean = sum(table["token_perplexity"].to_pylist()) / 2
+    assert f"(token-weighted), {mean:.3f} (mean of documents)" in out
+    monkeypatch.setattr(request, "name_device", lambda device: "Abacus")
+    code, out, _ = in_process(capsys, *arguments, *settings)
+    assert code == 0
+    (line,) = re.findall("^note    (.*)$", out, re.MULTILINE)
+    assert line.startswith(str(tmp_path)) and "not Abacus; last bits can differ" in line
 
 
 def test_documents_that_failed_are_named(

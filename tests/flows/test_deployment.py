@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -33,11 +34,16 @@ def test_parameters_are_typed_and_described() -> None:
     assert schema["properties"]["tiers"]["items"]["enum"] == ["scores", "tokens", "logits"]
     recipe = schema["properties"]["recipe"]["anyOf"][0]
     assert recipe["enum"] == list(PRESETS)
-    for definition in ("CorpusSpec", "EngineSettings"):
+    for definition in ("CorpusSpec", "EngineSettings", "Recipe"):
         fields = schema["definitions"][definition]["properties"]
         undescribed = [n for n, field in fields.items() if not field.get("description")]
         assert undescribed == []
-    jsonschema.validate({"model": "m", "corpus": "c", "out": "o", "recipe": "rolling-64"}, schema)
+    given: dict[str, Any] = {"model": "m", "corpus": "c", "out": "o", "recipe": "rolling-64"}
+    jsonschema.validate(given, schema)
+    jsonschema.validate({**given, "engine": {"quantization": "fp8", "fp8_head": True}}, schema)
+    for engine in ({"quantization": "fp7"}, {"dtype": "int3"}, {"fp7_head": True}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({**given, "engine": engine}, schema)
 
 
 def test_parameters_have_no_place_for_credentials() -> None:

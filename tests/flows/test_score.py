@@ -77,7 +77,7 @@ def test_receipts_say_what_their_shard_holds(finished: Run) -> None:
         table = open_parquet(part)
         assert receipt["documents"] == table.num_rows
         assert receipt["tokens"] == sum(table.column("num_tokens_scored").to_pylist())
-        assert set(receipt["versions"]) == {"logitmill", "torch", "transformers"}
+        assert set(receipt["versions"]) == {"logitmill", "torch", "triton", "transformers"}
         assert receipt["seconds"] > 0 and receipt["device"]
         rows += table.num_rows
     assert rows == 8
@@ -121,28 +121,44 @@ def test_logits_come_back(finished: Run, corpus: Path, demo: Pipeline, demo_fold
     np.testing.assert_array_equal(logprobs[np.arange(len(ids)), ids], record["logprob"])
 
 
-def test_logits_of_many_windows_and_chunks_are_in_order(
-    score: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_logits_of_many_windows_are_in_order_and_batches_decide_no_bytes(
+    score: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    """Windows of 64, chunks of a few rows, rounds of a few windows: every row in its place."""
-    from logitmill.engine import scorer
+    """Windows of 64, chunks of 64 rows, batches of one window and of many: rows in their place."""
     from logitmill.flows import parts
 
     monkeypatch.setattr(parts, "_GROUP_BYTES", 10 * 4096 * 4)
-    monkeypatch.setattr(scorer, "_LOGITS_ROUND", 200 * 4096 * 4)
-    file = tmp_path / "long.txt"
-    file.write_text("for i in range(10):\n    total += values[i] * 3\n" * 40)
-    run = score(file, tiers=["tokens", "logits"], recipe="rolling-64")
-    tokens = run.document("long.txt")["tokens"]
-    assert len(tokens["token_id"]) > 200, "several rounds"
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("for i in range(10):\n    total += values[i] * 3\n" * 40)
+    (folder / "b.txt").write_text("x = 1\n")
+    (folder / "c.txt").write_text("while x:\n    x -= 1\n" * 9)
+    run, other = (
+        score(
+            folder,
+            tiers=["tokens", "logits"],
+            recipe="rolling-64",
+            logits_dtype=dtype,
+            out=str(tmp_path / f"{budget}"),
+            engine=EngineSettings(max_batch_tokens=budget, logits_memory=64 * 4096 * 12),
+        )
+        for budget in (1, 500)
+    )
+    assert digests(run) == digests(other)
     rows = run.table("logits", ["doc_id", "first_row", "num_rows"]).to_pylist()
-    assert len(rows) > 10
-    ends = np.cumsum([row["num_rows"] for row in rows])
-    assert [row["first_row"] for row in rows] == [0, *ends[:-1]]
-    logprobs = run.logprobs("long.txt")
-    picked = logprobs[np.arange(len(logprobs)), tokens["token_id"]]
-    np.testing.assert_array_equal(picked, tokens["logprob"])
-    np.testing.assert_array_equal(logprobs.max(1), tokens["top1_logprob"])
+    step = 10 if dtype == "float32" else 20
+    for name, least in (("a.txt", 200), ("b.txt", 1), ("c.txt", 60)):
+        tokens = run.document(name)["tokens"]
+        num_rows = len(tokens["token_id"])
+        assert num_rows >= least
+        cut = [(row["first_row"], row["num_rows"]) for row in rows if row["doc_id"] == name]
+        starts = range(0, num_rows, step)
+        assert cut == [(start, min(step, num_rows - start)) for start in starts]
+        logprobs = run.logprobs(name)
+        picked = logprobs[np.arange(num_rows), tokens["token_id"]]
+        np.testing.assert_array_equal(picked, tokens["logprob"].astype(dtype))
+        np.testing.assert_array_equal(logprobs.max(1), tokens["top1_logprob"].astype(dtype))
 
 
 def test_logits_as_float16_take_half(score: Score, finished: Run, corpus: Path) -> None:
@@ -168,6 +184,21 @@ def test_logits_beyond_the_limit_are_refused_and_confirmed_by_raising_it(
     assert prepare(replace(request, max_logits_bytes=10**9)).logits_bytes == logits_bytes
 
 
+def test_logits_beyond_the_limit_end_the_run_where_the_estimate_was_too_low(
+    score: Score, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from logitmill.flows import request
+
+    options: dict[str, Any] = {"tiers": ["logits"], "max_logits_bytes": 20 * 10**6}
+    with monkeypatch.context() as patch:
+        patch.setattr(request, "_check_size", lambda *args: 0)
+        with pytest.raises(RuntimeError, match=r"shard 1: max_logits_bytes: .* raise it") as raised:
+            score(spec(corpus), **options)
+    assert "4 of 5 shards failed" in str(raised.value)
+    run = score(spec(corpus), tiers=["logits"])
+    assert run.manifest is not None and run.manifest["tokens"] * 4096 * 4 > 20 * 10**6
+
+
 # ---- what decides the key
 
 
@@ -185,6 +216,8 @@ def test_the_key_changes_when_and_only_when_the_numbers_do(
         "out": {"out": str(tmp_path / "b")},
         "batch": {"engine": EngineSettings(max_batch_tokens=99)},
         "device said": {"engine": EngineSettings(device="cpu", dtype="float32")},
+        "plain said": {"engine": EngineSettings(quantization="none")},
+        "logits' memory": {"engine": EngineSettings(logits_memory=64 << 20)},
         "model's folder": {"model": str(model)},
         "corpus' folder": {"corpus": spec(moved)},
         "order of tiers": {"tiers": ("scores",)},
@@ -206,6 +239,9 @@ def test_the_key_changes_when_and_only_when_the_numbers_do(
         key(corpus=spec(other_corpus)),
         key(recipe="rolling-512"),
         key(engine=EngineSettings(dtype="bfloat16")),
+        key(engine=EngineSettings(quantization="fp8")),
+        key(engine=EngineSettings(quantization="int8")),
+        key(engine=EngineSettings(fp8_head=True)),
         key(tiers=("tokens",)),
         key(tiers=("logits",)),
         key(tiers=("logits",), logits_dtype="float16"),
@@ -213,6 +249,49 @@ def test_the_key_changes_when_and_only_when_the_numbers_do(
         key(limit=4),
     ]
     assert len(set(different)) == len(different)
+
+
+def test_software_and_device_decide_the_key_and_a_run_of_others_is_named(
+    demo_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from logitmill.flows import request
+
+    base = Request(model=str(demo_folder), corpus=spec(corpus), out=str(tmp_path / "runs"))
+    first = prepare(base)
+    assert first.other is None
+    first.write_plan()
+    assert prepare(base).other is None, "it is the run itself"
+    now = request.versions()
+    for name in now:
+        with monkeypatch.context() as patch:
+            patch.setattr(request, "versions", lambda name=name: {**now, name: "0.7"})
+            other = prepare(base)
+            assert other.job.run_key != first.job.run_key
+            assert other.other == (
+                f"{first.job.folder.uri} holds the same with {name} {now[name]}, not 0.7; last "
+                "bits can differ, so this is a run of its own"
+            )
+            assert prepare(replace(base, limit=3)).other is None
+            assert prepare(replace(base, recipe="rolling-64")).other is None
+    device = first.described["device"]
+    monkeypatch.setattr(request, "name_device", lambda device: "Abacus")
+    other = prepare(base)
+    assert other.job.run_key != first.job.run_key
+    assert other.other is not None and f"device {device}, not Abacus" in other.other
+
+
+def test_shards_that_were_cut_otherwise_are_not_resumed(
+    demo_folder: Path, corpus: Path, tmp_path: Path
+) -> None:
+    base = Request(model=str(demo_folder), corpus=spec(corpus), out=str(tmp_path / "runs"))
+    prepared = prepare(base)
+    prepared.write_plan()
+    prepare(base)
+    plan = dict(prepared.described["corpus"])
+    plan["shards"] = plan["shards"][:-1]
+    prepared.job.folder.write_json("plan.json", {**prepared.described, "corpus": plan})
+    with pytest.raises(ValueError, match=r"out: .* whose shards were cut otherwise"):
+        prepare(base)
 
 
 # ---- the same bytes

@@ -62,7 +62,7 @@ def test_float32_logits_are_those_of_transformers(folder):
         torch.testing.assert_close(pipe.get_logits(ids), expected, atol=1e-4, rtol=1e-4)
 
 
-FORMATS = ["none", "fp8", "fp8_block", "int8", "int4", "int4_fp8"]
+FORMATS = ["none", "fp8", "fp8_block", "int8", "int4", "int4_fp8", "int4_fp8_exact"]
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,12 @@ def test_one_weight_at_a_time(zeros: bool, scattered: bool) -> None:
             assert out[n, k] == expected
 
 
+def test_e4m3_holds_every_code_less_every_zero_point() -> None:
+    codes, points = torch.arange(16).repeat(17, 8), torch.arange(17)[:, None]
+    weight = Int4(pack_int4(codes), torch.ones(17, 1), points.to(torch.uint8))
+    assert torch.equal(expand_int4_codes(weight).float(), (codes - points).float())
+
+
 def test_fp8_over_the_scale_of_a_row_saturates() -> None:
     weight, _ = draw(4, 64, 32)
     row_scale = torch.tensor([1e-3, 0.01, 0.1, 1.0])

@@ -7,11 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from logitmill.kernels import linear
 from logitmill.kernels.linear import (
     lay_out_block_scales,
+    lay_out_group_scales,
     multiply,
     multiply_fp8,
     multiply_fp8_blocks,
+    multiply_fp8_groups,
     multiply_int8,
     multiply_wide,
 )
@@ -128,6 +132,98 @@ def test_block_scales_are_laid_out_once() -> None:
     laid_out = lay_out_block_scales(scales)
     assert laid_out.shape == (3, 8) and torch.equal(laid_out[:, :7], scales)
     assert torch.equal(lay_out_block_scales(laid_out), laid_out)
+
+
+def draw_groups(num_rows: int, num_columns: int, depth: int) -> tuple[Any, ...]:
+    """x, weight e4m3, its scales [N, K / 128], bias, and the product in float64."""
+    x, weight, bias = draw_quantized(Layout.FP8_GROUPS, num_rows, num_columns, depth)
+    generator = torch.Generator().manual_seed(1)
+    scales = 0.01 + torch.rand(num_columns, depth // 128, generator=generator)
+    meant = weight.values_TK.double() * scales.double().repeat_interleave(128, 1)
+    return x, weight.values_TK, scales, bias, dequantize(x).double() @ meant.T + bias.double()
+
+
+@pytest.mark.parametrize(("num_columns", "depth"), [(16, 128), (208, 640)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("biased", [False, True])
+def test_fp8_groups(biased: bool, dtype: torch.dtype, num_columns: int, depth: int) -> None:
+    x, weight, scales, bias, expected = draw_groups(7, num_columns, depth)
+    expected -= 0 if biased else bias.double()
+    size = expected.abs().mean().item()
+    rounding = 4e-3 if dtype == torch.bfloat16 else 1e-4
+    for laid_out in (scales, lay_out_group_scales(scales)):
+        out = multiply_fp8_groups(x, weight, laid_out, bias if biased else None, dtype)
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, atol=1e-6 * size, rtol=rounding)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 135, 512])
+@pytest.mark.parametrize(("num_columns", "depth"), [(16, 128), (208, 640), (4096, 4096)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("biased", [False, True])
+def test_hopper_multiplies_fp8_groups(
+    biased: bool, dtype: torch.dtype, num_columns: int, depth: int, num_rows: int
+) -> None:
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("needs an NVIDIA GPU of compute capability 9.x")
+    x, weight, scales, bias, expected = draw_groups(num_rows, num_columns, depth)
+    expected -= 0 if biased else bias.double()
+    size = expected.abs().mean().item()
+    rounding = 4e-3 if dtype == torch.bfloat16 else 1e-3
+    there = Activations(*(part.cuda() for part in x))
+    for laid_out in (scales.cuda(), lay_out_group_scales(scales.cuda())):
+        out = multiply_fp8_groups(
+            there, weight.cuda(), laid_out, bias.cuda() if biased else None, dtype
+        )
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.cpu().double(), expected, atol=1e-3 * size, rtol=rounding)
+
+
+@pytest.mark.parametrize("num_groups", [1, 5])
+@pytest.mark.parametrize("num_rows", [1, 7, 8])
+def test_the_library_is_given_what_it_takes(
+    num_rows: int, num_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows by fours, and scales group after group whatever they came as."""
+    depth = 128 * num_groups
+    x, weight, scales, bias, expected = draw_groups(num_rows, 48, depth)
+    size = expected.abs().mean().item()
+
+    def scaled_mm(
+        left: torch.Tensor,
+        right: torch.Tensor,
+        left_scales: torch.Tensor,
+        left_scaling: Any,
+        right_scales: torch.Tensor,
+        right_scaling: Any,
+        *,
+        output_dtype: torch.dtype,
+    ) -> torch.Tensor:
+        padded = len(left)
+        assert padded % 4 == 0 and left.is_contiguous() and right.t().is_contiguous()
+        assert left_scaling == right_scaling == F.ScalingType.BlockWise1x128  # type: ignore[attr-defined]
+        for given, length in ((left_scales, padded), (right_scales, 48)):
+            assert given.shape == (length, num_groups) and given.stride() == (1, length)
+            assert given.dtype == torch.float32
+        wide = left.float() * left_scales.repeat_interleave(128, 1)
+        meant = right.t().float() * right_scales.repeat_interleave(128, 1)
+        return (wide @ meant.T).to(output_dtype)
+
+    monkeypatch.setattr(F, "scaled_mm", scaled_mm)
+    monkeypatch.setattr(linear, "_is_hopper", lambda tensor: True)
+    # As kernels leave the scales of activations, and as the plain definition does.
+    assert x.scales is not None
+    for own in (x.scales, lay_out_group_scales(x.scales)):
+        out = multiply_fp8_groups(x._replace(scales=own), weight, scales, bias, torch.float32)
+        torch.testing.assert_close(out.double(), expected, atol=1e-6 * size, rtol=1e-4)
+
+
+def test_group_scales_are_laid_out_once() -> None:
+    for scales in (torch.rand(48, 7), torch.rand(48, 1), torch.rand(48, 2)[:, 1:].half()):
+        laid_out = lay_out_group_scales(scales)
+        assert torch.equal(laid_out, scales.float()) and laid_out.stride() == (1, 48)
+        assert lay_out_group_scales(laid_out).data_ptr() == laid_out.data_ptr()
 
 
 def test_int8_is_exact_and_rounded_in_float32() -> None:

@@ -1,0 +1,9 @@
+"""Measures the engine against the hardware and beside its peers: `logitmill bench`.
+
+Needs neither Prefect nor datasets, so that a machine lent for measuring need not have them.
+"""
+
+from .measure import Request, measure
+from .record import Record, show
+
+__all__ = ["Record", "Request", "measure", "show"]

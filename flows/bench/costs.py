@@ -1,0 +1,82 @@
+"""What a pass over a corpus has to do, part by part: operations, or bytes where they decide.
+
+Useful work only: no padding, and of attention what a token is allowed to look at. Two operations
+for every multiplication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...engine.spec import DecoderSpec
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one part of a pass."""
+
+    flops: float = 0.0
+    """Floating-point (or integer) operations."""
+    bytes: float = 0.0
+    """Read and written in the device's memory by what only moves and rounds numbers."""
+
+
+def count_costs(
+    spec: DecoderSpec, lengths: Sequence[int], *, width: int, input_width: int, head_width: int
+) -> dict[str, Cost]:
+    """Costs of one pass over windows of `lengths` tokens, every row through the head.
+
+    Args:
+        spec: of the model.
+        lengths: input tokens of each window.
+        width: bytes of a number between the products.
+        input_width: bytes of a number as the linears take it.
+        head_width: bytes of a number as the head takes it.
+
+    Products count operations alone: their operands pass memory far below its speed. Everything
+    between them counts what a fused pass over it reads and writes: a norm also adds, and rounds
+    what the next product takes.
+    """
+    tokens = sum(lengths)
+    d, f, turned = spec.hidden_size, spec.intermediate_size, spec.q_size + spec.kv_size
+    weights = sum(rows * columns for rows, columns in linear_shapes(spec))
+    norm = 3 * d * width + d * input_width
+    layer_bytes = {
+        "norms": 2 * norm,
+        "rotary": 2 * turned * width,
+        "gate": 2 * f * width + f * input_width,
+        "quantize": spec.q_size * (width + input_width) if input_width != width else 0,
+    }
+    costs = {
+        "linears": Cost(flops=2.0 * tokens * spec.num_layers * weights),
+        "head": Cost(flops=2.0 * tokens * d * spec.vocab_size),
+        "attention": Cost(flops=attention_flops(spec, lengths)),
+        **{
+            part: Cost(bytes=float(tokens * spec.num_layers * per_token))
+            for part, per_token in layer_bytes.items()
+        },
+        # Float32 logits are read once; the head's product has written them.
+        "statistics": Cost(bytes=4.0 * tokens * spec.vocab_size),
+    }
+    rounded = d * (width + head_width) if head_width != width else 0
+    costs["quantize"] = Cost(bytes=costs["quantize"].bytes + tokens * rounded)
+    return {part: cost for part, cost in costs.items() if cost.flops or cost.bytes}
+
+
+def linear_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:
+    """(outputs, inputs) of the products of one layer, as they are multiplied."""
+    d, f = spec.hidden_size, spec.intermediate_size
+    return [(spec.q_size + 2 * spec.kv_size, d), (d, spec.q_size), (2 * f, d), (d, f)]
+
+
+def attention_flops(spec: DecoderSpec, lengths: Sequence[int]) -> float:
+    """Operations of attention over windows of `lengths` tokens, in all layers."""
+    pairs = sum(_pairs(n, seen) for n in lengths for seen in spec.windows)
+    return 4.0 * spec.q_size * pairs
+
+
+def _pairs(length: int, window: int | None) -> int:
+    """(query, key) pairs of one causal sequence, with or without a sliding window."""
+    seen = min(length, window or length)
+    return seen * (seen + 1) // 2 + (length - seen) * seen

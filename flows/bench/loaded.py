@@ -1,0 +1,192 @@
+"""The engine with a subject's model in it, and the ways of running documents that are timed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, NamedTuple
+
+import torch
+
+from ...engine.families import FAMILIES
+from ...engine.packing import rounds
+from ...engine.pipeline import DTYPES, EngineSettings
+from ...engine.records import Document
+from .breakdown import Breakdown, break_down
+from .ceilings import Ceilings, measure_ceilings, name_unit, wait
+from .costs import Cost, count_costs
+from .subject import Subject, Window, windows
+
+HANDED_OVER, GET_LOGITS = "log-probs handed over, float16", "get_logits, float16"
+"""Passes whose logits reach host memory, two bytes each."""
+
+# Batches of the run that is taken apart, and of those that warm up.
+_FEW_BATCHES = 4
+# Characters of a token, about: enough to choose texts for a few batches.
+_CHARS = 4
+# Bytes of logits that one call of `get_logits` leaves in host memory, about.
+_LOGITS_BYTES = 8 << 30
+# Most rows of a product.
+_PRODUCT_ROWS = 32768
+
+
+class Scored(NamedTuple):
+    """What a run went through."""
+
+    tokens: int
+    """Of the documents."""
+    targets: int
+    loglikelihood: float | None
+    """Nats, of all targets; None where logits alone were asked for."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """The fastest of several runs over everything."""
+
+    seconds: float
+    scored: Scored
+    peak_bytes: int | None
+    """Device memory at its fullest over what was taken before; None on a CPU."""
+
+
+class Loaded:
+    """A subject's model in the engine."""
+
+    def __init__(self, subject: Subject, settings: EngineSettings) -> None:
+        self.subject = subject
+        self.device = settings.resolve_device()
+        self.pipe = subject.load(settings)
+        wait(self.device)
+        self.weights_bytes = memory(self.device)
+        self.batch_tokens = self.pipe._budget
+        scheme = settings.resolve_scheme(subject.config)
+        self.format = scheme.describe(self.pipe.dtype)
+        """What linears are stored as and run as, for people."""
+        self.unit = name_unit(scheme, self.pipe.dtype)
+        """What multiplies the linears."""
+        self.head_unit = self.pipe.dtype
+        if self.device.type == "cpu":
+            self.head_unit = "float32"
+        elif settings.fp8_head:
+            self.head_unit = "fp8"
+        family = FAMILIES.get(subject.config["architectures"][0])
+        self.spec = family.spec(subject.config) if family else None
+        """None for a family that runs through transformers."""
+
+    @cached_property
+    def windows(self) -> list[Window]:
+        """Everything that is scored, as peers are given it."""
+        return list(windows(self.subject, self.pipe, self.subject.documents))
+
+    @cached_property
+    def few(self) -> list[Document]:
+        """The first documents, enough for a few batches."""
+        sized = ((document, _size(document)) for document in self.subject.documents)
+        return next(rounds(sized, _FEW_BATCHES * self.batch_tokens))
+
+    def runs(
+        self, top_k: Sequence[int], *, keep_logits: bool
+    ) -> Iterator[tuple[str, Callable[[Sequence[Document]], Scored]]]:
+        """Names and ways of running documents: records, with candidates, with logits."""
+        yield "records", self.score
+        for k in top_k:
+            yield f"records, top {k}", partial(self.score, top_k=k)
+        if keep_logits:
+            yield HANDED_OVER, partial(self.score, on_logits=_drop, logits_dtype="float16")
+            yield GET_LOGITS, self._get_logits
+
+    def score(self, documents: Sequence[Document], **options: Any) -> Scored:
+        """Records of documents; `options` are those of `Pipeline.score`."""
+        tokens, targets, loglikelihood = 0, 0, 0.0
+        for score in self.pipe.score(documents, recipe=self.subject.recipe, **options):
+            tokens += score.record.num_tokens
+            targets += score.record.num_tokens_scored
+            loglikelihood += score.record.loglikelihood or 0.0
+        return Scored(tokens, targets, loglikelihood)
+
+    def _get_logits(self, documents: Sequence[Document]) -> Scored:
+        """Logits of everything, some documents at a time: all at once fit no host memory."""
+        fit = _LOGITS_BYTES // (2 * self.pipe.vocab_size)
+        wanted = list(windows(self.subject, self.pipe, documents))
+        for group in rounds(((w.ids, len(w.ids)) for w in wanted), fit):
+            self.pipe.get_logits(group, dtype="float16")
+        tokens = sum(len(w.ids) for w in wanted)
+        return Scored(tokens, tokens, None)
+
+    def time(self, run: Callable[[Sequence[Document]], Scored], repeat: int) -> Timed:
+        """Run everything `repeat` times, after a few batches to warm up."""
+        run(self.few)
+        return time_best(lambda: run(self.subject.documents), repeat, self.device)
+
+    @cached_property
+    def costs(self) -> dict[str, Cost]:
+        """What the hardware has to do for records of everything; empty if that is not known."""
+        if self.spec is None:
+            return {}
+        width = DTYPES[self.pipe.dtype].itemsize
+        return count_costs(
+            self.spec,
+            [len(window.ids) - 1 for window in self.windows],
+            width=width,
+            input_width=1 if self.unit in ("fp8", "int8") else width,
+            head_width=1 if self.head_unit == "fp8" else width,
+        )
+
+    def measure_ceilings(self, *, to_host: bool) -> Ceilings | None:
+        """What the device can do at the shapes of the model; None if they are not known."""
+        if self.spec is None:
+            return None
+        return measure_ceilings(
+            self.spec,
+            unit=self.unit,
+            head_unit=self.head_unit,
+            dtype=DTYPES[self.pipe.dtype],
+            rows=min(self.batch_tokens, _PRODUCT_ROWS),
+            device=self.device,
+            to_host=to_host,
+        )
+
+    def break_down(self) -> tuple[Breakdown, int] | None:
+        """Where the time of a few batches of records goes, and their tokens; None on a CPU."""
+        if self.device.type != "cuda":
+            return None
+        scored: list[Scored] = []
+        breakdown = break_down(lambda: scored.append(self.score(self.few)))
+        return breakdown, scored[0].tokens
+
+
+def time_best(run: Callable[[], Scored], repeat: int, device: torch.device) -> Timed:
+    """The fastest of `repeat` runs."""
+    before = memory(device)
+    best: Timed | None = None
+    for _ in range(repeat):
+        if before is not None:
+            torch.cuda.reset_peak_memory_stats(device)
+        started = time.perf_counter()
+        scored = run()
+        wait(device)
+        seconds = time.perf_counter() - started
+        peak = None if before is None else torch.cuda.max_memory_allocated(device) - before
+        if best is None or seconds < best.seconds:
+            best = Timed(seconds, scored, peak)
+    assert best is not None
+    return best
+
+
+def memory(device: torch.device) -> int | None:
+    """Bytes taken on the device; None on a CPU."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def _size(document: Document) -> int:
+    """Tokens of a document, about."""
+    if document.input_ids is not None:
+        return len(document.input_ids)
+    return len(document.text or "") // _CHARS
+
+
+def _drop(*rows: Any) -> None:
+    """Take logits that reached host memory, and leave them."""

@@ -1,0 +1,208 @@
+"""One measurement from start to end: load, score, take apart, compare."""
+
+from __future__ import annotations
+
+import gc
+import math
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+
+import torch
+
+from ...engine.pipeline import EngineSettings
+from ..versions import versions
+from .breakdown import Breakdown
+from .ceilings import Ceilings
+from .loaded import GET_LOGITS, HANDED_OVER, Loaded, Scored, Timed, memory, time_best
+from .peers import PEERS, check_peers
+from .record import Part, Pass, Record
+from .start import process_age
+from .subject import Subject, Window, find_subject
+
+# Windows that warm a peer up.
+_WARM = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is measured, and how."""
+
+    target: str
+    """A name of `WORKLOADS`, or a model folder or Hub id."""
+    corpus: str | None = None
+    """Texts for a model: anything that `score` reads."""
+    engine: EngineSettings
+    recipe: str = "rolling"
+    """Of texts; a workload's documents are scored from their second token on."""
+    text_column: str = "text"
+    top_k: tuple[int, ...] = ()
+    """Candidates kept a token: a pass each."""
+    keep_logits: bool = False
+    """Whether to measure passes whose logits reach host memory, too."""
+    peers: tuple[str, ...] = ()
+    """Names of `PEERS`."""
+    repeat: int = 3
+    """Runs of each pass; the fastest counts."""
+    limit: int | None = None
+    """At most so many documents."""
+    from_disk: bool = False
+    """Whether a workload's weights are loaded from a checkpoint, written where it is missing."""
+
+    def __post_init__(self) -> None:
+        for name in ("repeat", "limit"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} is not at least 1")
+
+
+def measure(request: Request, *, command: str = "") -> Record:
+    """Measure a subject; `command` is what to type to do it again.
+
+    Raises:
+        ValueError: naming the field, its value and what would work, before anything is loaded.
+    """
+    start: dict[str, float] = {}
+
+    def note(moment: str) -> None:
+        age = process_age()
+        if age is not None:
+            start.setdefault(moment, age)
+
+    check_peers(request.peers)
+    subject = find_subject(
+        request.target,
+        request.corpus,
+        text_column=request.text_column,
+        recipe=request.recipe,
+        limit=request.limit,
+        from_disk=request.from_disk,
+        shared=bool(request.peers),
+    )
+    note("imported")
+    engine = Loaded(subject, request.engine)
+    note("loaded")
+    engine.score(engine.few, on_batch=lambda tokens, num_bytes: note("first batch done"))
+    timed = {
+        name: engine.time(run, request.repeat)
+        for name, run in engine.runs(request.top_k, keep_logits=request.keep_logits)
+    }
+    ceilings = engine.measure_ceilings(to_host=request.keep_logits)
+    apart = engine.break_down()
+    flops = sum(cost.flops for cost in engine.costs.values()) or None
+    scored = next(iter(timed.values())).scored
+    record = Record(
+        command=command,
+        date=date.today().isoformat(),
+        device=engine.pipe.device_name,
+        versions={**versions(), "Python": platform.python_version()},
+        subject=subject.name,
+        text=subject.text,
+        format=engine.format,
+        documents=len(subject.documents),
+        tokens=scored.tokens,
+        batch_tokens=engine.batch_tokens,
+        weights_bytes=engine.weights_bytes,
+        start=start,
+        passes=[
+            _describe(
+                name,
+                engine.unit,
+                run,
+                scored.tokens,
+                flops,
+                _least(name, engine, ceilings) if ceilings else None,
+            )
+            for name, run in timed.items()
+        ],
+        ceilings=ceilings.named() if ceilings else {},
+        parts=_list_parts(engine, ceilings, apart, scored.tokens),
+        busy=apart[0].busy if apart else None,
+        notes=[
+            *([] if ceilings else ["no roofline: the decoder does not know this family"]),
+            *([] if apart else ["no measured time of each part: that takes a GPU"]),
+        ],
+    )
+    if not request.peers:
+        return record
+    given, dtype = engine.windows, engine.pipe.dtype
+    # A peer is given the whole device.
+    del engine
+    for name in request.peers:
+        peer = _measure_peer(name, subject, request, dtype, given, scored.tokens, flops)
+        record.passes.append(peer)
+    return record
+
+
+def _measure_peer(
+    name: str,
+    subject: Subject,
+    request: Request,
+    dtype: str,
+    windows: Sequence[Window],
+    tokens: int,
+    flops: float | None,
+) -> Pass:
+    device = request.engine.resolve_device()
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    longest = max(len(window.ids) for window in windows)
+    peer = PEERS[name](subject, request.engine, dtype, longest)
+    peer.score(windows[:_WARM])
+    targets = sum(len(window.ids) - window.num_context for window in windows)
+    in_process = memory(device)
+    timed = time_best(lambda: Scored(tokens, targets, peer.score(windows)), request.repeat, device)
+    if not in_process:
+        # It keeps its model in a process of its own.
+        timed = Timed(timed.seconds, timed.scored, None)
+    return _describe(peer.name, peer.dtype, timed, tokens, flops, None)
+
+
+def _describe(
+    name: str, unit: str, timed: Timed, tokens: int, flops: float | None, least: float | None
+) -> Pass:
+    scored = timed.scored
+    bits = None
+    if scored.loglikelihood is not None:
+        bits = -scored.loglikelihood / scored.targets / math.log(2)
+    return Pass(
+        name=name,
+        unit=unit,
+        seconds=timed.seconds,
+        tokens_per_second=tokens / timed.seconds,
+        tflops=flops / timed.seconds / 1e12 if flops else None,
+        roofline_share=least / timed.seconds if least else None,
+        peak_bytes=timed.peak_bytes,
+        bits_per_token=bits,
+    )
+
+
+def _least(name: str, engine: Loaded, ceilings: Ceilings) -> float:
+    """The least time of a pass, seconds."""
+    parts = ceilings.seconds(engine.costs)
+    if name not in (HANDED_OVER, GET_LOGITS):
+        # Candidates are found in the read that statistics take.
+        return sum(parts.values())
+    if name == GET_LOGITS:
+        del parts["statistics"]
+    num_logits = float(sum(len(w.ids) - 1 for w in engine.windows) * engine.pipe.vocab_size)
+    narrowing = (4 + 2) * num_logits / ceilings.copy.rate
+    leaving = 2 * num_logits / ceilings.to_host.rate if ceilings.to_host else 0.0
+    # Copies to the host run beside the arithmetic.
+    return max(sum(parts.values()) + narrowing, leaving)
+
+
+def _list_parts(
+    engine: Loaded, ceilings: Ceilings | None, apart: tuple[Breakdown, int] | None, tokens: int
+) -> dict[str, Part]:
+    """Microseconds a token of each part, the largest first."""
+    seconds = ceilings.seconds(engine.costs) if ceilings else {}
+    least = {name: 1e6 * part / tokens for name, part in seconds.items()}
+    measured = {}
+    if apart is not None:
+        breakdown, few_tokens = apart
+        measured = {name: 1e6 * part / few_tokens for name, part in breakdown.parts.items()}
+    names = [*measured, *(name for name in least if name not in measured)]
+    return {name: Part(measured.get(name), least.get(name)) for name in names}

@@ -1,0 +1,73 @@
+"""What parts hold: bytes that follow from the rows, and no more of them than were allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from logitmill.flows import parts
+from logitmill.flows.parts import LogitsWriter, TooManyLogits
+
+VOCABULARY = 16
+
+
+def rows_of(length: int, dtype: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    made = np.random.default_rng(seed)
+    return made.normal(size=(length, VOCABULARY)).astype(dtype), made.normal(size=length)
+
+
+def write(path: Path, lengths: Sequence[int], cuts: Sequence[int], dtype: str) -> bytes:
+    """Documents of some lengths, handed over in one array that is overwritten, cut after `cuts`."""
+    writer = LogitsWriter(path, {"run_key": "k"}, dtype=dtype, max_bytes=1 << 30)
+    for index, length in enumerate(lengths):
+        logprobs, logsumexp = rows_of(length, dtype, index)
+        room, sums = np.empty_like(logprobs), np.empty_like(logsumexp)
+        for start, stop in pairwise(sorted({0, *(c for c in cuts if c < length), length})):
+            count = stop - start
+            room[:count], sums[:count] = logprobs[start:stop], logsumexp[start:stop]
+            writer.add_rows(index, f"doc{index}", start, room[:count], sums[:count])
+            room[:], sums[:] = np.nan, np.nan
+    writer.close()
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_are_stored_alike_however_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    monkeypatch.setattr(parts, "_GROUP_BYTES", 7 * VOCABULARY * np.dtype(dtype).itemsize)
+    lengths = (20, 1, 7, 14, 3)
+    whole = write(tmp_path / "whole", lengths, [], dtype)
+    for i, cuts in enumerate(([1], [7], [5, 6, 13], range(1, 20))):
+        assert write(tmp_path / str(i), lengths, cuts, dtype) == whole, cuts
+    stored = pq.read_table(tmp_path / "whole").to_pylist()
+    assert [(row["doc_id"], row["first_row"], row["num_rows"]) for row in stored] == [
+        ("doc0", 0, 7),
+        ("doc0", 7, 7),
+        ("doc0", 14, 6),
+        ("doc1", 0, 1),
+        ("doc2", 0, 7),
+        ("doc3", 0, 7),
+        ("doc3", 7, 7),
+        ("doc4", 0, 3),
+    ]
+    for index in range(len(lengths)):
+        logprobs, logsumexp = rows_of(lengths[index], dtype, index)
+        own = [row for row in stored if row["doc_id"] == f"doc{index}"]
+        assert b"".join(row["logprobs"] for row in own) == logprobs.tobytes()
+        sums = np.concatenate([row["logsumexp"] for row in own])
+        np.testing.assert_array_equal(sums, logsumexp.astype(np.float32))
+
+
+def test_no_more_than_was_allowed_is_kept(tmp_path: Path) -> None:
+    row_bytes = VOCABULARY * 2
+    writer = LogitsWriter(tmp_path / "part", {}, dtype="float16", max_bytes=10 * row_bytes)
+    rows, sums = rows_of(5, "float16", 0)
+    writer.add_rows(0, "a", 0, rows, sums)
+    writer.add_rows(0, "a", 5, rows, sums)
+    with pytest.raises(TooManyLogits, match="max_logits_bytes: it is used up within document 'b'"):
+        writer.add_rows(1, "b", 0, rows[:1], sums[:1])

@@ -1,0 +1,93 @@
+"""What is refused before anything is loaded: settings that do not go with the model or corpus."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flow_helpers import write_lines
+from logitmill.engine import EngineSettings, find_recipe
+from logitmill.flows import CorpusSpec
+from logitmill.flows.request import Request, prepare
+
+ROW = {"text": "w3 w4", "context": "w5", "chat": [{"role": "user", "content": "w3"}], "ids": [3, 4]}
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    return write_lines(tmp_path / "rows.jsonl", [ROW])
+
+
+@pytest.mark.parametrize(
+    ("columns", "settings", "said"),
+    [
+        (
+            {"context_column": "context"},
+            {},
+            "context_column: 'context' is not read by the recipe rolling; use conditional",
+        ),
+        ({}, {"recipe": "conditional"}, "context_column: None, but the recipe conditional"),
+        (
+            {"messages_column": "chat"},
+            {},
+            "messages_column: 'chat' needs a chat template, which the model's tokenizer does not",
+        ),
+        (
+            {},
+            {"recipe": find_recipe("rolling", prefix=32)},
+            "prefix: 32 is not in the model's vocabulary of 32",
+        ),
+        (
+            {"ids_column": "ids"},
+            {"recipe": find_recipe("rolling", prefix=99)},
+            "prefix: 99 is not in the model's vocabulary of 32",
+        ),
+        (
+            {},
+            {"engine": EngineSettings(logits_memory=1000)},
+            "logits_memory: 1000 bytes is less than the 24576 bytes that 64 rows of 32 logits",
+        ),
+        (
+            {},
+            {"engine": EngineSettings(quantization="fp7")},
+            "quantization: 'fp7' is not one of none, fp8",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    word_model: Path,
+    table: Path,
+    tmp_path: Path,
+    columns: dict[str, str],
+    settings: dict[str, Any],
+    said: str,
+) -> None:
+    model = Path(shutil.copytree(word_model, tmp_path / "model"))
+    # Nothing is loaded for it.
+    (model / "model.safetensors").write_bytes(b"")
+    spec = CorpusSpec(uri=str(table), **columns)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}") as raised:
+        prepare(Request(model=str(model), corpus=spec, out=str(tmp_path / "runs"), **settings))
+    assert "\n" not in str(raised.value)
+
+
+def test_what_goes_together_is_not(word_model: Path, table: Path, tmp_path: Path) -> None:
+    for columns, recipe in (
+        ({"context_column": "context"}, "conditional"),
+        ({}, find_recipe("rolling", prefix=31)),
+    ):
+        spec = CorpusSpec(uri=str(table), **columns)  # type: ignore[arg-type]
+        engine = EngineSettings(logits_memory=24576, quantization="int8", fp8_head=True)
+        request = Request(
+            model=str(word_model), corpus=spec, out=str(tmp_path), recipe=recipe, engine=engine
+        )
+        described = prepare(request).described
+        assert described["engine"] == {
+            "dtype": "float32",
+            "linears": {"none": "int8"},
+            "fp8_head": True,
+        }
+        assert "int8" in described["quantization"]
