@@ -170,14 +170,14 @@ def test_hopper_multiplies_fp8_groups(
     x, weight, scales, bias, expected = draw_groups(num_rows, num_columns, depth)
     expected -= 0 if biased else bias.double()
     size = expected.abs().mean().item()
-    rounding = 4e-3 if dtype == torch.bfloat16 else 1e-3
+    rounding = 4e-3 if dtype == torch.bfloat16 else 2e-3
     there = Activations(*(part.cuda() for part in x))
     for laid_out in (scales.cuda(), lay_out_group_scales(scales.cuda())):
         out = multiply_fp8_groups(
             there, weight.cuda(), laid_out, bias.cuda() if biased else None, dtype
         )
         assert out.dtype == dtype
-        torch.testing.assert_close(out.cpu().double(), expected, atol=1e-3 * size, rtol=rounding)
+        torch.testing.assert_close(out.cpu().double(), expected, atol=2e-3 * size, rtol=rounding)
 
 
 @pytest.mark.parametrize("num_groups", [1, 5])
