@@ -2,7 +2,7 @@
 
 A library picks its kernel by the whole shape of a product, so a row's last bits can depend on how
 many rows are beside it. Here products only ever have numbers of rows out of a few, and those few
-are found by trying: what disagrees with the largest on any row is not used.
+are found by trying: what disagrees with one standard size on any row is not used.
 """
 
 from __future__ import annotations
@@ -11,11 +11,16 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
+
+Product = Callable[[torch.Tensor], torch.Tensor]
 
 log = logging.getLogger(__name__)
 
 LEAST = 512
 """Fewest rows of a block: below, libraries split sums to fill the device."""
+# Rows that the other sizes are compared with, if there may be so many.
+_STANDARD = 8192
 # Share of a batch that padding may add, about.
 _PADDING = 1 / 16
 
@@ -58,16 +63,19 @@ def powers(largest: int) -> tuple[int, ...]:
 
 
 def agree(
-    products: Sequence[tuple[Callable[[torch.Tensor], torch.Tensor], int]],
+    products: Sequence[tuple[Product, int]],
     sizes: Sequence[int],
     *,
     dtype: torch.dtype,
     device: torch.device,
 ) -> Blocks:
-    """The largest of `sizes` and those that give every row of every product the same bits as it.
+    """Those of `sizes` that give every row of every product the same bits.
+
+    All are compared with one size that does not go by the memory there is, so that a device with
+    little of it agrees with one that has much. A size that does not fit is left out.
 
     Args:
-        products: functions of rows [M, K] and their K.
+        products: functions of rows [M, K], and their K.
         sizes: numbers of rows to choose from, the largest first.
     """
     agreed = list(sizes)
@@ -75,20 +83,40 @@ def agree(
     for product, num_columns in products:
         x_MK = torch.empty(agreed[0], num_columns, dtype=dtype, device=device)
         x_MK.normal_(generator=draw)
-        # Where a row lies must not matter either, or the size is of no use.
-        while len(agreed) > 1 and _depends_on_place(product, x_MK[: agreed[0]]):
-            agreed.pop(0)
-        if len(agreed) == 1 and _depends_on_place(product, x_MK[: agreed[0]]):
-            log.warning(
-                "a product of %d columns gives a row other bits in other places: a document's last "
-                "bits may depend on its batch",
-                num_columns,
-            )
-        whole = product(x_MK[: agreed[0]])
-        agreed = [n for n in agreed if torch.equal(product(x_MK[:n]), whole[:n])]
+        standard = next((n for n in agreed if n <= _STANDARD), agreed[-1])
+        while _depends_on_place(product, x_MK[:standard]):
+            smaller = [n for n in agreed if n < standard]
+            if not smaller:
+                log.warning(
+                    "a product of %d columns gives a row other bits in other places: the last "
+                    "bits of a document may depend on its batch",
+                    num_columns,
+                )
+                break
+            agreed.remove(standard)
+            standard = smaller[0]
+        agreed = [n for n in agreed if _agrees(product, x_MK[:n], standard)]
     return Blocks(agreed)
 
 
-def _depends_on_place(product: Callable[[torch.Tensor], torch.Tensor], x_MK: torch.Tensor) -> bool:
+def _depends_on_place(product: Product, x_MK: torch.Tensor) -> bool:
     shift = len(x_MK) // 3 + 1
-    return not torch.equal(product(x_MK.roll(shift, 0)), product(x_MK).roll(shift, 0))
+    moved = product(x_MK).roll(shift, 0)
+    return not torch.equal(product(x_MK.roll(shift, 0)), moved)
+
+
+def _agrees(product: Product, x_MK: torch.Tensor, standard: int) -> bool:
+    """Whether all rows come out as they do in products of `standard` rows."""
+    if len(x_MK) == standard:
+        return True
+    try:
+        found = product(x_MK)
+    except torch.OutOfMemoryError:
+        return False
+    if len(x_MK) < standard:
+        padded = F.pad(x_MK, (0, 0, 0, standard - len(x_MK)))
+        return torch.equal(found, product(padded)[: len(x_MK)])
+    return all(
+        torch.equal(found[i : i + standard], product(x_MK[i : i + standard]))
+        for i in range(0, len(x_MK), standard)
+    )

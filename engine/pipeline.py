@@ -194,34 +194,49 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
 def load_pipeline(folder: Path, settings: EngineSettings) -> Pipeline:
     """A pipeline from a local model folder; errors as in `pipeline`."""
     facts = inspect_model(folder, settings)
-    where = settings.resolve_device()
-    dtype = DTYPES[facts.dtype]
-    model: Model
+    trusting = settings.trust_remote_code
     if facts.native:
-        checkpoint = Checkpoint.open(folder)
-        model = load_decoder(
-            checkpoint,
-            FAMILIES[facts.architecture],
-            device=where,
-            dtype=dtype,
-            block_rows=_BLOCK_ROWS,
-            scheme=settings.resolve_scheme(checkpoint.config),
-        )
-    else:
-        model = Fallback.load(
-            folder,
-            device=where,
-            dtype=dtype,
-            trust_remote_code=settings.trust_remote_code,
-        )
-    tokenizer = Tokenizer.load(folder, trust_remote_code=settings.trust_remote_code)
-    budget = settings.max_batch_tokens or _BATCH_TOKENS[where.type]
+        tokenizer = Tokenizer.load(folder, trust_remote_code=trusting)
+        return build_pipeline(Checkpoint.open(folder), settings, tokenizer)
+    model = Fallback.load(
+        folder,
+        device=settings.resolve_device(),
+        dtype=DTYPES[facts.dtype],
+        trust_remote_code=trusting,
+    )
+    tokenizer = Tokenizer.load(folder, trust_remote_code=trusting)
+    return _wrap(model, settings, tokenizer, facts.dtype)
+
+
+def build_pipeline(
+    checkpoint: Checkpoint, settings: EngineSettings, tokenizer: Tokenizer | None = None
+) -> Pipeline:
+    """A pipeline of a checkpoint whose architecture is one of `FAMILIES`.
+
+    Without a tokenizer it scores token ids alone.
+    """
+    dtype = settings.resolve_dtype(checkpoint.config)
+    model = load_decoder(
+        checkpoint,
+        FAMILIES[checkpoint.config["architectures"][0]],
+        device=settings.resolve_device(),
+        dtype=DTYPES[dtype],
+        block_rows=_BLOCK_ROWS,
+        scheme=settings.resolve_scheme(checkpoint.config),
+    )
+    return _wrap(model, settings, tokenizer, dtype)
+
+
+def _wrap(
+    model: Model, settings: EngineSettings, tokenizer: Tokenizer | None, dtype: str
+) -> Pipeline:
+    kind = settings.resolve_device().type
     return Pipeline(
         model,
         tokenizer,
-        dtype=facts.dtype,
-        max_batch_tokens=budget,
-        logits_memory=settings.logits_memory or _LOGITS_MEMORY[where.type],
+        dtype=dtype,
+        max_batch_tokens=settings.max_batch_tokens or _BATCH_TOKENS[kind],
+        logits_memory=settings.logits_memory or _LOGITS_MEMORY[kind],
     )
 
 
@@ -243,11 +258,12 @@ class Pipeline:
         """Columns of the logits."""
         self.max_positions = model.max_positions
         """Longest sequence the model was made for, and the default context of recipes."""
+        self.max_batch_tokens = max_batch_tokens
+        """Tokens of a packed batch, at most where documents are shorter."""
         self.device_name = name_device(model.device)
         """What computes, as people call it: "NVIDIA H200", "AMD EPYC, 2 threads"."""
         self._model = model
         self._tokenizer = tokenizer
-        self._budget = max_batch_tokens
         self._runner = Runner(model, Head(model, logits_memory))
 
     def get_logits(
@@ -273,7 +289,7 @@ class Pipeline:
         results = [torch.empty(len(s), self.vocab_size, dtype=DTYPES[dtype]) for s in sequences]
         # The statistics that come along are of no use here, so any target will do.
         requests = [Request(ids, np.zeros_like(ids)) for ids in sequences]
-        batches = rounds(((r, len(r.ids)) for r in requests), self._budget)
+        batches = rounds(((r, len(r.ids)) for r in requests), self.max_batch_tokens)
         for rows in self._runner.stream(batches, DTYPES[dtype], normalised=False):
             stop = rows.first_row + len(rows.values)
             results[rows.request][rows.first_row : stop] = rows.values
@@ -296,7 +312,7 @@ class Pipeline:
         requests = [Request(ids[:-1], ids[1:]) for ids in sequences]
         launched: deque[Arrival[Columns]] = deque()
         logprobs = []
-        for batch in rounds(((r, len(r.ids)) for r in requests), self._budget):
+        for batch in rounds(((r, len(r.ids)) for r in requests), self.max_batch_tokens):
             launched += self._runner.launch(batch)
             while len(launched) > self._runner.depth:
                 logprobs.append(launched.popleft().wait()["logprob"])
@@ -361,7 +377,7 @@ class Pipeline:
             self._runner,
             self._tokenizer,
             chosen,
-            max_batch_tokens=self._budget,
+            max_batch_tokens=self.max_batch_tokens,
             num_top=top_k,
         )
         return scorer.score(

@@ -373,7 +373,12 @@ def bench(
         typer.Option(help="float32, bfloat16, float16.", rich_help_panel=_ENGINE),
     ] = None,
     quantization: Annotated[
-        str | None, typer.Option(help=_QUANTIZATION_HELP, rich_help_panel=_ENGINE)
+        list[str] | None,
+        typer.Option(
+            help=f"{_QUANTIZATION_HELP} May be given several times, with +head for an fp8 head "
+            "(fp8+head): each is measured in turn, after the first with records alone.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = None,
     fp8_head: Annotated[
         bool, typer.Option("--fp8-head", help=_FP8_HEAD_HELP, rich_help_panel=_ENGINE)
@@ -397,7 +402,7 @@ def bench(
 
     Examples:
 
-    `logitmill bench llama8b-mixed --quantization fp8 --top-k 20`
+    `logitmill bench llama8b-mixed --quantization fp8 --quantization none --top-k 20`
 
     `logitmill bench infra/demo/model 'docs/**/*.md' --limit 40 --peer transformers`
     """
@@ -412,18 +417,15 @@ def bench(
         if target is None:
             raise ValueError("WORKLOAD|MODEL: missing; --list shows the workloads")
         from ..engine.pipeline import EngineSettings
-        from .bench import Request, measure, show
+        from .bench import Request, make_cases, measure, show
 
+        settings = EngineSettings(
+            device=device, dtype=dtype, fp8_head=fp8_head, max_batch_tokens=batch_tokens
+        )
         request = Request(
             target=target,
             corpus=corpus,
-            engine=EngineSettings(
-                device=device,
-                dtype=dtype,
-                quantization=quantization,
-                fp8_head=fp8_head,
-                max_batch_tokens=batch_tokens,
-            ),
+            cases=make_cases(quantization or (), settings),
             recipe=recipe,
             text_column=text_column,
             top_k=tuple(top_k or ()),
@@ -433,10 +435,11 @@ def bench(
             limit=limit,
             from_disk=from_disk,
         )
-        record = measure(request, command=_typed(without="--json"))
-        show(record)
-        if json_file is not None:
-            record.append(json_file)
+        for i, record in enumerate(measure(request, command=_typed(without="--json"))):
+            typer.echo("" if i else None, nl=bool(i))
+            show(record)
+            if json_file is not None:
+                record.append(json_file)
 
     _or_exit(run)
 

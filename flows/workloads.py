@@ -45,21 +45,6 @@ class Workload:
         """Weights of the shape, made where they are used."""
         return RandomCheckpoint(self.config, device, seed)
 
-    def flops(self) -> float:
-        """Useful floating-point operations of one pass: products, the head's and attention's.
-
-        Two for every multiplication; attention's are counted where a token is allowed to look.
-        """
-        c = self.config
-        size = c["hidden_size"]
-        head_dim = c.get("head_dim") or size // c["num_attention_heads"]
-        queries = c["num_attention_heads"] * head_dim
-        keys = c["num_key_value_heads"] * head_dim
-        layer = size * (2 * queries + 2 * keys + 3 * c["intermediate_size"])
-        token = 2 * (c["num_hidden_layers"] * layer + size * c["vocab_size"])
-        pairs = sum(n * (n + 1) / 2 for n in self.lengths)
-        return token * sum(self.lengths) + 4 * queries * pairs * c["num_hidden_layers"]
-
 
 class RandomCheckpoint:
     """Stands for a `Checkpoint`: every tensor that a plain one has to hold, random."""

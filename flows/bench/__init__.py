@@ -3,7 +3,7 @@
 Needs neither Prefect nor datasets, so that a machine lent for measuring need not have them.
 """
 
-from .measure import Request, measure
+from .measure import Request, make_cases, measure
 from .record import Record, show
 
-__all__ = ["Record", "Request", "measure", "show"]
+__all__ = ["Record", "Request", "make_cases", "measure", "show"]

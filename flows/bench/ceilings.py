@@ -1,10 +1,14 @@
-"""What a device can do, measured: each figure is a run long enough for power limits to bite."""
+"""What a device can do, measured: each figure is a run long enough for power limits to bite.
+
+A process measures each once: what several formats share is not measured again.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -94,35 +98,67 @@ def measure_ceilings(
         device: to measure.
         to_host: whether to measure copies to the host, too.
     """
-    head_rows = _HEAD_ROWS[device.type]
-    shapes = linear_shapes(spec)
-    head_shape = (spec.vocab_size, spec.hidden_size)
-    work = 2.0 * rows * sum(n * k for n, k in shapes)
-    head_work = 2.0 * head_rows * spec.vocab_size * spec.hidden_size
-    length = min(_LONG, spec.max_positions)
-    lengths = [length] * _NUM_SEQUENCES
-    attention_work = attention_flops(spec, lengths) / spec.num_layers
-    rate = max(
-        _sustain(run, device)
-        for run in _products(shapes, rows, unit=unit, dtype=dtype, device=device)
-    )
-    head = _head(head_shape, head_rows, unit=head_unit, dtype=dtype, device=device)
     return Ceilings(
-        linears=Ceiling(work * rate, f"{unit} products of {rows:,} rows"),
-        head=Ceiling(
-            head_work * _sustain(head, device), f"{head_unit} to float32, {head_rows:,} rows"
-        ),
-        attention=Ceiling(
-            attention_work * _sustain(_attention(spec, lengths, dtype, device), device),
-            f"{_NUM_SEQUENCES} sequences of {length:,}",
+        linears=_measure_linears(tuple(linear_shapes(spec)), rows, unit, dtype, device),
+        head=_measure_head((spec.vocab_size, spec.hidden_size), head_unit, dtype, device),
+        attention=_measure_attention(
+            spec.num_heads,
+            spec.num_kv_heads,
+            spec.head_dim,
+            spec.windows[0],
+            min(_LONG, spec.max_positions),
+            dtype,
+            device,
         ),
         copy=_measure_copy(device),
         to_host=_measure_to_host(device) if to_host else None,
     )
 
 
+Shape = tuple[int, int]
+"""(outputs, inputs) of a product."""
+
+
+@cache
+def _measure_linears(
+    shapes: tuple[Shape, ...], rows: int, unit: str, dtype: torch.dtype, device: torch.device
+) -> Ceiling:
+    work = 2.0 * rows * sum(n * k for n, k in shapes)
+    rate = max(
+        _sustain(run, device)
+        for run in _products(shapes, rows, unit=unit, dtype=dtype, device=device)
+    )
+    return Ceiling(work * rate, f"{unit} products of {rows:,} rows")
+
+
+@cache
+def _measure_head(shape: Shape, unit: str, dtype: torch.dtype, device: torch.device) -> Ceiling:
+    rows = _HEAD_ROWS[device.type]
+    rate = _sustain(_head(shape, rows, unit=unit, dtype=dtype, device=device), device)
+    return Ceiling(2.0 * rows * shape[0] * shape[1] * rate, f"{unit} to float32, {rows:,} rows")
+
+
+@cache
+def _measure_attention(
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    window: int | None,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Ceiling:
+    lengths = [length] * _NUM_SEQUENCES
+    turned = num_heads + num_kv_heads
+    heads = _random(sum(lengths), turned + num_kv_heads, dtype, device, head_dim)
+    q, k, v = heads[:, :num_heads], heads[:, num_heads:turned], heads[:, turned:]
+    rate = _sustain(lambda: attend(q, k, v, lengths, scale=head_dim**-0.5, window=window), device)
+    work = _NUM_SEQUENCES * attention_flops(num_heads * head_dim, length, window)
+    return Ceiling(work * rate, f"{_NUM_SEQUENCES} sequences of {length:,}")
+
+
 def _products(
-    shapes: list[tuple[int, int]], rows: int, *, unit: str, dtype: torch.dtype, device: torch.device
+    shapes: Sequence[Shape], rows: int, *, unit: str, dtype: torch.dtype, device: torch.device
 ) -> list[Callable[[], object]]:
     """Ways of one layer's products, the fastest of which is the ceiling."""
     inputs = {k: _random(rows, k, dtype, device) for k in {k for _, k in shapes}}
@@ -147,7 +183,7 @@ def _products(
 
 
 def _head(
-    shape: tuple[int, int], rows: int, *, unit: str, dtype: torch.dtype, device: torch.device
+    shape: Shape, rows: int, *, unit: str, dtype: torch.dtype, device: torch.device
 ) -> Callable[[], object]:
     x = _random(rows, shape[1], dtype, device)
     weight = _random(*shape, dtype, device)
@@ -160,15 +196,7 @@ def _head(
     return lambda: linear.multiply_fp8(taken, rounded, scale, None, torch.float32)
 
 
-def _attention(
-    spec: DecoderSpec, lengths: list[int], dtype: torch.dtype, device: torch.device
-) -> Callable[[], object]:
-    turned = spec.num_heads + spec.num_kv_heads
-    heads = _random(sum(lengths), turned + spec.num_kv_heads, dtype, device, spec.head_dim)
-    q, k, v = heads[:, : spec.num_heads], heads[:, spec.num_heads : turned], heads[:, turned:]
-    return lambda: attend(q, k, v, lengths, scale=spec.head_dim**-0.5, window=spec.windows[0])
-
-
+@cache
 def _measure_copy(device: torch.device) -> Ceiling:
     size = _COPY_BYTES[device.type]
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -177,6 +205,7 @@ def _measure_copy(device: torch.device) -> Ceiling:
     return Ceiling(rate, "copies, read and written")
 
 
+@cache
 def _measure_to_host(device: torch.device) -> Ceiling | None:
     if device.type != "cuda":
         return None

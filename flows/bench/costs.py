@@ -6,6 +6,7 @@ for every multiplication.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,13 @@ def count_costs(
     costs = {
         "linears": Cost(flops=2.0 * tokens * spec.num_layers * weights),
         "head": Cost(flops=2.0 * tokens * d * spec.vocab_size),
-        "attention": Cost(flops=attention_flops(spec, lengths)),
+        "attention": Cost(
+            flops=math.fsum(
+                attention_flops(spec.q_size, length, window)
+                for length in lengths
+                for window in spec.windows
+            )
+        ),
         **{
             part: Cost(bytes=float(tokens * spec.num_layers * per_token))
             for part, per_token in layer_bytes.items()
@@ -70,13 +77,11 @@ def linear_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:
     return [(spec.q_size + 2 * spec.kv_size, d), (d, spec.q_size), (2 * f, d), (d, f)]
 
 
-def attention_flops(spec: DecoderSpec, lengths: Sequence[int]) -> float:
-    """Operations of attention over windows of `lengths` tokens, in all layers."""
-    pairs = sum(_pairs(n, seen) for n in lengths for seen in spec.windows)
-    return 4.0 * spec.q_size * pairs
+def attention_flops(q_size: int, length: int, window: int | None) -> float:
+    """Operations of one layer's attention over one causal sequence of `length` tokens.
 
-
-def _pairs(length: int, window: int | None) -> int:
-    """(query, key) pairs of one causal sequence, with or without a sliding window."""
+    `q_size` is the width of all query heads; a token looks at `window` tokens at most.
+    """
     seen = min(length, window or length)
-    return seen * (seen + 1) // 2 + (length - seen) * seen
+    pairs = seen * (seen + 1) // 2 + (length - seen) * seen
+    return 4.0 * q_size * pairs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,8 +23,9 @@ from .subject import Subject, Window, windows
 HANDED_OVER, GET_LOGITS = "log-probs handed over, float16", "get_logits, float16"
 """Passes whose logits reach host memory, two bytes each."""
 
-# Batches of the run that is taken apart, and of those that warm up.
-_FEW_BATCHES = 4
+# Batches of runs that warm up, and of the one that is taken apart.
+_FEW_BATCHES = 2
+_BATCHES_APART = 3
 # Characters of a token, about: enough to choose texts for a few batches.
 _CHARS = 4
 # Bytes of logits that one call of `get_logits` leaves in host memory, about.
@@ -58,10 +60,13 @@ class Loaded:
     def __init__(self, subject: Subject, settings: EngineSettings) -> None:
         self.subject = subject
         self.device = settings.resolve_device()
+        before = memory(self.device)
         self.pipe = subject.load(settings)
         wait(self.device)
-        self.weights_bytes = memory(self.device)
-        self.batch_tokens = self.pipe._budget
+        after = memory(self.device)
+        self.weights_bytes = None if before is None or after is None else after - before
+        """None on a CPU."""
+        self.batch_tokens = self.pipe.max_batch_tokens
         scheme = settings.resolve_scheme(subject.config)
         self.format = scheme.describe(self.pipe.dtype)
         """What linears are stored as and run as, for people."""
@@ -84,8 +89,11 @@ class Loaded:
     @cached_property
     def few(self) -> list[Document]:
         """The first documents, enough for a few batches."""
+        return self._first(_FEW_BATCHES)
+
+    def _first(self, num_batches: int) -> list[Document]:
         sized = ((document, _size(document)) for document in self.subject.documents)
-        return next(rounds(sized, _FEW_BATCHES * self.batch_tokens))
+        return next(rounds(sized, num_batches * self.batch_tokens))
 
     def runs(
         self, top_k: Sequence[int], *, keep_logits: bool
@@ -117,8 +125,9 @@ class Loaded:
         return Scored(tokens, tokens, None)
 
     def time(self, run: Callable[[Sequence[Document]], Scored], repeat: int) -> Timed:
-        """Run everything `repeat` times, after a few batches to warm up."""
-        run(self.few)
+        """Run everything `repeat` times, after a few batches to warm up (records did that)."""
+        if run != self.score:
+            run(self.few)
         return time_best(lambda: run(self.subject.documents), repeat, self.device)
 
     @cached_property
@@ -154,7 +163,8 @@ class Loaded:
         if self.device.type != "cuda":
             return None
         scored: list[Scored] = []
-        breakdown = break_down(lambda: scored.append(self.score(self.few)))
+        apart = self._first(_BATCHES_APART)
+        breakdown = break_down(lambda: scored.append(self.score(apart)))
         return breakdown, scored[0].tokens
 
 
@@ -179,6 +189,13 @@ def time_best(run: Callable[[], Scored], repeat: int, device: torch.device) -> T
 def memory(device: torch.device) -> int | None:
     """Bytes taken on the device; None on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def release(device: torch.device) -> None:
+    """Give back what nothing refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _size(document: Document) -> int:

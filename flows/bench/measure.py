@@ -1,21 +1,27 @@
-"""One measurement from start to end: load, score, take apart, compare."""
+"""Measurements from start to end: load, score, take apart, compare; one format after another."""
 
 from __future__ import annotations
 
-import gc
 import math
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
-
-import torch
 
 from ...engine.pipeline import EngineSettings
 from ..versions import versions
 from .breakdown import Breakdown
 from .ceilings import Ceilings
-from .loaded import GET_LOGITS, HANDED_OVER, Loaded, Scored, Timed, memory, time_best
+from .loaded import (
+    GET_LOGITS,
+    HANDED_OVER,
+    Loaded,
+    Scored,
+    Timed,
+    memory,
+    release,
+    time_best,
+)
 from .peers import PEERS, check_peers
 from .record import Part, Pass, Record
 from .start import process_age
@@ -23,6 +29,8 @@ from .subject import Subject, Window, find_subject
 
 # Windows that warm a peer up.
 _WARM = 8
+# Behind the name of a quantization: the head is multiplied in fp8, too.
+_HEAD = "+head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +41,9 @@ class Request:
     """A name of `WORKLOADS`, or a model folder or Hub id."""
     corpus: str | None = None
     """Texts for a model: anything that `score` reads."""
-    engine: EngineSettings
+    cases: tuple[EngineSettings, ...]
+    """Measured in turn, at least one. What is asked for besides records (candidates, logits,
+    peers) is measured with the first."""
     recipe: str = "rolling"
     """Of texts; a workload's documents are scored from their second token on."""
     text_column: str = "text"
@@ -57,19 +67,30 @@ class Request:
                 raise ValueError(f"{name}: {value} is not at least 1")
 
 
-def measure(request: Request, *, command: str = "") -> Record:
-    """Measure a subject; `command` is what to type to do it again.
+def make_cases(names: Sequence[str], settings: EngineSettings) -> tuple[EngineSettings, ...]:
+    """`settings` once for each name: a quantization, `+head` after it for the head in fp8, too.
+
+    Without names, `settings` as they are: what the checkpoint is stored as.
+    """
+    cases = []
+    for name in names:
+        quantization = name.removesuffix(_HEAD)
+        fp8_head = settings.fp8_head or name != quantization
+        cases.append(replace(settings, quantization=quantization, fp8_head=fp8_head))
+    return tuple(cases) or (settings,)
+
+
+def name_case(settings: EngineSettings) -> str:
+    """What `make_cases` would make the settings from; "stored" for a checkpoint as it is."""
+    return (settings.quantization or "stored") + (_HEAD if settings.fp8_head else "")
+
+
+def measure(request: Request, *, command: str = "") -> Iterator[Record]:
+    """Measure a subject in each case; `command` is what to type to do it again.
 
     Raises:
         ValueError: naming the field, its value and what would work, before anything is loaded.
     """
-    start: dict[str, float] = {}
-
-    def note(moment: str) -> None:
-        age = process_age()
-        if age is not None:
-            start.setdefault(moment, age)
-
     check_peers(request.peers)
     subject = find_subject(
         request.target,
@@ -80,10 +101,42 @@ def measure(request: Request, *, command: str = "") -> Record:
         from_disk=request.from_disk,
         shared=bool(request.peers),
     )
-    note("imported")
-    engine = Loaded(subject, request.engine)
-    note("loaded")
-    engine.score(engine.few, on_batch=lambda tokens, num_bytes: note("first batch done"))
+    for settings in request.cases:
+        settings.resolve_scheme(subject.config)
+    first, *others = request.cases
+    yield _measure_case(subject, request, first, command, _Start())
+    for settings in others:
+        alone = replace(request, top_k=(), keep_logits=False, peers=())
+        yield _measure_case(subject, alone, settings, command, None)
+
+
+class _Start:
+    """Moments of this process, seconds from its start."""
+
+    def __init__(self) -> None:
+        self.moments: dict[str, float] = {}
+        self.note("imported")
+
+    def note(self, moment: str) -> None:
+        """The first time that something happens; nothing where the system does not say."""
+        age = process_age()
+        if age is not None:
+            self.moments.setdefault(moment, age)
+
+
+def _measure_case(
+    subject: Subject,
+    request: Request,
+    settings: EngineSettings,
+    command: str,
+    start: _Start | None,
+) -> Record:
+    """One record; `start` of the first in this process, which alone starts from nothing."""
+    engine = Loaded(subject, settings)
+    if start is not None:
+        start.note("loaded")
+    on_batch = None if start is None else lambda *_: start.note("first batch done")
+    engine.score(engine.few, on_batch=on_batch)
     timed = {
         name: engine.time(run, request.repeat)
         for name, run in engine.runs(request.top_k, keep_logits=request.keep_logits)
@@ -99,12 +152,13 @@ def measure(request: Request, *, command: str = "") -> Record:
         versions={**versions(), "Python": platform.python_version()},
         subject=subject.name,
         text=subject.text,
+        case=name_case(settings),
         format=engine.format,
         documents=len(subject.documents),
         tokens=scored.tokens,
         batch_tokens=engine.batch_tokens,
         weights_bytes=engine.weights_bytes,
-        start=start,
+        start=start.moments if start else {},
         passes=[
             _describe(
                 name,
@@ -124,36 +178,37 @@ def measure(request: Request, *, command: str = "") -> Record:
             *([] if apart else ["no measured time of each part: that takes a GPU"]),
         ],
     )
-    if not request.peers:
-        return record
-    given, dtype = engine.windows, engine.pipe.dtype
-    # A peer is given the whole device.
+    given = engine.windows if request.peers else []
+    dtype, device = engine.pipe.dtype, engine.device
+    # A peer is given the whole device, and so is the next case.
     del engine
+    release(device)
     for name in request.peers:
-        peer = _measure_peer(name, subject, request, dtype, given, scored.tokens, flops)
+        peer = _measure_peer(
+            name, subject, settings, request.repeat, dtype, given, scored.tokens, flops
+        )
         record.passes.append(peer)
+        release(device)
     return record
 
 
 def _measure_peer(
     name: str,
     subject: Subject,
-    request: Request,
+    settings: EngineSettings,
+    repeat: int,
     dtype: str,
     windows: Sequence[Window],
     tokens: int,
     flops: float | None,
 ) -> Pass:
-    device = request.engine.resolve_device()
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    device = settings.resolve_device()
     longest = max(len(window.ids) for window in windows)
-    peer = PEERS[name](subject, request.engine, dtype, longest)
+    peer = PEERS[name](subject, settings, dtype, longest)
     peer.score(windows[:_WARM])
     targets = sum(len(window.ids) - window.num_context for window in windows)
     in_process = memory(device)
-    timed = time_best(lambda: Scored(tokens, targets, peer.score(windows)), request.repeat, device)
+    timed = time_best(lambda: Scored(tokens, targets, peer.score(windows)), repeat, device)
     if not in_process:
         # It keeps its model in a process of its own.
         timed = Timed(timed.seconds, timed.scored, None)

@@ -54,6 +54,8 @@ class Record:
     subject: str
     text: str
     """The subject in a line."""
+    case: str
+    """What linears were asked to be multiplied as: "fp8", "fp8+head"."""
     format: str
     """What linears are stored as and run as."""
     documents: int
@@ -61,7 +63,7 @@ class Record:
     batch_tokens: int
     weights_bytes: int | None
     start: Mapping[str, float]
-    """Seconds from the start of the process to what is named."""
+    """Seconds from the start of the process to what is named; only its first record has them."""
     passes: list[Pass]
     """The engine's, then the peers'."""
     ceilings: Mapping[str, tuple[float, str]]

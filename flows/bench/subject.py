@@ -16,22 +16,12 @@ import numpy as np
 import torch
 
 from ...engine.checkpoint import Checkpoint, find_model, read_config
-from ...engine.families import FAMILIES
 from ...engine.intake import Intake, Work
-from ...engine.loading import load_decoder
-from ...engine.pipeline import (
-    _BATCH_TOKENS,
-    _BLOCK_ROWS,
-    _LOGITS_MEMORY,
-    DTYPES,
-    EngineSettings,
-    Pipeline,
-    load_pipeline,
-)
+from ...engine.pipeline import EngineSettings, Pipeline, build_pipeline, load_pipeline
 from ...engine.recipes import NONE, Recipe, find_recipe
 from ...engine.records import Document
 from ...engine.tokenization import Tokenizer
-from ..workloads import WORKLOADS, RandomCheckpoint, Workload
+from ..workloads import WORKLOADS, Workload
 
 
 @dataclass(frozen=True)
@@ -75,6 +65,7 @@ class RandomSubject:
     random = True
 
     def __init__(self, workload: Workload, *, limit: int | None, from_disk: bool) -> None:
+        self._workload = workload
         self.name = workload.name
         self.text = workload.text
         self.config = workload.config
@@ -85,7 +76,8 @@ class RandomSubject:
     def load(self, settings: EngineSettings) -> Pipeline:
         if self._from_disk:
             return load_pipeline(self.folder(), settings)
-        return _load_random(self.config, settings)
+        weights = self._workload.checkpoint(settings.resolve_device())
+        return build_pipeline(cast(Checkpoint, weights), settings)
 
     def folder(self) -> Path:
         return keep_checkpoint(self.name, self.config)
@@ -214,23 +206,3 @@ def _write_checkpoint(config: Mapping[str, Any], folder: Path) -> None:
     # Some peers do not start without a tokenizer, though they are given ids.
     backend = Backend(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
-
-
-def _load_random(config: Mapping[str, Any], settings: EngineSettings) -> Pipeline:
-    device = settings.resolve_device()
-    dtype = settings.resolve_dtype(config)
-    model = load_decoder(
-        cast(Checkpoint, RandomCheckpoint(config, device, seed=0)),
-        FAMILIES[config["architectures"][0]],
-        device=device,
-        dtype=DTYPES[dtype],
-        block_rows=_BLOCK_ROWS,
-        scheme=settings.resolve_scheme(config),
-    )
-    return Pipeline(
-        model,
-        None,
-        dtype=dtype,
-        max_batch_tokens=settings.max_batch_tokens or _BATCH_TOKENS[device.type],
-        logits_memory=settings.logits_memory or _LOGITS_MEMORY[device.type],
-    )
