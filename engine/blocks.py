@@ -28,30 +28,47 @@ _PADDING = 1 / 16
 class Blocks:
     """Sizes of blocks of rows, each a power of two times the smallest."""
 
-    def __init__(self, sizes: Iterable[int]) -> None:
+    def __init__(self, sizes: Iterable[int], agrees: Callable[[int], bool] | None = None) -> None:
+        """`agrees` says whether a size may be used; it is asked once, when a size is needed."""
         self.sizes = tuple(sorted(sizes, reverse=True))
         """Rows, the largest first."""
         assert all(size % self.sizes[-1] == 0 for size in self.sizes)
+        self._agrees = agrees
+        self._asked: dict[int, bool] = {}
 
     def pad(self, num_rows: int) -> int:
         """Rows with padding: few blocks, and little padding in many rows."""
         unit = next((s for s in self.sizes if s <= num_rows * _PADDING), self.sizes[-1])
-        return max(1, -(-num_rows // unit)) * unit
+        for size in reversed(self.sizes):
+            padded = max(1, -(-num_rows // size)) * size
+            if size >= unit and self._cover(padded) is not None:
+                return padded
+        raise AssertionError("one size always agrees, with itself")
 
     def cut(self, num_rows: int) -> list[slice]:
         """Padded rows as blocks, large ones first."""
-        blocks = []
-        start = 0
-        for size in self.sizes:
-            while num_rows - start >= size:
-                blocks.append(slice(start, start + size))
-                start += size
-        assert start == num_rows, "rows are padded by `pad`"
+        blocks = self._cover(num_rows)
+        assert blocks is not None, "rows are padded by `pad`"
         return blocks
 
     def shrink(self) -> Blocks | None:
         """The same without the largest size; None if there is but one."""
-        return Blocks(self.sizes[1:]) if len(self.sizes) > 1 else None
+        return Blocks(self.sizes[1:], self._agrees) if len(self.sizes) > 1 else None
+
+    def _cover(self, num_rows: int) -> list[slice] | None:
+        """Blocks that cover rows exactly; None if there are none."""
+        blocks = []
+        start = 0
+        for size in self.sizes:
+            while num_rows - start >= size and self._may_use(size):
+                blocks.append(slice(start, start + size))
+                start += size
+        return blocks if start == num_rows else None
+
+    def _may_use(self, size: int) -> bool:
+        if size not in self._asked:
+            self._asked[size] = self._agrees is None or self._agrees(size)
+        return self._asked[size]
 
 
 def powers(largest: int) -> tuple[int, ...]:
@@ -69,7 +86,7 @@ def agree(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Blocks:
-    """Those of `sizes` that give every row of every product the same bits.
+    """Those of `sizes` that give every row of every product the same bits, tried when needed.
 
     All are compared with one size that does not go by the memory there is, so that a device with
     little of it agrees with one that has much. A size that does not fit is left out.
@@ -78,25 +95,37 @@ def agree(
         products: functions of rows [M, K], and their K.
         sizes: numbers of rows to choose from, the largest first.
     """
-    agreed = list(sizes)
-    draw = torch.Generator(device).manual_seed(0)
+
+    def draw(num_rows: int, num_columns: int) -> torch.Tensor:
+        generator = torch.Generator(device).manual_seed(0)
+        x_MK = torch.empty(num_rows, num_columns, dtype=dtype, device=device)
+        return x_MK.normal_(generator=generator)
+
+    useless: set[int] = set()
+    standards = []
     for product, num_columns in products:
-        x_MK = torch.empty(agreed[0], num_columns, dtype=dtype, device=device)
-        x_MK.normal_(generator=draw)
-        standard = next((n for n in agreed if n <= _STANDARD), agreed[-1])
-        while _depends_on_place(product, x_MK[:standard]):
-            smaller = [n for n in agreed if n < standard]
-            if not smaller:
-                log.warning(
-                    "a product of %d columns gives a row other bits in other places: the last "
-                    "bits of a document may depend on its batch",
-                    num_columns,
-                )
+        standard = sizes[-1]
+        for size in (n for n in sizes if n <= _STANDARD and n not in useless):
+            standard = size
+            if not _depends_on_place(product, draw(size, num_columns)):
                 break
-            agreed.remove(standard)
-            standard = smaller[0]
-        agreed = [n for n in agreed if _agrees(product, x_MK[:n], standard)]
-    return Blocks(agreed)
+            useless.add(size)
+        else:
+            useless.discard(standard)
+            log.warning(
+                "a product of %d columns gives a row other bits in other places: the last bits of "
+                "a document may depend on its batch",
+                num_columns,
+            )
+        standards.append(standard)
+
+    def agrees(size: int) -> bool:
+        return size not in useless and all(
+            _agrees(product, draw(size, num_columns), standard)
+            for (product, num_columns), standard in zip(products, standards, strict=True)
+        )
+
+    return Blocks(sizes, torch.inference_mode()(agrees))
 
 
 def _depends_on_place(product: Product, x_MK: torch.Tensor) -> bool:

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from logitmill.engine.blocks import LEAST, Blocks, agree, powers
+from logitmill.engine.decoder import _unlike
 
 SIZES = powers(32768)
 
 
 def find(product, sizes=SIZES, columns: int = 3) -> tuple[int, ...]:
     found = agree([(product, columns)], sizes, dtype=torch.float32, device=torch.device("cpu"))
-    return found.sizes
+    return tuple(n for n in sizes if found._may_use(n))
 
 
 @given(st.integers(0, 300_000), st.sampled_from([SIZES, SIZES[:4], (512,), (4096, 512)]))
@@ -91,3 +92,38 @@ def test_place_that_always_matters_is_said(caplog: pytest.LogCaptureFixture) -> 
 
     assert find(product, sizes=(1024, 512)) == (512,)
     assert "may depend on its batch" in caplog.text
+
+
+def test_only_sizes_that_are_needed_are_tried() -> None:
+    tried = []
+
+    def agrees(size: int) -> bool:
+        tried.append(size)
+        return True
+
+    blocks = Blocks(SIZES, agrees)
+    assert blocks.cut(blocks.pad(32_161)) == [slice(0, 32768)]
+    assert blocks.cut(blocks.pad(32_700)) == [slice(0, 32768)]
+    assert tried == [32768]
+
+
+def test_rows_are_padded_to_what_may_be_used() -> None:
+    blocks = Blocks(SIZES, lambda size: size in (2048, 8192))
+    assert blocks.pad(1) == 2048
+    assert blocks.cut(blocks.pad(9000)) == [slice(0, 8192), slice(8192, 10240)]
+    assert [s.stop for s in blocks.cut(blocks.pad(32_700))] == [8192, 16384, 24576, 32768]
+
+
+def test_a_decoder_runs_in_blocks_that_agree(demo) -> None:  # type: ignore[no-untyped-def]
+    """As a GPU's decoder does, tried on a CPU: other blocks, the same bits."""
+    model = demo._model
+    ids = [list(range(5, 5 + n)) for n in (700, 40, 513, 1)]
+    expected = demo.get_logits(ids)
+    before = model.blocks
+    model.blocks = model._agree(_unlike(model._layers), 2048)
+    try:
+        for found, logits in zip(demo.get_logits(ids), expected, strict=True):
+            assert torch.equal(found, logits)
+        assert model.blocks._asked
+    finally:
+        model.blocks = before
