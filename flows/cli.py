@@ -352,6 +352,14 @@ def bench(
             "be given twice."
         ),
     ] = None,
+    fidelity: Annotated[
+        bool,
+        typer.Option(
+            "--fidelity",
+            help="Instead of speed, measure how far each format is from the float32 model: KL, "
+            "same top, probability of the true token.",
+        ),
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Add the record to this file of JSON lines.")
     ] = None,
@@ -405,6 +413,8 @@ def bench(
     `logitmill bench llama8b-mixed --quantization fp8 --quantization none --top-k 20`
 
     `logitmill bench infra/demo/model 'docs/**/*.md' --limit 40 --peer transformers`
+
+    `logitmill bench infra/demo/model 'docs/**/*.md' --limit 40 --fidelity`
     """
 
     def run() -> None:
@@ -417,7 +427,15 @@ def bench(
         if target is None:
             raise ValueError("WORKLOAD|MODEL: missing; --list shows the workloads")
         from ..engine.pipeline import EngineSettings
-        from .bench import Request, make_cases, measure, show
+        from .bench import (
+            FORMATS,
+            Request,
+            make_cases,
+            measure,
+            measure_fidelity,
+            show,
+            show_fidelity,
+        )
 
         settings = EngineSettings(
             device=device, dtype=dtype, fp8_head=fp8_head, max_batch_tokens=batch_tokens
@@ -425,7 +443,7 @@ def bench(
         request = Request(
             target=target,
             corpus=corpus,
-            cases=make_cases(quantization or (), settings),
+            cases=make_cases(quantization or (FORMATS if fidelity else ()), settings),
             recipe=recipe,
             text_column=text_column,
             top_k=tuple(top_k or ()),
@@ -435,7 +453,16 @@ def bench(
             limit=limit,
             from_disk=from_disk,
         )
-        for i, record in enumerate(measure(request, command=_typed(without="--json"))):
+        command = _typed(without="--json")
+        if fidelity:
+            compared = measure_fidelity(
+                request, command=command, on_row=lambda name: typer.echo(name, err=True)
+            )
+            show_fidelity(compared)
+            if json_file is not None:
+                compared.append(json_file)
+            return
+        for i, record in enumerate(measure(request, command=command)):
             typer.echo("" if i else None, nl=bool(i))
             show(record)
             if json_file is not None:
@@ -531,6 +558,7 @@ def _say_error(message: str) -> None:
 # What fields of settings are called in the command, where that is not `--field`.
 _CALLED = {
     "uri": "CORPUS",
+    "corpus": "CORPUS",
     "model": "MODEL",
     "tiers": "--keep",
     "shard_bytes": "--shard-mb",
@@ -542,12 +570,13 @@ _CALLED = {
 _WORDS = (
     *("out", "recipe", "context", "overlap", "stride", "prefix", "format", "subset", "split"),
     *("limit", "device", "dtype", "quantization", "uri", "model", "tiers"),
+    *("corpus", "peer", "repeat", "keep"),
 )
 _COMPOUNDS = (
     *("text_column", "messages_column", "ids_column", "context_column", "id_column"),
     *("source_column", "language_column", "endpoint_url", "logits_dtype", "fp8_head"),
     *("trust_remote_code", "shard_bytes", "max_batch_tokens", "logits_memory"),
-    *("max_logits_bytes", "storage_options"),
+    *("max_logits_bytes", "storage_options", "top_k", "from_disk"),
 )
 # A word is a field where it leads the message, stands alone in brackets or before a value; a
 # compound is one anywhere.

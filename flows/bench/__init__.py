@@ -3,7 +3,18 @@
 Needs neither Prefect nor datasets, so that a machine lent for measuring need not have them.
 """
 
+from .fidelity import FORMATS, Fidelity, measure_fidelity, show_fidelity
 from .measure import Request, make_cases, measure
 from .record import Record, show
 
-__all__ = ["Record", "Request", "make_cases", "measure", "show"]
+__all__ = [
+    "FORMATS",
+    "Fidelity",
+    "Record",
+    "Request",
+    "make_cases",
+    "measure",
+    "measure_fidelity",
+    "show",
+    "show_fidelity",
+]

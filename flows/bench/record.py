@@ -8,9 +8,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 # Columns of tables that go to no terminal.
-_WIDTH = 120
+_WIDTH = 140
 
 
 @dataclass(frozen=True)
@@ -81,12 +82,25 @@ class Record:
             file.write(json.dumps(asdict(self)) + "\n")
 
 
+def load_records(path: Path) -> list[Record]:
+    """The records of a file of JSON lines, in order."""
+    return [_load(json.loads(line)) for line in path.read_text().splitlines()]
+
+
+def _load(fields: dict[str, Any]) -> Record:
+    return Record(
+        **{
+            **fields,
+            "passes": [Pass(**p) for p in fields["passes"]],
+            "ceilings": {name: tuple(ceiling) for name, ceiling in fields["ceilings"].items()},
+            "parts": {name: Part(**part) for name, part in fields["parts"].items()},
+        }
+    )
+
+
 def show(record: Record) -> None:
     """Print a record as tables."""
-    from rich.console import Console
-
-    # What is no terminal has no width that lines would have to fit.
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console = make_console()
 
     def say(text: str = "") -> None:
         console.print(text, soft_wrap=True, highlight=False)
@@ -107,8 +121,19 @@ def show(record: Record) -> None:
         say(f"GPU busy {record.busy:.1%} of the time between first and last batch")
     for note in record.notes:
         say(note)
-    named = ", ".join(f"{name} {version}" for name, version in record.versions.items())
-    say(f"{record.device}; {named}; {record.date}")
+    say(f"{record.device}; {say_versions(record.versions)}; {record.date}")
+
+
+def make_console():  # type: ignore[no-untyped-def]
+    """Where tables go: a terminal of its width, or anything else, whose lines fit no screen."""
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else _WIDTH)
+
+
+def say_versions(versions: Mapping[str, str]) -> str:
+    """Versions of software in a line."""
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _passes(passes: Sequence[Pass]):  # type: ignore[no-untyped-def]
@@ -154,7 +179,7 @@ def _parts(record: Record):  # type: ignore[no-untyped-def]
     table.add_column("ceiling, measured")
     for name, part in record.parts.items():
         ceiling = record.ceilings.get(name) or record.ceilings["copy"]
-        text = f"{_rate(name, ceiling[0])}, {ceiling[1]}" if part.least is not None else ""
+        text = f"{say_rate(name, ceiling[0])}, {ceiling[1]}" if part.least is not None else ""
         table.add_row(name, _or_blank(part.measured, ".3f"), _or_blank(part.least, ".3f"), text)
     measured = [part.measured for part in record.parts.values() if part.measured is not None]
     least = math.fsum(part.least or 0.0 for part in record.parts.values())
@@ -164,7 +189,8 @@ def _parts(record: Record):  # type: ignore[no-untyped-def]
     return table
 
 
-def _rate(name: str, rate: float) -> str:
+def say_rate(name: str, rate: float) -> str:
+    """A ceiling's rate for people; `name` is that of the ceiling."""
     unit = "FLOP/s" if name in ("linears", "head", "attention") else "B/s"
     power, prefix = (1e12, "T") if rate >= 1e12 else (1e9, "G")
     return f"{rate / power:,.4g} {prefix}{unit}"
