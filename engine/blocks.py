@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 LEAST = 512
 """Fewest rows of a block: below, libraries split sums to fill the device."""
-# Rows that the other sizes are compared with, if there may be so many.
-_STANDARD = 8192
+STANDARD = 8192
+"""Rows that the other sizes are compared with, if there may be so many."""
 # Share of a batch that padding may add, about.
 _PADDING = 1 / 16
 
@@ -52,8 +52,12 @@ class Blocks:
         return blocks
 
     def shrink(self) -> Blocks | None:
-        """The same without the largest size; None if there is but one."""
-        return Blocks(self.sizes[1:], self._agrees) if len(self.sizes) > 1 else None
+        """The same without the largest size; None if nothing that may be used is smaller."""
+        if len(self.sizes) == 1:
+            return None
+        smaller = Blocks(self.sizes[1:], self._agrees)
+        smaller._asked = self._asked
+        return smaller if any(map(smaller._may_use, reversed(smaller.sizes))) else None
 
     def _cover(self, num_rows: int) -> list[slice] | None:
         """Blocks that cover rows exactly; None if there are none."""
@@ -85,6 +89,7 @@ def agree(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    standard: int = STANDARD,
 ) -> Blocks:
     """Those of `sizes` that give every row of every product the same bits, tried when needed.
 
@@ -94,6 +99,8 @@ def agree(
     Args:
         products: functions of rows [M, K], and their K.
         sizes: numbers of rows to choose from, the largest first.
+        standard: the size that the others are compared with, or the largest one below it in which
+            a row's place does not matter.
     """
 
     def draw(num_rows: int, num_columns: int) -> torch.Tensor:
@@ -101,29 +108,25 @@ def agree(
         x_MK = torch.empty(num_rows, num_columns, dtype=dtype, device=device)
         return x_MK.normal_(generator=generator)
 
-    useless: set[int] = set()
-    standards = []
-    for product, num_columns in products:
-        standard = sizes[-1]
-        for size in (n for n in sizes if n <= _STANDARD and n not in useless):
-            standard = size
-            if not _depends_on_place(product, draw(size, num_columns)):
-                break
-            useless.add(size)
-        else:
-            useless.discard(standard)
-            log.warning(
-                "a product of %d columns gives a row other bits in other places: the last bits of "
-                "a document may depend on its batch",
-                num_columns,
-            )
-        standards.append(standard)
+    def is_sound(size: int) -> bool:
+        return not any(_depends_on_place(product, draw(size, n)) for product, n in products)
+
+    sound = next((n for n in sizes if n <= standard and is_sound(n)), None)
+    if sound is None:
+        sound = sizes[-1]
+        log.warning(
+            "a product gives a row other bits in other places: the last bits of a document may "
+            "depend on its batch"
+        )
 
     def agrees(size: int) -> bool:
-        return size not in useless and all(
-            _agrees(product, draw(size, num_columns), standard)
-            for (product, num_columns), standard in zip(products, standards, strict=True)
-        )
+        try:
+            # What lies between has been found to depend on place.
+            return not sound < size <= standard and all(
+                _agrees(product, draw(size, n), sound) for product, n in products
+            )
+        except torch.OutOfMemoryError:
+            return False
 
     return Blocks(sizes, torch.inference_mode()(agrees))
 
@@ -138,10 +141,7 @@ def _agrees(product: Product, x_MK: torch.Tensor, standard: int) -> bool:
     """Whether all rows come out as they do in products of `standard` rows."""
     if len(x_MK) == standard:
         return True
-    try:
-        found = product(x_MK)
-    except torch.OutOfMemoryError:
-        return False
+    found = product(x_MK)
     if len(x_MK) < standard:
         padded = F.pad(x_MK, (0, 0, 0, standard - len(x_MK)))
         return torch.equal(found, product(padded)[: len(x_MK)])

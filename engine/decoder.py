@@ -21,7 +21,7 @@ from ..kernels.attention import attend
 from ..kernels.norms import add_norm
 from ..kernels.quantize import Activations, Layout, quantize
 from ..kernels.rotary import rotate
-from .blocks import LEAST, Blocks, agree, powers
+from .blocks import LEAST, STANDARD, Blocks, agree, powers
 from .formats import Linear
 from .spec import DecoderSpec
 from .transfer import to_device
@@ -150,11 +150,16 @@ class Decoder:
 
     def agree_on_logits(self, most_rows: int) -> Blocks:
         """Numbers of rows, up to `most_rows`, for which `logits` gives a row the same bits."""
-        return self._agree([(self._head, self.spec.hidden_size)], most_rows)
+        # How much memory logits may take must not decide a bit: the fewest rows always fit.
+        return self._agree([(self._head, self.spec.hidden_size)], most_rows, LEAST)
 
-    def _agree(self, linears: Sequence[tuple[Linear, int]], most_rows: int) -> Blocks:
+    def _agree(
+        self, linears: Sequence[tuple[Linear, int]], most_rows: int, standard: int = STANDARD
+    ) -> Blocks:
         products = [(partial(_multiply, linear), num_columns) for linear, num_columns in linears]
-        return agree(products, powers(most_rows), dtype=self.dtype, device=self.device)
+        return agree(
+            products, powers(most_rows), dtype=self.dtype, device=self.device, standard=standard
+        )
 
     def _by_block(self, num_rows: int, compute: Callable[[slice], torch.Tensor]) -> torch.Tensor:
         """compute(rows) of every block of rows, one below the other; one block is not copied."""
@@ -197,8 +202,9 @@ def _unlike(layers: Sequence[LayerWeights]) -> list[tuple[Linear, int]]:
     found: dict[tuple[object, ...], tuple[Linear, int]] = {}
     for layer in layers:
         for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
-            num_rows, num_columns = linear.shape
-            found.setdefault((type(linear), num_rows, num_columns), (linear, num_columns))
+            has_bias = getattr(linear, "bias_N", None) is not None
+            kind = (type(linear), linear.layout, has_bias, *linear.shape)
+            found.setdefault(kind, (linear, linear.shape[1]))
     return list(found.values())
 
 

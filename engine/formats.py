@@ -398,8 +398,17 @@ def make_linear(
 
 
 def make_head(weight_VD: torch.Tensor, scheme: Scheme) -> Linear:
-    """The head, whose products are float32 whatever its weights are."""
-    if scheme.fp8_head and suits(Quantization.FP8, *weight_VD.shape):
+    """The head, whose products are float32 whatever its weights are.
+
+    Raises:
+        ValueError: if it shall be rounded to fp8 and has a shape that fp8 products do not take.
+    """
+    if scheme.fp8_head:
+        if not suits(Quantization.FP8, *weight_VD.shape):
+            raise ValueError(
+                f"fp8_head: a head of {weight_VD.shape[0]} tokens and {weight_VD.shape[1]} columns "
+                "cannot run, both have to be multiples of 16; leave it out"
+            )
         rounded = round_to(Quantization.FP8, weight_VD)
         assert rounded is not None
         made = _make(rounded, Quantization.FP8, None, torch.float32, scheme.emulated)

@@ -28,7 +28,7 @@ from .records import Document, DocumentScore
 from .runner import Request, Runner
 from .scorer import BatchSink, LogitsSink, Scorer
 from .tokenization import Tokenizer
-from .transfer import Arrival
+from .transfer import Arrival, on
 
 # Most rows of a matrix product on a GPU.
 _BLOCK_ROWS = 32768
@@ -215,16 +215,17 @@ def build_pipeline(
 
     Without a tokenizer it scores token ids alone.
     """
-    dtype = settings.resolve_dtype(checkpoint.config)
-    model = load_decoder(
-        checkpoint,
-        FAMILIES[checkpoint.config["architectures"][0]],
-        device=settings.resolve_device(),
-        dtype=DTYPES[dtype],
-        block_rows=_BLOCK_ROWS,
-        scheme=settings.resolve_scheme(checkpoint.config),
-    )
-    return _wrap(model, settings, tokenizer, dtype)
+    dtype, device = settings.resolve_dtype(checkpoint.config), settings.resolve_device()
+    with on(device):
+        model = load_decoder(
+            checkpoint,
+            FAMILIES[checkpoint.config["architectures"][0]],
+            device=device,
+            dtype=DTYPES[dtype],
+            block_rows=_BLOCK_ROWS,
+            scheme=settings.resolve_scheme(checkpoint.config),
+        )
+        return _wrap(model, settings, tokenizer, dtype)
 
 
 def _wrap(

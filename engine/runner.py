@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -17,7 +17,7 @@ import torch
 
 from .blocks import Blocks
 from .head import Columns, Head, Model
-from .transfer import Arrival, Outbox, to_device
+from .transfer import Arrival, Outbox, on, to_device
 
 _T = TypeVar("_T")
 
@@ -74,11 +74,12 @@ class Runner:
             if self._is_too_long(part):
                 waiting[:0] = _halve(part)
                 continue
-            try:
-                launched.append(self._launch(part, num_top))
-            except torch.OutOfMemoryError:
-                self._shrink(part, launched)
-                waiting.insert(0, part)
+            arrival = _unless_full(partial(self._launch, part, num_top))
+            if arrival is not None:
+                launched.append(arrival)
+                continue
+            self._shrink(part, launched)
+            waiting.insert(0, part)
         return launched
 
     def stream(
@@ -98,9 +99,8 @@ class Runner:
                 if self._is_too_long(part):
                     waiting[:0] = _halve(part)
                     continue
-                try:
-                    hidden = self._hidden(part)
-                except torch.OutOfMemoryError:
+                hidden = _unless_full(partial(self._hidden, part))
+                if hidden is None:
                     self._shrink(part, under_way)
                     waiting.insert(0, part)
                     continue
@@ -118,14 +118,13 @@ class Runner:
 
     def _launch(self, requests: Sequence[Request], num_top: int) -> Arrival[Columns]:
         hidden_RD, targets_R, num_rows = self._hidden(requests)
-        with torch.inference_mode():
+        with torch.inference_mode(), on(self._model.device):
             return self._head.score(hidden_RD, targets_R, num_rows, num_top=num_top)
 
-    @staticmethod
-    @torch.inference_mode()
-    def _next(chunks: Iterator[_T]) -> _T | None:
+    def _next(self, chunks: Iterator[_T]) -> _T | None:
         """The next chunk; between chunks, the caller's code runs outside of inference mode."""
-        return next(chunks, None)
+        with torch.inference_mode(), on(self._model.device):
+            return next(chunks, None)
 
     def _hidden(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Hidden states of the scored rows and their targets, padded, and the rows unpadded."""
@@ -135,10 +134,10 @@ class Runner:
         # Row j of request i, of its last `size` ones: stop - size + j.
         rows = np.arange(sizes.sum()) + np.repeat(stops - np.cumsum(sizes), sizes)
         device, blocks, chunks = self._model.device, self._model.blocks, self._head.blocks
-        ids_T = to_device(_pad([r.ids for r in requests], blocks), device)
-        rows_R = to_device(_pad([rows], chunks), device)
-        targets_R = to_device(_pad([r.targets for r in requests], chunks), device)
-        with torch.inference_mode():
+        with torch.inference_mode(), on(device):
+            ids_T = to_device(_pad([r.ids for r in requests], blocks), device)
+            rows_R = to_device(_pad([rows], chunks), device)
+            targets_R = to_device(_pad([r.targets for r in requests], chunks), device)
             hidden_TD = self._model.hidden(ids_T, lengths)
             return hidden_TD[rows_R], targets_R, len(rows)
 
@@ -159,15 +158,30 @@ class Runner:
         if len(requests) > 1:
             self._limit = max(1, total // 2)
             log.warning("out of device memory: batches of at most %d tokens from now", self._limit)
-        elif (smaller := self._model.blocks.shrink()) is not None:
-            self._model.blocks = smaller
-            log.warning(
-                "out of device memory: products of at most %d rows from now", smaller.sizes[0]
-            )
-        else:
+            return
+        blocks, chunks = self._model.blocks.shrink(), self._head.blocks.shrink()
+        if blocks is None and chunks is None:
             raise RuntimeError(
                 f"device memory: a window of {total} tokens does not fit; use a smaller context"
             )
+        self._model.blocks = blocks or self._model.blocks
+        self._head.blocks = chunks or self._head.blocks
+        log.warning(
+            "out of device memory: products of at most %d rows, and logits of at most %d, from now",
+            self._model.blocks.sizes[0],
+            self._head.blocks.sizes[0],
+        )
+
+
+def _unless_full(compute: Callable[[], _T]) -> _T | None:
+    """What `compute` returns; None if device memory runs out.
+
+    What had been computed is free by then: an exception that is being handled would hold it.
+    """
+    try:
+        return compute()
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _halve(requests: list[Request]) -> list[list[Request]]:

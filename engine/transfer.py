@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
 
 import torch
 
 _T = TypeVar("_T")
 _U = TypeVar("_U")
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the current one, where Triton launches its kernels and events are recorded."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -43,8 +43,9 @@ def attend(
 
     `lengths` are the sequences' tokens in packed order; rows beyond their sum are padding and
     come out as zeros. With `window`, token i sees tokens i - window + 1 ... i (transformers'
-    `sliding_window`). Runs of equal lengths share one call: the library computes every
-    (sequence, head) alone, so a sequence keeps its bits whatever it is packed with.
+    `sliding_window`). On a CPU runs of equal lengths share one call, where the library computes
+    every (sequence, head) alone; a GPU's may go by their number, so there each has its own. A
+    sequence keeps its bits whatever it is packed with.
     """
     if q_THD.dtype in (torch.bfloat16, torch.float16):
         packed = _PACKED.get(choose(q_THD.device).attention)
@@ -54,7 +55,9 @@ def attend(
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     out_THD[sum(lengths) :] = 0
     start = 0
-    for count, length in _runs(lengths):
+    for count, length in (
+        _runs(lengths) if q_THD.device.type == "cpu" else ((1, n) for n in lengths)
+    ):
         stop = start + count * length
         part = slice(start, stop)
         q, k, v = (

@@ -66,6 +66,18 @@ def test_another_standard_is_found_where_place_matters_in_it() -> None:
     assert find(product) == (4096, 2048, 1024, 512)
 
 
+def test_products_that_differ_in_where_place_matters_share_a_standard() -> None:
+    def moved(x: torch.Tensor) -> torch.Tensor:
+        return x + torch.arange(len(x))[:, None] * (len(x) == 8192)
+
+    def other_kernel(x: torch.Tensor) -> torch.Tensor:
+        return x * (1.0 + 1e-6 * (len(x) >= 8192))
+
+    products = [(other_kernel, 3), (moved, 3)]
+    found = agree(products, SIZES, dtype=torch.float32, device=torch.device("cpu"))
+    assert tuple(n for n in SIZES if found._may_use(n)) == (4096, 2048, 1024, 512)
+
+
 def test_one_row_of_a_large_block_is_enough_to_leave_it_out() -> None:
     def product(x: torch.Tensor) -> torch.Tensor:
         out = x.clone()
@@ -75,6 +87,11 @@ def test_one_row_of_a_large_block_is_enough_to_leave_it_out() -> None:
 
     assert 16384 not in find(product)
     assert 32768 in find(product)
+
+
+def test_a_smaller_size_that_may_not_be_used_is_no_way_to_shrink() -> None:
+    blocks = Blocks([2048, 1024, 512], lambda size: size == 2048)
+    assert blocks.shrink() is None
 
 
 def test_a_size_that_does_not_fit_is_left_out() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from logitmill.engine import pipeline
 from logitmill.engine.formats import (
     Capability,
     Dense,
@@ -22,6 +25,7 @@ from logitmill.engine.layouts import Stored, StoredGroup, read_stored
 from logitmill.engine.weights import Groups, Plain, Quantization, Weight, round_to
 from logitmill.kernels.linear import expand_int4_codes, expand_int4_fp8
 from logitmill.kernels.quantize import Layout, quantize
+from oracles import markov_model
 from quantizers import fake_quantize
 
 PLAIN = Stored()
@@ -457,3 +461,8 @@ def test_a_plain_model_is_not_touched() -> None:
     made = make_linear([Plain(weight)], None, resolve_scheme(stored, None, None), torch.float32)
     assert isinstance(made, Dense)
     assert made.weight_NK is weight
+
+
+def test_a_head_of_an_odd_vocabulary_is_not_rounded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fp8_head: a head of 23 tokens"):
+        pipeline(markov_model(tmp_path, 2), device="cpu", fp8_head=True)

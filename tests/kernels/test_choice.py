@@ -27,7 +27,7 @@ def test_a_cpu_runs_torch() -> None:
 @pytest.mark.usefixtures("_forgotten")
 @pytest.mark.parametrize(
     ("capability", "line"),
-    [((8, 0), (8, 0)), ((8, 7), (8, 6)), ((8, 9), (8, 9)), ((9, 0), (9, 0)), ((12, 1), (9, 0))],
+    [((8, 0), (8, 0)), ((8, 7), (8, 6)), ((8, 9), (8, 9)), ((10, 0), (9, 0)), ((12, 1), (12, 0))],
 )
 def test_a_gpu_takes_its_line_or_the_last_before_it(
     monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], line: tuple[int, int]

@@ -1,0 +1,81 @@
+"""Device memory that runs out: smaller batches, then smaller blocks, and the same bits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from logitmill.engine.blocks import Blocks
+from logitmill.engine.head import Head
+from logitmill.engine.runner import Request, Runner
+
+
+class Small:
+    """The bundled model with room for few tokens, or for few rows of logits."""
+
+    def __init__(self, model, *, tokens: int = 1 << 30, rows: int = 1 << 30) -> None:
+        self._model, self._tokens, self._rows = model, tokens, rows
+        self.blocks = Blocks([1024, 512])
+
+    def __getattr__(self, name: str):
+        return getattr(self._model, name)
+
+    def hidden(self, ids_T: torch.Tensor, lengths) -> torch.Tensor:
+        if len(ids_T) > self._tokens:
+            raise torch.OutOfMemoryError("too many tokens")
+        return self._model.hidden(ids_T, lengths)
+
+    def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
+        if len(hidden_RD) > self._rows:
+            raise torch.OutOfMemoryError("too many rows")
+        return self._model.logits(hidden_RD)
+
+
+def requests() -> list[Request]:
+    draw = np.random.default_rng(0)
+    ids = [draw.integers(0, 500, n) for n in (700, 300, 5, 900, 1, 260)]
+    return [Request(i, i) for i in ids]
+
+
+def launch(runner: Runner, batch: list[Request]) -> np.ndarray:
+    return np.concatenate([a.wait()["logprob"] for a in runner.launch(batch)])
+
+
+def test_batches_are_halved_until_they_fit(demo, caplog):
+    expected = launch(demo._runner, requests())
+    model = Small(demo._model, tokens=1024)
+    runner = Runner(model, Head(model, 256 << 20))
+    assert np.array_equal(launch(runner, requests()), expected)
+    assert runner._limit is not None
+    assert "out of device memory" in caplog.text
+    assert model.blocks.sizes == (1024, 512)
+
+
+def test_rows_of_streams_come_in_order_from_halved_batches(demo):
+    expected = demo.get_logits([r.ids for r in requests()])
+    model = Small(demo._model, tokens=1024)
+    runner = Runner(model, Head(model, 256 << 20))
+    found = [[] for _ in expected]
+    for rows in runner.stream([requests()], torch.float32, normalised=False):
+        assert rows.first_row == sum(map(len, found[rows.request]))
+        found[rows.request].append(rows.values.clone())
+    for own, logits in zip(found, expected, strict=True):
+        assert torch.equal(torch.cat(own), logits)
+
+
+def test_one_window_is_run_in_smaller_blocks(demo):
+    window = requests()[3:4]
+    expected = launch(demo._runner, window)
+    model = Small(demo._model, rows=512)
+    head = Head(model, 256 << 20)
+    head.blocks = Blocks([1024, 512])
+    runner = Runner(model, head)
+    assert np.array_equal(launch(runner, window), expected)
+    assert model.blocks.sizes == head.blocks.sizes == (512,)
+
+
+def test_a_window_that_cannot_fit_is_an_error(demo):
+    model = Small(demo._model, tokens=512)
+    runner = Runner(model, Head(model, 256 << 20))
+    with pytest.raises(RuntimeError, match="a window of 900 tokens does not fit"):
+        runner.launch(requests()[3:4])
