@@ -51,6 +51,11 @@ def load_decoder(
     embedding_VD = reader.table("embedding", spec.vocab_size, d)
     head_VD = embedding_VD if spec.tied_head else reader.table("head", spec.vocab_size, d)
     checkpoint.finish()
+    if scheme.stored.groups and not reader.found_quantized:
+        raise ValueError(
+            f"quantization: config.json of {checkpoint.folder} says {scheme.stored.method}, but no "
+            "tensor is stored so; take quantization_config out, or use the right files"
+        )
     tied_name = f"{family.tensors['head']}." if spec.tied_head else None
     left = [
         name
@@ -89,6 +94,8 @@ class _Reader:
         self._spec = spec
         self._scheme = scheme
         self._dtype = dtype
+        self.found_quantized = False
+        """Whether any tensor was stored as the config says."""
         # A packed tensor is asked for part by part.
         self._packed = lru_cache(maxsize=1)(self._read_packed)
 
@@ -156,6 +163,7 @@ class _Reader:
 
     def _read(self, name: str, shape: tuple[int, int]) -> Weight:
         weight = self._scheme.stored.read(self._source, name, shape)
+        self.found_quantized |= weight is not None
         return Plain(self._plain(f"{name}.weight", shape)) if weight is None else weight
 
     def _plain(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -171,13 +171,18 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
         spec = family.spec(config)
         vocab_size, max_positions = spec.vocab_size, spec.max_positions
     else:
-        plain = settings.quantization in (None, "none") and not settings.fp8_head
-        if scheme.stored.groups or not plain:
-            wanted = settings.quantization or scheme.stored.method or "fp8_head"
+        known = (
+            f"needs a family that the decoder knows, and {architecture} is none of "
+            + ", ".join(FAMILIES)
+        )
+        if scheme.stored.groups:
             raise ValueError(
-                f"quantization: {wanted!r} needs a family that the decoder knows, and "
-                f"{architecture} is none of {', '.join(FAMILIES)}; use an unquantized checkpoint"
+                f"quantization: {scheme.stored.method!r} {known}; use an unquantized checkpoint"
             )
+        if settings.quantization not in (None, "none"):
+            raise ValueError(f"quantization: {settings.quantization!r} {known}; leave it out")
+        if settings.fp8_head:
+            raise ValueError(f"fp8_head: it {known}; leave it out")
         vocab_size, max_positions = read_sizes(folder, trust_remote_code=settings.trust_remote_code)
     dtype = settings.resolve_dtype(config)
     return ModelFacts(
@@ -268,7 +273,7 @@ class Pipeline:
         self._runner = Runner(model, Head(model, logits_memory))
 
     def get_logits(
-        self, input_ids: Any, *, dtype: str = "float32"
+        self, input_ids: Any, *, dtype: str | torch.dtype = "float32"
     ) -> torch.Tensor | list[torch.Tensor]:
         """Logits of one sequence [len, vocab_size], or of each of a batch; never padded.
 
@@ -284,6 +289,7 @@ class Pipeline:
         Raises:
             ValueError: for an empty sequence or an id outside the vocabulary.
         """
+        dtype = str(dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
         sequences, single = _as_sequences(input_ids, self.vocab_size)

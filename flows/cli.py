@@ -203,7 +203,7 @@ def score(
 
     Examples:
 
-    `logitmill score infra/demo/model 'docs/**/*.md' --out runs`
+    `logitmill score infra/demo/model 'engine/*.py' --out runs`
 
     `logitmill score Qwen/Qwen3-0.6B corpus.parquet --text-column body --keep tokens --limit 1000`
 
@@ -412,9 +412,9 @@ def bench(
 
     `logitmill bench llama8b-mixed --quantization fp8 --quantization none --top-k 20`
 
-    `logitmill bench infra/demo/model 'docs/**/*.md' --limit 40 --peer transformers`
+    `logitmill bench infra/demo/model 'engine/*.py' --limit 40 --peer transformers`
 
-    `logitmill bench infra/demo/model 'docs/**/*.md' --limit 40 --fidelity`
+    `logitmill bench infra/demo/model 'engine/*.py' --limit 40 --fidelity`
     """
 
     def run() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -181,11 +182,14 @@ class Run:
         ]
 
     def _rows(self, tier: str, shard: int, doc_id: str) -> pa.Table:
-        name = self._names(tier)[shard]
-        path = self.folder.path(name)
-        return pq.read_table(
-            path, filesystem=self.folder.filesystem, filters=pc.field("doc_id") == doc_id
-        )
+        found = []
+        with self._open(self._names(tier)[shard]) as parquet:
+            for group in range(parquet.num_row_groups):
+                ids = parquet.read_row_group(group, columns=["doc_id"])["doc_id"]
+                if pc.any(pc.equal(ids, doc_id)).as_py():
+                    rows = parquet.read_row_group(group)
+                    found.append(rows.filter(pc.field("doc_id") == doc_id))
+            return pa.concat_tables(found) if found else parquet.schema_arrow.empty_table()
 
     def _names(self, tier: str) -> list[str]:
         if tier not in self.tiers:
@@ -194,8 +198,18 @@ class Run:
         return self._parts.get(tier, [])
 
     def _read(self, name: str, columns: Sequence[str] | None) -> pa.Table:
+        with self._open(name) as parquet:
+            return parquet.read(list(columns) if columns is not None else None)
+
+    @contextmanager
+    def _open(self, name: str) -> Iterator[pq.ParquetFile]:
+        """A part, read by this thread alone.
+
+        The readers of whole data sets leave threads behind that hold Python's file, and a process
+        that ends while they do is aborted.
+        """
         with self.folder.filesystem.open(self.folder.path(name), "rb") as file:
-            return pq.read_table(file, columns=list(columns) if columns is not None else None)
+            yield pq.ParquetFile(file)
 
     @cached_property
     def _index(self) -> dict[str, tuple[int, int]]:

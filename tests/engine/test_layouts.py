@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import quantizers
 import torch
+from logitmill.engine import pipeline
 from logitmill.engine.blocks import LEAST
 from logitmill.engine.checkpoint import Checkpoint
 from logitmill.engine.decoder import Decoder
@@ -527,3 +529,12 @@ def test_gpu_formats_compute_what_the_cpu_emulates(llama: Path, tmp_path: Path) 
         folder, _ = quantize_folder(llama, tmp_path / layout, quantizer)
         on_gpu = logits(load(folder, capability=HOPPER))
         assert_rows_agree(on_gpu, logits(load(folder)), quantizer.activations)
+
+
+def test_a_plain_checkpoint_is_not_called_quantized(tmp_path: Path, demo_folder: Path) -> None:
+    shutil.copytree(demo_folder, tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128}
+    (tmp_path / "model/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="says gptq, but no tensor is stored so"):
+        pipeline(tmp_path / "model", device="cpu")

@@ -22,8 +22,8 @@ def blocks(language: str) -> list[str]:
 def clone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that looks like a clone in which one corpus has been scored."""
     (tmp_path / "infra").symlink_to(ROOT / "infra")
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs" / "page.md").write_text("# A page\n\nWith some text to score.\n")
+    (tmp_path / "engine").mkdir()
+    (tmp_path / "engine" / "page.py").write_text("# A page\n\nx = 'some text to score'\n")
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "argparse.py").write_text("import sys\n\nprint(sys.argv)\n")
     monkeypatch.chdir(tmp_path)
