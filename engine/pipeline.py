@@ -373,8 +373,10 @@ class Pipeline:
         chosen = self.find_recipe(
             recipe, context=context, overlap=overlap, stride=stride, prefix=prefix
         )
-        if not 0 <= top_k <= min(MAX_K, self.vocab_size):
-            raise ValueError(f"top_k: {top_k} is not within 0 ... {min(MAX_K, self.vocab_size)}")
+        if type(top_k) is not int or not 0 <= top_k <= min(MAX_K, self.vocab_size):
+            raise ValueError(
+                f"top_k: {top_k!r} is not an integer within 0 ... {min(MAX_K, self.vocab_size)}"
+            )
         if top_k and on_logits is not None:
             raise ValueError("top_k: logits that are handed over hold every candidate; use one")
         if logits_dtype not in ("float32", "float16"):

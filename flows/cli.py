@@ -478,6 +478,9 @@ def main() -> None:
     try:
         sys.exit(app(prog_name="logitmill", standalone_mode=False))
     except _UsageError as error:
+        if not error.format_message():
+            # No arguments at all: the help has been shown.
+            sys.exit(2)
         where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
         _say_error(f"{error.format_message()}{where}")
         sys.exit(2)
