@@ -68,18 +68,9 @@ class Runner:
         With `num_top`, of each row also the so many likeliest tokens.
         """
         launched: list[Arrival[Columns]] = []
-        waiting = [list(requests)] if requests else []
-        while waiting:
-            part = waiting.pop(0)
-            if self._is_too_long(part):
-                waiting[:0] = _halve(part)
-                continue
-            arrival = _unless_full(partial(self._launch, part, num_top))
-            if arrival is not None:
-                launched.append(arrival)
-                continue
-            self._shrink(part, launched)
-            waiting.insert(0, part)
+        launch = partial(self._launch, num_top=num_top)
+        for _, arrival in self._parts(requests, launch, launched):
+            launched.append(arrival)
         return launched
 
     def stream(
@@ -93,17 +84,7 @@ class Runner:
         outbox = Outbox(self._model.device, dtype, self.depth + 1)
         first = 0
         for batch in batches:
-            waiting = [list(batch)]
-            while waiting:
-                part = waiting.pop(0)
-                if self._is_too_long(part):
-                    waiting[:0] = _halve(part)
-                    continue
-                hidden = _unless_full(partial(self._hidden, part))
-                if hidden is None:
-                    self._shrink(part, under_way)
-                    waiting.insert(0, part)
-                    continue
+            for part, hidden in self._parts(batch, self._hidden, under_way):
                 sizes = [len(r.targets) for r in part]
                 chunks = self._head.rows(*hidden, outbox, normalised=normalised)
                 while chunk := self._next(chunks):
@@ -115,6 +96,29 @@ class Runner:
                 first += len(part)
         while under_way:
             yield from under_way.popleft().wait()
+
+    def _parts(
+        self,
+        requests: Sequence[Request],
+        compute: Callable[[list[Request]], _T],
+        running: Iterable[Arrival],
+    ) -> Iterator[tuple[list[Request], _T]]:
+        """A batch with what `compute` makes of it, or its parts in order if memory asks for parts.
+
+        `running` is what has been launched and still holds memory.
+        """
+        waiting = [list(requests)] if requests else []
+        while waiting:
+            part = waiting.pop(0)
+            if self._is_too_long(part):
+                waiting[:0] = _halve(part)
+                continue
+            made = _unless_full(partial(compute, part))
+            if made is not None:
+                yield part, made
+                continue
+            self._shrink(part, running)
+            waiting.insert(0, part)
 
     def _launch(self, requests: Sequence[Request], num_top: int) -> Arrival[Columns]:
         hidden_RD, targets_R, num_rows = self._hidden(requests)
