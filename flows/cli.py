@@ -70,6 +70,25 @@ _QUANTIZATION_HELP = (
 _FP8_HEAD_HELP = "Multiply the head in fp8 too: faster, less exact."
 _FAILED_SHOWN = 3
 _INPUT, _RECIPE, _ENGINE = "What is read", "How it is scored", "How it is computed"
+# Options that more than one command takes.
+_Limit = Annotated[
+    int | None, typer.Option(help="At most so many documents.", rich_help_panel=_INPUT)
+]
+_TextColumn = Annotated[
+    str, typer.Option(help="Column of a table that is scored.", rich_help_panel=_INPUT)
+]
+_Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1.", rich_help_panel=_ENGINE)]
+_Dtype = Annotated[
+    str | None,
+    typer.Option(
+        help="float32, bfloat16, float16; default float32 on a CPU, else the checkpoint's.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+_Fp8Head = Annotated[bool, typer.Option("--fp8-head", help=_FP8_HEAD_HELP, rich_help_panel=_ENGINE)]
+_BatchTokens = Annotated[
+    int | None, typer.Option(help="Tokens of a packed batch.", rich_help_panel=_ENGINE)
+]
 
 
 @app.command()
@@ -116,9 +135,7 @@ def score(
             rich_help_panel=_RECIPE,
         ),
     ] = None,
-    text_column: Annotated[
-        str, typer.Option(help="Column of a table that is scored.", rich_help_panel=_INPUT)
-    ] = "text",
+    text_column: _TextColumn = "text",
     messages_column: Annotated[
         str | None, typer.Option(help="Score chat messages instead.", rich_help_panel=_INPUT)
     ] = None,
@@ -148,9 +165,7 @@ def score(
     split: Annotated[
         str, typer.Option(help="Split of a dataset.", rich_help_panel=_INPUT)
     ] = "train",
-    limit: Annotated[
-        int | None, typer.Option(help="At most so many documents.", rich_help_panel=_INPUT)
-    ] = None,
+    limit: _Limit = None,
     endpoint_url: Annotated[
         str | None,
         typer.Option(help=_ENDPOINT_HELP, rich_help_panel=_INPUT),
@@ -158,25 +173,13 @@ def score(
     shard_mb: Annotated[
         float, typer.Option(help="Megabytes of corpus a shard.", rich_help_panel=_ENGINE)
     ] = 8.0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1.", rich_help_panel=_ENGINE)
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            help="float32, bfloat16, float16; default float32 on a CPU, else the checkpoint's.",
-            rich_help_panel=_ENGINE,
-        ),
-    ] = None,
+    device: _Device = None,
+    dtype: _Dtype = None,
     quantization: Annotated[
         str | None, typer.Option(help=_QUANTIZATION_HELP, rich_help_panel=_ENGINE)
     ] = None,
-    fp8_head: Annotated[
-        bool, typer.Option("--fp8-head", help=_FP8_HEAD_HELP, rich_help_panel=_ENGINE)
-    ] = False,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a packed batch.", rich_help_panel=_ENGINE)
-    ] = None,
+    fp8_head: _Fp8Head = False,
+    batch_tokens: _BatchTokens = None,
     logits_memory_mb: Annotated[
         int | None,
         typer.Option(
@@ -364,22 +367,13 @@ def bench(
         Path | None, typer.Option("--json", help="Add the record to this file of JSON lines.")
     ] = None,
     repeat: Annotated[int, typer.Option(help="Runs of each pass; the fastest counts.")] = 3,
-    limit: Annotated[
-        int | None, typer.Option(help="At most so many documents.", rich_help_panel=_INPUT)
-    ] = None,
-    text_column: Annotated[
-        str, typer.Option(help="Column of a table that is scored.", rich_help_panel=_INPUT)
-    ] = "text",
+    limit: _Limit = None,
+    text_column: _TextColumn = "text",
     recipe: Annotated[
         str, typer.Option(help="As for score; for texts.", rich_help_panel=_RECIPE)
     ] = "rolling",
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1.", rich_help_panel=_ENGINE)
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16, float16.", rich_help_panel=_ENGINE),
-    ] = None,
+    device: _Device = None,
+    dtype: _Dtype = None,
     quantization: Annotated[
         list[str] | None,
         typer.Option(
@@ -388,12 +382,8 @@ def bench(
             rich_help_panel=_ENGINE,
         ),
     ] = None,
-    fp8_head: Annotated[
-        bool, typer.Option("--fp8-head", help=_FP8_HEAD_HELP, rich_help_panel=_ENGINE)
-    ] = False,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens of a packed batch.", rich_help_panel=_ENGINE)
-    ] = None,
+    fp8_head: _Fp8Head = False,
+    batch_tokens: _BatchTokens = None,
     from_disk: Annotated[
         bool,
         typer.Option(
