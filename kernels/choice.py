@@ -1,6 +1,6 @@
 """Which implementation computes what, on which device: one table, by measurement.
 
-The figures behind it are in `infra/benchmarks/`.
+The figures behind it are in `infra/benchmarks/kernels.md`.
 """
 
 from __future__ import annotations
