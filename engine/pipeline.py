@@ -30,8 +30,8 @@ from .scorer import BatchSink, LogitsSink, Scorer
 from .tokenization import Tokenizer
 from .transfer import Arrival, on
 
-# Most rows of a matrix product on a GPU.
-_BLOCK_ROWS = 32768
+BLOCK_ROWS = 32768
+"""Most rows of a matrix product on a GPU."""
 # Tokens of a packed batch, and bytes that logits may take.
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
 _LOGITS_MEMORY = {"cpu": 256 << 20, "cuda": 2 << 30}
@@ -227,7 +227,7 @@ def build_pipeline(
             FAMILIES[checkpoint.config["architectures"][0]],
             device=device,
             dtype=DTYPES[dtype],
-            block_rows=_BLOCK_ROWS,
+            block_rows=BLOCK_ROWS,
             scheme=settings.resolve_scheme(checkpoint.config),
         )
         return _wrap(model, settings, tokenizer, dtype)

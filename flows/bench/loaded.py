@@ -13,7 +13,7 @@ import torch
 
 from ...engine.families import FAMILIES
 from ...engine.packing import rounds
-from ...engine.pipeline import DTYPES, EngineSettings
+from ...engine.pipeline import BLOCK_ROWS, DTYPES, EngineSettings
 from ...engine.records import Document
 from .breakdown import Breakdown, break_down
 from .ceilings import Ceilings, measure_ceilings, name_unit, wait
@@ -30,8 +30,6 @@ _BATCHES_APART = 3
 _CHARS = 4
 # Bytes of logits that one call of `get_logits` leaves in host memory, about.
 _LOGITS_BYTES = 8 << 30
-# Most rows of a product.
-_PRODUCT_ROWS = 32768
 
 
 class Scored(NamedTuple):
@@ -153,7 +151,7 @@ class Loaded:
             unit=self.unit,
             head_unit=self.head_unit,
             dtype=DTYPES[self.pipe.dtype],
-            rows=min(self.batch_tokens, _PRODUCT_ROWS),
+            rows=min(self.batch_tokens, BLOCK_ROWS),
             device=self.device,
             to_host=to_host,
         )
