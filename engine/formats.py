@@ -448,7 +448,8 @@ def _make(
         case Quantization.INT4_FP8:
             numbers = cast(Groups, weight).numbers
             largest = weight.dense(torch.float32).abs().amax(1)
-            scale_N = largest.clamp_min(_LEAST_SCALE) / FP8_MAX
+            # As on every device: a GPU multiplies by the reciprocal of a constant.
+            scale_N = largest.clamp_min(_LEAST_SCALE) * (1.0 / FP8_MAX)
             if not emulated:
                 return Int4Groups(numbers, bias_N, dtype, scale_N)
             weight = Rows(linear.expand_int4_fp8(numbers, scale_N), scale_N[:, None])

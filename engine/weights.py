@@ -23,6 +23,8 @@ Rearrange = Callable[[torch.Tensor], torch.Tensor]
 
 # What an all-zero group of weights is divided by instead of zero; AutoAWQ's own figure.
 _LEAST = 1e-5
+# Multiplied by, as a GPU does when it divides by a constant: the same bits on every device.
+_PER_FP8_MAX, _PER_STEP = 1.0 / FP8_MAX, 1.0 / 15
 # Rows that are converted at a time: float32 scratch stays small beside the weights.
 _ROWS_AT_ONCE = 4096
 
@@ -269,7 +271,7 @@ def _round_to_blocks(weight_NK: torch.Tensor) -> Blocks:
     num_rows, num_columns = weight_NK.shape
     wide = F.pad(weight_NK.float(), (0, 0, 0, -num_rows % GROUP))
     blocks = wide.view(-1, GROUP, num_columns // GROUP, GROUP)
-    scales = blocks.abs().amax((1, 3)).clamp_min(1e-12) / FP8_MAX
+    scales = blocks.abs().amax((1, 3)).clamp_min(1e-12) * _PER_FP8_MAX
     values = (blocks / scales[:, None, :, None]).clamp_(-FP8_MAX, FP8_MAX)
     return Blocks(
         values.view(-1, num_columns)[:num_rows].to(torch.float8_e4m3fn),
@@ -285,7 +287,7 @@ def _round_to_groups(weight_NK: torch.Tensor, size: int) -> Groups:
     num_rows, num_columns = weight_NK.shape
     wide = weight_NK.float().view(num_rows, -1, size)
     low, high = wide.amin(-1).clamp_max(0), wide.amax(-1).clamp_min(0)
-    scales = ((high - low).clamp_min(_LEAST) / 15).to(torch.float16)
+    scales = ((high - low).clamp_min(_LEAST) * _PER_STEP).to(torch.float16)
     step = scales.float()
     zeros = (-low / step).round().clamp_(0, 15)
     codes = ((wide / step[..., None]).round() + zeros[..., None]).clamp_(0, 15)

@@ -157,7 +157,8 @@ def test_candidates_are_the_largest_logits(folder):
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_kept_log_probabilities_are_those_of_the_records(folder, dtype):
-    inputs = sequences()[1:]
+    # Without a prefix the first token is not scored, and of a single one nothing is.
+    inputs = [ids for ids in sequences() if len(ids) > 1]
     pipe = pipeline(folder, dtype="bfloat16", device="cuda", max_batch_tokens=2000)
     kept = {i: [] for i in range(len(inputs))}
 
