@@ -10,7 +10,7 @@ bits the same whatever it is packed with.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -46,14 +46,14 @@ class _Stream:
     """The residual stream of a batch on its way through the layers."""
 
     x_TD: torch.Tensor
-    delta_TD: torch.Tensor | None
-    """What the last layer adds and the next norm takes in."""
     cos_TR: torch.Tensor
     sin_TR: torch.Tensor
+    deltas: dict[int, torch.Tensor] = field(default_factory=dict)
+    """What the last layer adds to each block of rows, by its first row; the next norm takes it."""
 
     def norm(self, weight_D: torch.Tensor, eps: float, layout: Layout, rows: slice) -> Activations:
         """Add what is pending to a block of rows and normalise it."""
-        delta_TD = self.delta_TD[rows] if self.delta_TD is not None else None
+        delta_TD = self.deltas.pop(rows.start, None)
         return add_norm(self.x_TD[rows], delta_TD, weight_D, eps, layout)
 
 
@@ -94,7 +94,7 @@ class Decoder:
         """
         spec = self.spec
         cos_TR, sin_TR = self._angles(len(ids_T), lengths)
-        stream = _Stream(self._embedding_VD[ids_T], None, cos_TR, sin_TR)
+        stream = _Stream(self._embedding_VD[ids_T], cos_TR, sin_TR)
         num_queries, num_turned = spec.num_heads, spec.num_heads + spec.num_kv_heads
         for layer, window in zip(self._layers, spec.windows, strict=True):
             heads_THD = self._by_block(len(ids_T), partial(self._project, layer, stream))
@@ -107,9 +107,8 @@ class Decoder:
                 window=window,
             )
             del heads_THD
-            stream.delta_TD = self._by_block(
-                len(ids_T), partial(self._feed_forward, layer, stream, mixed_THD)
-            )
+            for rows in self.blocks.cut(len(ids_T)):
+                stream.deltas[rows.start] = self._feed_forward(layer, stream, mixed_THD, rows)
             del mixed_THD
         return self._by_block(len(ids_T), partial(self._finish, stream))
 

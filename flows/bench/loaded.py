@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,8 +29,9 @@ _FEW_BATCHES = 2
 _BATCHES_APART = 3
 # Characters of a token, about: enough to choose texts for a few batches.
 _CHARS = 4
-# Bytes of logits that one call of `get_logits` leaves in host memory, about.
-_LOGITS_BYTES = 8 << 30
+# Bytes of logits that one call of `get_logits` leaves in host memory, about: at most so many, and
+# at most that share of what is free.
+_LOGITS_BYTES, _LOGITS_SHARE = 32 << 30, 1 / 3
 
 
 class Scored(NamedTuple):
@@ -115,7 +117,8 @@ class Loaded:
 
     def _get_logits(self, documents: Sequence[Document]) -> Scored:
         """Logits of everything, some documents at a time: all at once fit no host memory."""
-        fit = _LOGITS_BYTES // (2 * self.pipe.vocab_size)
+        room = min(_LOGITS_BYTES, int(_LOGITS_SHARE * _free_host_memory()))
+        fit = max(1, room // (2 * self.pipe.vocab_size))
         wanted = list(windows(self.subject, self.pipe, documents))
         for group in rounds(((w.ids, len(w.ids)) for w in wanted), fit):
             self.pipe.get_logits(group, dtype="float16")
@@ -187,6 +190,14 @@ def time_best(run: Callable[[], Scored], repeat: int, device: torch.device) -> T
 def memory(device: torch.device) -> int | None:
     """Bytes taken on the device; None on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
+
+
+def _free_host_memory() -> int:
+    """Bytes of host memory that nothing uses, about."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return _LOGITS_BYTES
 
 
 def release(device: torch.device) -> None:
