@@ -12,33 +12,74 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 
 from ..kernels.activations import gate
 from ..kernels.attention import attend
-from ..kernels.norms import add_norm
+from ..kernels.norms import NormWeights, add_norm, normalise
 from ..kernels.quantize import Activations, Layout, quantize
 from ..kernels.rotary import rotate
 from .blocks import LEAST, STANDARD, Blocks, agree, powers
 from .formats import Linear
-from .spec import DecoderSpec
+from .spec import DecoderSpec, Rotary
 from .transfer import to_device
+
+
+class Part(Protocol):
+    """What a layer does to each token alone: a dense feed-forward, or experts."""
+
+    @property
+    def layout(self) -> Layout:
+        """How it takes its input."""
+        ...
+
+    @property
+    def linears(self) -> Sequence[Linear]:
+        """Its products of all rows, whose bits may go by the number of rows."""
+        ...
+
+    def __call__(self, x: Activations) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class DenseFeedForward:
+    """down(activation(gate) * up), or down(activation(up)) where it is not `gated`."""
+
+    up: Linear
+    """Gate and up side by side, where it is gated."""
+    down: Linear
+    activation: str
+    gated: bool
+
+    @property
+    def layout(self) -> Layout:
+        return self.up.layout
+
+    @property
+    def linears(self) -> Sequence[Linear]:
+        return (self.up, self.down)
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        return self.down(gate(self.up(x), self.activation, self.down.layout, gated=self.gated))
 
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """What one layer multiplies by; queries, keys and values side by side, gate and up too."""
+    """What one layer multiplies by; queries, keys and values side by side."""
 
-    attention_norm: torch.Tensor
+    attention_norm: NormWeights | None
     qkv: Linear
-    q_norm: torch.Tensor | None
-    k_norm: torch.Tensor | None
+    q_norm: NormWeights | None
+    k_norm: NormWeights | None
+    sinks_H: torch.Tensor | None
     output: Linear
-    mlp_norm: torch.Tensor
-    gate_up: Linear
-    down: Linear
+    attention_post_norm: NormWeights | None
+    mlp_norm: NormWeights | None
+    feed_forward: Part
+    mlp_post_norm: NormWeights | None
 
 
 @dataclass
@@ -46,15 +87,26 @@ class _Stream:
     """The residual stream of a batch on its way through the layers."""
 
     x_TD: torch.Tensor
-    cos_TR: torch.Tensor
-    sin_TR: torch.Tensor
+    scale: float
+    """What is added is multiplied by it."""
+    angles: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    """Cosine and sine of every token, float32 [T, R] each, for each of the model's rotaries."""
     deltas: dict[int, torch.Tensor] = field(default_factory=dict)
     """What the last layer adds to each block of rows, by its first row; the next norm takes it."""
 
-    def norm(self, weight_D: torch.Tensor, eps: float, layout: Layout, rows: slice) -> Activations:
+    def norm(self, weights: NormWeights | None, layout: Layout, rows: slice) -> Activations:
         """Add what is pending to a block of rows and normalise it."""
-        delta_TD = self.deltas.pop(rows.start, None)
-        return add_norm(self.x_TD[rows], delta_TD, weight_D, eps, layout)
+        return self.add(self.deltas.pop(rows.start, None), weights, layout, rows)
+
+    def add(
+        self,
+        delta_TD: torch.Tensor | None,
+        weights: NormWeights | None,
+        layout: Layout,
+        rows: slice,
+    ) -> Activations:
+        """Add to a block of rows and normalise it."""
+        return add_norm(self.x_TD[rows], delta_TD, weights, layout, scale=self.scale)
 
 
 class Decoder:
@@ -66,7 +118,8 @@ class Decoder:
         *,
         embedding_VD: torch.Tensor,
         layers: Sequence[LayerWeights],
-        final_norm_D: torch.Tensor,
+        positions_PD: torch.Tensor | None,
+        final_norm: NormWeights,
         head: Linear,
         block_rows: int,
     ) -> None:
@@ -79,10 +132,15 @@ class Decoder:
         self.blocks = Blocks([LEAST])
         """Rows of the products of `hidden`."""
         self._embedding_VD = embedding_VD
+        self._positions_PD = positions_PD
         self._layers = layers
-        self._final_norm_D = final_norm_D
+        self._final_norm = final_norm
         self._head = head
-        self._rates: tuple[torch.Tensor, float] | None = None
+        self._rotaries: list[Rotary] = []
+        for layer in spec.layers:
+            if layer.rotary is not None and layer.rotary not in self._rotaries:
+                self._rotaries.append(layer.rotary)
+        self._rates: dict[int, tuple[torch.Tensor, float]] = {}
         if self.device.type == "cuda":
             self.blocks = self._agree(_unlike(layers), block_rows)
 
@@ -91,20 +149,29 @@ class Decoder:
 
         `ids_T` int64 on the device holds sequences of the given `lengths` one after another,
         padded with any valid id as `blocks` pads; rows of padding come out meaningless.
+
+        Raises:
+            ValueError: for a sequence longer than a table of positions.
         """
         spec = self.spec
-        cos_TR, sin_TR = self._angles(len(ids_T), lengths)
-        stream = _Stream(self._embedding_VD[ids_T], cos_TR, sin_TR)
+        positions_T, sequence_T = _place(lengths, len(ids_T))
+        stream = _Stream(
+            self._embed(ids_T, positions_T),
+            spec.residual_scale,
+            [self._turn(i, positions_T, sequence_T, lengths) for i, _ in enumerate(self._rotaries)],
+        )
         num_queries, num_turned = spec.num_heads, spec.num_heads + spec.num_kv_heads
-        for layer, window in zip(self._layers, spec.windows, strict=True):
-            heads_THD = self._by_block(len(ids_T), partial(self._project, layer, stream))
+        for i, layer in enumerate(self._layers):
+            heads_THD = self._by_block(len(ids_T), partial(self._project, i, layer, stream))
             mixed_THD = attend(
                 heads_THD[:, :num_queries],
                 heads_THD[:, num_queries:num_turned],
                 heads_THD[:, num_turned:],
                 lengths,
-                scale=spec.head_dim**-0.5,
-                window=window,
+                scale=spec.scale,
+                window=spec.layers[i].window,
+                soft_cap=spec.soft_cap,
+                sinks_H=layer.sinks_H,
             )
             del heads_THD
             for rows in self.blocks.cut(len(ids_T)):
@@ -112,40 +179,78 @@ class Decoder:
             del mixed_THD
         return self._by_block(len(ids_T), partial(self._finish, stream))
 
-    def _project(self, layer: LayerWeights, stream: _Stream, rows: slice) -> torch.Tensor:
+    def _embed(self, ids_T: torch.Tensor, positions_T: np.ndarray) -> torch.Tensor:
+        x_TD = self._embedding_VD[ids_T]
+        if self.spec.embedding_scale is not None:
+            x_TD *= torch.tensor(self.spec.embedding_scale, dtype=self.dtype).item()
+        if self._positions_PD is not None:
+            longest = int(positions_T.max()) + 1
+            if longest > len(self._positions_PD):
+                raise ValueError(
+                    f"input_ids: a sequence of {longest} tokens is longer than the "
+                    f"{len(self._positions_PD)} positions that the model has; use a shorter context"
+                )
+            x_TD += self._positions_PD[to_device(torch.from_numpy(positions_T), self.device)]
+        return x_TD
+
+    def _project(self, i: int, layer: LayerWeights, stream: _Stream, rows: slice) -> torch.Tensor:
         """Queries and keys, turned, and values of a block of rows; [rows, heads, head size]."""
-        spec = self.spec
-        normed = stream.norm(layer.attention_norm, spec.norm_eps, layer.qkv.layout, rows)
+        spec, rotary = self.spec, self.spec.layers[i].rotary
+        normed = stream.norm(layer.attention_norm, layer.qkv.layout, rows)
         heads_THD = layer.qkv(normed).unflatten(1, (-1, spec.head_dim))
-        rotate(
-            heads_THD[:, : spec.num_heads + spec.num_kv_heads],
-            stream.cos_TR[rows],
-            stream.sin_TR[rows],
-            num_queries=spec.num_heads,
-            q_norm_D=layer.q_norm,
-            k_norm_D=layer.k_norm,
-            eps=spec.norm_eps,
-        )
+        num_queries, num_turned = spec.num_heads, spec.num_heads + spec.num_kv_heads
+        q_norm, k_norm = layer.q_norm, layer.k_norm
+        if spec.qk_norm_of_row:
+            for part, norm in (
+                (heads_THD[:, :num_queries], q_norm),
+                (heads_THD[:, num_queries:num_turned], k_norm),
+            ):
+                assert norm is not None
+                part.copy_(normalise(part.flatten(1), norm).view(part.shape))
+            q_norm = k_norm = None
+        if rotary is not None or q_norm is not None:
+            if rotary is None:
+                cos_TR = sin_TR = torch.empty(rows.stop, 0, device=self.device)
+            else:
+                cos_TR, sin_TR = stream.angles[self._rotaries.index(rotary)]
+            rotate(
+                heads_THD[:, :num_turned],
+                cos_TR[rows],
+                sin_TR[rows],
+                num_queries=num_queries,
+                q_norm=q_norm,
+                k_norm=k_norm,
+            )
         return heads_THD
 
     def _feed_forward(
         self, layer: LayerWeights, stream: _Stream, mixed_THD: torch.Tensor, rows: slice
     ) -> torch.Tensor:
         """From attention's result to what the layer adds last, for a block of rows; [rows, D]."""
-        spec = self.spec
+        feed_forward = layer.feed_forward
         mixed = layer.output(quantize(mixed_THD[rows].flatten(1), layer.output.layout))
-        normed = add_norm(
-            stream.x_TD[rows], mixed, layer.mlp_norm, spec.norm_eps, layer.gate_up.layout
-        )
-        return layer.down(gate(layer.gate_up(normed), spec.activation, layer.down.layout))
+        if layer.attention_post_norm is not None:
+            mixed = add_norm(mixed, None, layer.attention_post_norm, Layout.PLAIN).values_TK
+        if self.spec.parallel:
+            norm = layer.attention_norm if self.spec.shared_norm else layer.mlp_norm
+            added = feed_forward(stream.add(None, norm, feed_forward.layout, rows))
+            return added.add_(mixed)
+        added = feed_forward(stream.add(mixed, layer.mlp_norm, feed_forward.layout, rows))
+        if layer.mlp_post_norm is not None:
+            added = add_norm(added, None, layer.mlp_post_norm, Layout.PLAIN).values_TK
+        return added
 
     def _finish(self, stream: _Stream, rows: slice) -> torch.Tensor:
-        normed = stream.norm(self._final_norm_D, self.spec.norm_eps, Layout.PLAIN, rows)
-        return normed.values_TK
+        return stream.norm(self._final_norm, Layout.PLAIN, rows).values_TK
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """Logits of rows of hidden states, float32 [R, V]."""
-        return self._head(quantize(hidden_RD, self._head.layout))
+        logits_RV = self._head(quantize(hidden_RD, self._head.layout))
+        if self.spec.logit_scale != 1.0:
+            logits_RV *= self.spec.logit_scale
+        if self.spec.logit_cap is not None:
+            logits_RV.div_(self.spec.logit_cap).tanh_().mul_(self.spec.logit_cap)
+        return logits_RV
 
     def agree_on_logits(self, most_rows: int) -> Blocks:
         """Numbers of rows, up to `most_rows`, for which `logits` gives a row the same bits."""
@@ -172,35 +277,41 @@ class Decoder:
             out[rows] = compute(rows)
         return out
 
-    def _angles(self, num_rows: int, lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of every packed token's angles, float32 [T, rotary dim / 2] each."""
-        rotary = self.spec.rotary
-        count = np.asarray(lengths)
-        positions_T = np.zeros(num_rows, np.float32)
-        used = int(count.sum())
-        starts = np.repeat(np.cumsum(count) - count, count)
-        positions_T[:used] = np.arange(used) - starts
+    def _turn(
+        self, i: int, positions_T: np.ndarray, sequence_T: np.ndarray, lengths: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of every token's angles in a rotary, float32 [T, rotary dim / 2] each."""
+        rotary = self._rotaries[i]
         if rotary.depends_on_length:
             tables = [rotary.frequencies(n) for n in lengths]
             rates_SR = to_device(torch.stack([rates for rates, _ in tables]), self.device)
-            sequence_T = np.zeros(num_rows, np.int64)
-            sequence_T[:used] = np.repeat(np.arange(len(count)), count)
             rates_TR = rates_SR[to_device(torch.from_numpy(sequence_T), self.device)]
             factor = tables[0][1]
         else:
-            if self._rates is None:
+            if i not in self._rates:
                 rates, factor = rotary.frequencies(0)
-                self._rates = (rates[None].to(self.device), factor)
-            rates_TR, factor = self._rates
-        angles_TR = to_device(torch.from_numpy(positions_T), self.device)[:, None] * rates_TR
+                self._rates[i] = (rates[None].to(self.device), factor)
+            rates_TR, factor = self._rates[i]
+        at_T = to_device(torch.from_numpy(positions_T.astype(np.float32)), self.device)
+        angles_TR = at_T[:, None] * rates_TR
         return angles_TR.cos() * factor, angles_TR.sin() * factor
+
+
+def _place(lengths: Sequence[int], num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Every row's place in its sequence, and its sequence, int64 [T] each; padding has zeros."""
+    count = np.asarray(lengths)
+    used = int(count.sum())
+    positions_T, sequence_T = np.zeros((2, num_rows), np.int64)
+    positions_T[:used] = np.arange(used) - np.repeat(np.cumsum(count) - count, count)
+    sequence_T[:used] = np.repeat(np.arange(len(count)), count)
+    return positions_T, sequence_T
 
 
 def _unlike(layers: Sequence[LayerWeights]) -> list[tuple[Linear, int]]:
     """Linears of unlike kinds or shapes, and how many columns each takes."""
     found: dict[tuple[object, ...], tuple[Linear, int]] = {}
     for layer in layers:
-        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+        for linear in (layer.qkv, layer.output, *layer.feed_forward.linears):
             has_bias = getattr(linear, "bias_N", None) is not None
             kind = (type(linear), linear.layout, has_bias, *linear.shape)
             found.setdefault(kind, (linear, linear.shape[1]))

@@ -33,12 +33,7 @@ class Fallback:
         self.blocks = Blocks([LEAST])
         self.device = next(model.parameters()).device
         self._model = model
-        self._body = model.base_model
-        if self._body is model:
-            raise ValueError(
-                f"model: {type(model).__name__} has no body apart from its head, so its logits "
-                "cannot be computed in bounded memory"
-            )
+        self._body = _find_body(model, self.device)
         self._output_type: type | None = None
         self._widen_head()
 
@@ -67,6 +62,8 @@ class Fallback:
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                # transformers' other implementations leave soft caps out.
+                attn_implementation="eager" if _caps_scores(config) else None,
             )
         model, found = loaded
         # transformers fills in what is missing at random.
@@ -124,6 +121,39 @@ class Fallback:
         wide = nn.Linear(head.in_features, head.out_features, head.bias is not None)
         wide.load_state_dict({name: value.float() for name, value in head.state_dict().items()})
         self._model.set_output_embeddings(wide.to(self.device))
+
+
+class _Called(Exception):
+    """A module has been called."""
+
+
+def _find_body(model: Any, device: torch.device) -> Any:
+    """What the model's own forward calls for hidden states; ValueError if it cannot be told."""
+    base = model.base_model
+    ids = torch.zeros(1, 1, dtype=torch.long, device=device)
+
+    def tell(*args: Any) -> None:
+        raise _Called
+
+    for body in (base, getattr(base, "decoder", None)):
+        if body is None or body is model:
+            continue
+        hook = body.register_forward_pre_hook(tell)
+        try:
+            with torch.inference_mode():
+                model(input_ids=ids, use_cache=False)
+        except _Called:
+            return body
+        finally:
+            hook.remove()
+    raise ValueError(
+        f"model: {type(model).__name__} has no body apart from its head, so its logits "
+        "cannot be computed in bounded memory"
+    )
+
+
+def _caps_scores(config: Any) -> bool:
+    return bool(getattr(config.get_text_config(), "attn_logit_softcapping", None))
 
 
 def read_sizes(folder: Path, *, trust_remote_code: bool) -> tuple[int, int]:

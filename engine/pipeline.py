@@ -17,7 +17,7 @@ from ..kernels.logits import MAX_K
 from . import metrics
 from .checkpoint import Checkpoint, find_model, read_config
 from .fallback import Fallback, read_sizes
-from .families import FAMILIES
+from .families import FAMILIES, NotNative, find_family
 from .formats import Scheme, resolve_scheme
 from .head import Columns, Head, Model
 from .layouts import read_stored
@@ -145,8 +145,8 @@ class ModelFacts:
     """What a model folder says of itself, read without its weights."""
 
     architecture: str
-    native: bool
-    """Whether the decoder runs it, or transformers does (`fallback.py`)."""
+    reason: str | None
+    """Why transformers runs it (`fallback.py`); None where the decoder does."""
     vocab_size: int
     max_positions: int
     dtype: str
@@ -166,28 +166,26 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
     config = read_config(folder)
     scheme = settings.resolve_scheme(config)
     architecture = config["architectures"][0]
-    family = FAMILIES.get(architecture)
-    if family is not None:
-        spec = family.spec(config)
+    reason = None
+    try:
+        spec = find_family(architecture).spec(config)
         vocab_size, max_positions = spec.vocab_size, spec.max_positions
-    else:
-        known = (
-            f"needs a family that the decoder knows, and {architecture} is none of "
-            + ", ".join(FAMILIES)
-        )
-        if scheme.stored.groups:
-            raise ValueError(
-                f"quantization: {scheme.stored.method!r} {known}; use an unquantized checkpoint"
-            )
-        if settings.quantization not in (None, "none"):
-            raise ValueError(f"quantization: {settings.quantization!r} {known}; leave it out")
-        if settings.fp8_head:
-            raise ValueError(f"fp8_head: it {known}; leave it out")
+    except NotNative as error:
+        reason = str(error)
+        for field, value in (
+            ("quantization", scheme.stored.groups and scheme.stored.method),
+            ("quantization", settings.quantization not in (None, "none") and settings.quantization),
+            ("fp8_head", settings.fp8_head),
+        ):
+            if value:
+                raise ValueError(
+                    f"{field}: {value!r} needs a model that the decoder knows; {reason}"
+                ) from None
         vocab_size, max_positions = read_sizes(folder, trust_remote_code=settings.trust_remote_code)
     dtype = settings.resolve_dtype(config)
     return ModelFacts(
         architecture=architecture,
-        native=family is not None,
+        reason=reason,
         vocab_size=vocab_size,
         max_positions=max_positions,
         dtype=dtype,
@@ -200,7 +198,7 @@ def load_pipeline(folder: Path, settings: EngineSettings) -> Pipeline:
     """A pipeline from a local model folder; errors as in `pipeline`."""
     facts = inspect_model(folder, settings)
     trusting = settings.trust_remote_code
-    if facts.native:
+    if facts.reason is None:
         tokenizer = Tokenizer.load(folder, trust_remote_code=trusting)
         return build_pipeline(Checkpoint.open(folder), settings, tokenizer)
     model = Fallback.load(

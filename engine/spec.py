@@ -20,6 +20,8 @@ class Rotary:
     """The config's `max_position_embeddings`, which `dynamic`, `yarn` and `longrope` refer to."""
     parameters: Mapping[str, Any] = field(default_factory=dict)
     """transformers' `rope_parameters`: `rope_type`, `rope_theta` and the type's own settings."""
+    interleaved: bool = False
+    """Whether neighbours turn together in the checkpoint, and not i with i + dim / 2."""
 
     @property
     def depends_on_length(self) -> bool:
@@ -77,32 +79,122 @@ def _frequencies(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Norm:
+    """y = (x - mean(x)) / sqrt(mean(x^2) + eps) * weight + bias; the mean only where `centred`."""
+
+    eps: float
+    centred: bool = False
+    """Whether it is a LayerNorm; else it is an RMSNorm."""
+    bias: bool = False
+    offset: float = 0.0
+    """What is added to the weight as it is stored (Gemma stores it less one)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeedForward:
+    """down(activation(gate(x)) * up(x)), or down(activation(up(x))) where there is no gate."""
+
+    size: int
+    """Columns in between."""
+    activation: str = "silu"
+    """A name of `kernels.activations.ACTIVATIONS`."""
+    gated: bool = True
+    up_bias: bool = False
+    down_bias: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Router:
+    """Which experts take a token, and how much of each; scores are float32."""
+
+    num_experts: int
+    top_k: int
+    scores: str = "softmax"
+    """`softmax` over all experts, `sigmoid` of each, or `softmax_top` over the chosen ones."""
+    normalised: bool = False
+    """Whether the chosen scores are divided by their sum."""
+    scale: float = 1.0
+    """What the weights are multiplied by, last."""
+    bias: bool = False
+    """Whether the router's linear has a bias, which is part of the scores (gpt-oss)."""
+    correction: bool = False
+    """Whether a bias for each expert is added for the choice alone (DeepSeek-V3)."""
+    num_groups: int = 1
+    """Groups of neighbouring experts; the best `top_groups` by the sum of their two best scores
+    may be chosen from."""
+    top_groups: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A sum of feed-forwards that a router chooses for each token, and of one that all share."""
+
+    router: Router
+    expert: FeedForward
+    """The shape of every expert."""
+    shared: FeedForward | None = None
+    """What every token also passes through."""
+    shared_gate: bool = False
+    """Whether the shared part is multiplied by the sigmoid of a linear of its own (Qwen2-MoE)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """What layers of one model may differ in."""
+
+    window: int | None
+    """Sliding window of attention in tokens, None for full attention."""
+    rotary: Rotary | None
+    """None for a layer that does not know where its tokens are."""
+    feed_forward: FeedForward | Experts
+
+
+@dataclass(frozen=True, kw_only=True)
 class DecoderSpec:
-    """A pre-norm decoder: x += attention(norm(x)); x += feed_forward(norm(x)), layer by layer."""
+    """A decoder: x += attention(norm(x)); x += feed_forward(norm(x)), layer by layer.
+
+    Norms may also (`post_norm`) or only (not `pre_norm`) stand behind attention and feed-forward;
+    with `parallel` both take the same x.
+    """
 
     vocab_size: int
     """Rows of the head, which may be more than the tokenizer has tokens."""
     hidden_size: int
-    intermediate_size: int
-    num_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    norm_eps: float
-    rotary: Rotary
     max_positions: int
     """Longest sequence the model was made for."""
-    activation: str = "silu"
-    """A name of `kernels.activations.ACTIVATIONS`."""
-    qk_norm: bool = False
-    """Whether each query and key head is RMS-normalised before it is turned (Qwen3)."""
+    layers: tuple[Layer, ...]
+    norm: Norm
+    pre_norm: bool = True
+    post_norm: bool = False
+    parallel: bool = False
+    shared_norm: bool = False
+    """Whether a parallel layer has one norm for both of its parts."""
+    scale: float
+    """What products of queries and keys are multiplied by."""
+    soft_cap: float | None = None
+    """c of c * tanh(score / c), which scores pass through."""
+    sinks: bool = False
+    """Whether each head has one more score, of nothing, that the others compete with."""
+    qk_norm: Norm | None = None
+    """Of queries and keys before they are turned."""
+    qk_norm_of_row: bool = False
+    """Whether it is of all heads together, with a weight for each of their columns."""
     qkv_bias: bool = False
     output_bias: bool = False
-    mlp_bias: bool = False
+    positions: int | None = None
+    """Rows of a table that is added to the embeddings, by position (GPT-2)."""
+    embedding_scale: float | None = None
+    """What embeddings are multiplied by, rounded to their dtype before."""
+    residual_scale: float = 1.0
+    """What attention and feed-forward are multiplied by before they are added."""
     tied_head: bool = False
     """Whether the head is the embedding table."""
-    windows: tuple[int | None, ...]
-    """Sliding window of each layer's attention in tokens, None for full attention."""
+    logit_scale: float = 1.0
+    logit_cap: float | None = None
+    """c of c * tanh(logit / c)."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -110,7 +202,10 @@ class DecoderSpec:
                 f"num_key_value_heads: {self.num_kv_heads} does not divide "
                 f"num_attention_heads {self.num_heads}"
             )
-        assert len(self.windows) == self.num_layers
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
 
     @property
     def q_size(self) -> int:

@@ -599,7 +599,7 @@ def _say_plan(prepared: Prepared) -> None:
         f"corpus  {job.corpus.uri}: {documents}{plan.num_bytes / 1e6:,.1f} MB, "
         f"{len(plan.shards)} shard{'s' if len(plan.shards) != 1 else ''}"
     )
-    way = "native decoder" if facts.native else "through transformers"
+    way = "native decoder" if facts.reason is None else f"through transformers: {facts.reason}"
     typer.echo(
         f"model   {request.model}: {facts.architecture}, {way}, {facts.dtype} on {facts.device}"
     )
@@ -712,7 +712,8 @@ def _inspect(
         from ..engine.checkpoint import find_model
         from ..engine.pipeline import EngineSettings, inspect_model
 
-        facts = inspect_model(find_model(target), EngineSettings(**settings))
+        model_folder = find_model(target, storage_options=options)
+        facts = inspect_model(model_folder, EngineSettings(**settings))
         for name, value in vars(facts).items():
             typer.echo(f"{name:14} {value}")
 

@@ -1,4 +1,4 @@
-"""Gated activations of the feed-forward part."""
+"""Activations of the feed-forward part."""
 
 from __future__ import annotations
 
@@ -15,18 +15,27 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 
-def gate(gate_up_TF: torch.Tensor, activation: str, layout: Layout) -> Activations:
+def gate(
+    gate_up_TF: torch.Tensor, activation: str, layout: Layout, *, gated: bool = True
+) -> Activations:
     """activation(gate) * up as the next product takes it; [T, F].
 
-    `gate_up` [T, 2F] holds both halves side by side. In float32, rounded once.
+    `gate_up` [T, 2F] holds both halves side by side; where it is not `gated`, [T, F] are all
+    activated. In float32, rounded once.
     """
     if has_triton(gate_up_TF):
         from .gpu import activations
 
-        return activations.gate(gate_up_TF, activation, layout)
-    gated, up = gate_up_TF.float().chunk(2, dim=-1)
-    mixed = ACTIVATIONS[activation](gated) * up
+        return activations.gate(gate_up_TF, activation, layout, gated)
+    wide = gate_up_TF.float()
+    if gated:
+        first, up = wide.chunk(2, dim=-1)
+        mixed = ACTIVATIONS[activation](first) * up
+    else:
+        mixed = ACTIVATIONS[activation](wide)
     return quantize(mixed if layout != Layout.PLAIN else mixed.to(gate_up_TF.dtype), layout)

@@ -38,32 +38,43 @@ def attend(
     *,
     scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
+    sinks_H: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax(scale * q k^T + causal mask) v within each of the packed sequences; [T, H, D].
 
     `lengths` are the sequences' tokens in packed order; rows beyond their sum are padding and
     come out as zeros. With `window`, token i sees tokens i - window + 1 ... i (transformers'
-    `sliding_window`). On a CPU runs of equal lengths share one call, where the library computes
-    every (sequence, head) alone; a GPU's may go by their number, so there each has its own. A
-    sequence keeps its bits whatever it is packed with.
+    `sliding_window`). With `soft_cap`, a score s becomes soft_cap * tanh(s / soft_cap) (Gemma 2).
+    With `sinks_H`, every query of a head has one more score, of a value of zeros (gpt-oss). On a
+    CPU runs of equal lengths share one call, where the library computes every (sequence, head)
+    alone; a GPU's may go by their number, so there each has its own. A sequence keeps its bits
+    whatever it is packed with.
     """
+    changed = soft_cap is not None or sinks_H is not None
     if q_THD.dtype in (torch.bfloat16, torch.float16):
-        packed = _PACKED.get(choose(q_THD.device).attention)
-        size = q_THD.shape[2]
-        if packed is not None and size % 8 == 0 and size <= _PACKED_HEAD:
-            return packed(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
+        kind, size = choose(q_THD.device).attention, q_THD.shape[2]
+        packable = size % 8 == 0 and size <= _PACKED_HEAD
+        if kind == "triton" and packable:
+            return _attend_triton(
+                q_THD, k_TGD, v_TGD, tuple(lengths), scale, window, soft_cap, sinks_H
+            )
+        if kind == "flash" and packable and not changed:
+            return _attend_flash(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     out_THD[sum(lengths) :] = 0
     start = 0
     for count, length in (
-        _runs(lengths) if q_THD.device.type == "cpu" else ((1, n) for n in lengths)
+        _runs(lengths) if q_THD.device.type == "cpu" and not changed else ((1, n) for n in lengths)
     ):
         stop = start + count * length
         part = slice(start, stop)
         q, k, v = (
             x[part].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q_THD, k_TGD, v_TGD)
         )
-        if window is not None and length > window:
+        if changed:
+            out = _attend_plain(q, k, v, scale, window, soft_cap, sinks_H)
+        elif window is not None and length > window:
             out = _attend_window(q, k, v, scale, window)
         elif _takes_blocks(q_THD) and _BLOCKS_FROM <= length <= _BLOCKS_TO:
             for sequence in range(count):
@@ -97,13 +108,16 @@ def _attend_triton(
     lengths: tuple[int, ...],
     scale: float,
     window: int | None,
+    soft_cap: float | None,
+    sinks_H: torch.Tensor | None,
 ) -> torch.Tensor:
     """The kernel of our own over all sequences at once; a row keeps its bits in any packing."""
     from .gpu import attention
 
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     out_THD[sum(lengths) :] = 0
-    takes_cudnn = window is None and q_THD.shape[2] == _CUDNN_HEAD
+    changed = soft_cap is not None or sinks_H is not None
+    takes_cudnn = window is None and not changed and q_THD.shape[2] == _CUDNN_HEAD
     long_from = choose(q_THD.device).cudnn_from if takes_cudnn else None
     start = 0
     for length in lengths:
@@ -112,7 +126,17 @@ def _attend_triton(
         start += length
     tiles = _tiles(lengths, attention.block_of(q_THD.shape[2]), long_from, q_THD.device)
     if len(tiles):
-        attention.attend(q_THD, k_TGD, v_TGD, tiles, out_THD, scale=scale, window=window)
+        attention.attend(
+            q_THD,
+            k_TGD,
+            v_TGD,
+            tiles,
+            out_THD,
+            scale=scale,
+            window=window,
+            soft_cap=soft_cap,
+            sinks_H=sinks_H,
+        )
     return out_THD
 
 
@@ -267,4 +291,37 @@ def _attend_window(
     return torch.cat(blocks, dim=2)
 
 
-_PACKED = {"triton": _attend_triton, "flash": _attend_flash}
+def _attend_plain(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks_H: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of [1, heads, length, D] by its definition, in float32, by blocks of queries."""
+    length, num_groups = q.shape[2], k.shape[1]
+    shared = q.shape[1] // num_groups
+    blocks = []
+    for start in range(0, length, _BLOCK):
+        stop = min(start + _BLOCK, length)
+        first = 0 if window is None else max(0, start - window + 1)
+        at = torch.arange(start, stop, device=q.device)[:, None]
+        key = torch.arange(first, stop, device=q.device)[None]
+        seen = key <= at
+        if window is not None:
+            seen &= key > at - window
+        queries = q[0, :, start:stop].float().unflatten(0, (num_groups, shared)).flatten(1, 2)
+        scores = queries @ k[0, :, first:stop].float().transpose(1, 2) * scale
+        scores = scores.unflatten(1, (shared, stop - start))
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
+        scores = scores.masked_fill(~seen, float("-inf"))
+        if sinks_H is not None:
+            sinks = sinks_H.float().view(num_groups, shared, 1, 1)
+            scores = torch.cat([scores, sinks.expand(-1, -1, stop - start, 1)], -1)
+        weights = torch.softmax(scores, -1)[..., : stop - first].flatten(1, 2)
+        mixed = weights @ v[0, :, first:stop].float()
+        blocks.append(mixed.unflatten(1, (shared, -1)).flatten(0, 1))
+    return torch.cat(blocks, 1)[None].to(q.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .choice import has_triton
-from .norms import rms_norm
+from .norms import NormWeights, normalise
 
 
 def rotate(
@@ -14,31 +14,30 @@ def rotate(
     sin_TR: torch.Tensor,
     *,
     num_queries: int,
-    q_norm_D: torch.Tensor | None = None,
-    k_norm_D: torch.Tensor | None = None,
-    eps: float = 0.0,
+    q_norm: NormWeights | None = None,
+    k_norm: NormWeights | None = None,
 ) -> None:
     """Normalise every head, if there are norms, and turn it by the token's angles, in place.
 
     `heads` [T, H, D] holds `num_queries` query heads, then key heads; it may be a view with a row
-    stride of its own. `cos` and `sin` float32 [T, R] hold the angles of the 2R <= D leading
+    stride of its own. Norms are RMSNorms of a head without bias. `cos` and `sin` float32 [T, R] hold the angles of the 2R <= D leading
     dimensions: i is paired with i + R, and what lies beyond 2R is not turned. In float32, rounded
     once.
     """
     if has_triton(heads_THD):
         from .gpu import rotary
 
-        rotary.rotate(heads_THD, cos_TR, sin_TR, num_queries, q_norm_D, k_norm_D, eps)
+        rotary.rotate(heads_THD, cos_TR, sin_TR, num_queries, q_norm, k_norm)
         return
     half = cos_TR.shape[-1]
     cos, sin = cos_TR[:, None], sin_TR[:, None]
-    for part, norm_D in (
-        (heads_THD[:, :num_queries], q_norm_D),
-        (heads_THD[:, num_queries:], k_norm_D),
+    for part, norm in (
+        (heads_THD[:, :num_queries], q_norm),
+        (heads_THD[:, num_queries:], k_norm),
     ):
-        wide = part.float() if norm_D is None else rms_norm(part, norm_D, eps)
+        wide = part.float() if norm is None else normalise(part, norm)
         first, second = wide[..., :half], wide[..., half : 2 * half]
-        if norm_D is not None and 2 * half < part.shape[-1]:
+        if norm is not None and 2 * half < part.shape[-1]:
             part[..., 2 * half :] = wide[..., 2 * half :]
         turned = second * cos + first * sin
         part[..., :half] = first * cos - second * sin

@@ -99,13 +99,15 @@ def measure_ceilings(
         to_host: whether to measure copies to the host, too.
     """
     return Ceilings(
-        linears=_measure_linears(tuple(linear_shapes(spec)), rows, unit, dtype, device),
+        linears=_measure_linears(
+            tuple(linear_shapes(spec, spec.layers[0])), rows, unit, dtype, device
+        ),
         head=_measure_head((spec.vocab_size, spec.hidden_size), head_unit, dtype, device),
         attention=_measure_attention(
             spec.num_heads,
             spec.num_kv_heads,
             spec.head_dim,
-            spec.windows[0],
+            spec.layers[0].window,
             min(_LONG, spec.max_positions),
             dtype,
             device,

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ...engine.spec import DecoderSpec
+from ...engine.spec import DecoderSpec, Experts, FeedForward, Layer
 
 
 @dataclass(frozen=True)
@@ -40,29 +40,25 @@ def count_costs(
     what the next product takes.
     """
     tokens = sum(lengths)
-    d, f, turned = spec.hidden_size, spec.intermediate_size, spec.q_size + spec.kv_size
-    weights = sum(rows * columns for rows, columns in linear_shapes(spec))
+    d, turned = spec.hidden_size, spec.q_size + spec.kv_size
     norm = 3 * d * width + d * input_width
-    layer_bytes = {
-        "norms": 2 * norm,
-        "rotary": 2 * turned * width,
-        "gate": 2 * f * width + f * input_width,
-        "quantize": spec.q_size * (width + input_width) if input_width != width else 0,
-    }
+    rounds = input_width != width
+    weights, moved = 0, dict.fromkeys(("norms", "rotary", "gate", "quantize"), 0)
+    attended = []
+    for layer in spec.layers:
+        weights += sum(rows * columns for rows, columns in linear_shapes(spec, layer))
+        moved["norms"] += 2 * norm
+        moved["rotary"] += 2 * turned * width
+        moved["quantize"] += spec.q_size * (width + input_width) if rounds else 0
+        for part, times in _passed(layer.feed_forward):
+            read = part.size * (2 if part.gated else 1)
+            moved["gate"] += times * (read * width + part.size * input_width)
+        attended += [attention_flops(spec.q_size, length, layer.window) for length in lengths]
     costs = {
-        "linears": Cost(flops=2.0 * tokens * spec.num_layers * weights),
+        "linears": Cost(flops=2.0 * tokens * weights),
         "head": Cost(flops=2.0 * tokens * d * spec.vocab_size),
-        "attention": Cost(
-            flops=math.fsum(
-                attention_flops(spec.q_size, length, window)
-                for length in lengths
-                for window in spec.windows
-            )
-        ),
-        **{
-            part: Cost(bytes=float(tokens * spec.num_layers * per_token))
-            for part, per_token in layer_bytes.items()
-        },
+        "attention": Cost(flops=math.fsum(attended)),
+        **{part: Cost(bytes=float(tokens * per_token)) for part, per_token in moved.items()},
         # Float32 logits are read once; the head's product has written them.
         "statistics": Cost(bytes=4.0 * tokens * spec.vocab_size),
     }
@@ -71,10 +67,21 @@ def count_costs(
     return {part: cost for part, cost in costs.items() if cost.flops or cost.bytes}
 
 
-def linear_shapes(spec: DecoderSpec) -> list[tuple[int, int]]:
-    """(outputs, inputs) of the products of one layer, as they are multiplied."""
-    d, f = spec.hidden_size, spec.intermediate_size
-    return [(spec.q_size + 2 * spec.kv_size, d), (d, spec.q_size), (2 * f, d), (d, f)]
+def linear_shapes(spec: DecoderSpec, layer: Layer) -> list[tuple[int, int]]:
+    """(outputs, inputs) of the products that a token takes part in in one layer."""
+    d = spec.hidden_size
+    shapes = [(spec.q_size + 2 * spec.kv_size, d), (d, spec.q_size)]
+    for part, times in _passed(layer.feed_forward):
+        shapes += times * [((2 if part.gated else 1) * part.size, d), (d, part.size)]
+    return shapes
+
+
+def _passed(shape: FeedForward | Experts) -> list[tuple[FeedForward, int]]:
+    """The feed-forwards that a token passes, and how many of each."""
+    if isinstance(shape, FeedForward):
+        return [(shape, 1)]
+    shared = [(shape.shared, 1)] if shape.shared is not None else []
+    return [(shape.expert, shape.router.top_k), *shared]
 
 
 def attention_flops(q_size: int, length: int, window: int | None) -> float:

@@ -1,4 +1,4 @@
-"""Gated activation and quantization in one read and one write."""
+"""Activation, gating and quantization in one read and one write."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ import triton.language as tl
 from ..quantize import Activations, Layout
 from .quantize import LAYOUTS, empty_activations, shape_program, store_rows
 
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
 _GELU = tl.constexpr(1)
 _GELU_TANH = tl.constexpr(2)
+_RELU = tl.constexpr(3)
+_RELU2 = tl.constexpr(4)
 
 
 @triton.jit
@@ -22,6 +24,10 @@ def _activate(x, ACTIVATION: tl.constexpr):
         inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
         # (1 + tanh u) / 2 is the logistic function of 2u.
         return x / (1.0 + tl.exp(-2.0 * inner))
+    if ACTIVATION == _RELU:
+        return tl.maximum(x, 0.0)
+    if ACTIVATION == _RELU2:
+        return tl.maximum(x, 0.0) * tl.maximum(x, 0.0)
     return x / (1.0 + tl.exp(-x))
 
 
@@ -32,6 +38,7 @@ def _gate(
     scales,
     num_rows,
     num_columns: tl.constexpr,
+    GATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LAYOUT: tl.constexpr,
     ROWS: tl.constexpr,
@@ -40,16 +47,20 @@ def _gate(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     seen = (row[:, None] < num_rows) & (column[None, :] < num_columns)
-    at = row[:, None].to(tl.int64) * (2 * num_columns) + column[None, :]
-    gated = tl.load(gate_up + at, mask=seen, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + at + num_columns, mask=seen, other=0.0).to(tl.float32)
-    y = _activate(gated, ACTIVATION) * up
+    stride: tl.constexpr = 2 * num_columns if GATED else num_columns
+    at = row[:, None].to(tl.int64) * stride + column[None, :]
+    first = tl.load(gate_up + at, mask=seen, other=0.0).to(tl.float32)
+    y = _activate(first, ACTIVATION)
+    if GATED:
+        y *= tl.load(gate_up + at + num_columns, mask=seen, other=0.0).to(tl.float32)
     store_rows(y, row, column, seen, values, scales, num_rows, num_columns, LAYOUT, ROWS, BLOCK)
 
 
-def gate(gate_up_TF: torch.Tensor, activation: str, layout: Layout) -> Activations:
+def gate(
+    gate_up_TF: torch.Tensor, activation: str, layout: Layout, gated: bool = True
+) -> Activations:
     """`kernels.activations.gate`; `gate_up` is contiguous."""
-    num_rows, num_columns = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
+    num_rows, num_columns = gate_up_TF.shape[0], gate_up_TF.shape[1] // (1 + gated)
     out = empty_activations(num_rows, num_columns, layout, gate_up_TF.dtype, gate_up_TF.device)
     block, rows, warps = shape_program(num_columns)
     _gate[(triton.cdiv(num_rows, rows),)](
@@ -58,6 +69,7 @@ def gate(gate_up_TF: torch.Tensor, activation: str, layout: Layout) -> Activatio
         out.scales if out.scales is not None else gate_up_TF,
         num_rows,
         num_columns,
+        GATED=gated,
         ACTIVATION=_ACTIVATIONS[activation],
         LAYOUT=LAYOUTS[layout],
         ROWS=rows,

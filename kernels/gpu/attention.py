@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-_LOG2_E = 1.4426950408889634
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 # Queries and keys of a tile, warps, stages of the key loop; by padded head size. Fixed, since the
 # order of additions along a row of scores, and so its bits, goes by the number of keys.
@@ -83,6 +83,7 @@ def _attend(
     values,
     out,
     tiles,
+    sinks,
     scale,
     soft_cap,
     window,
@@ -94,6 +95,7 @@ def _attend(
     BN: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
+    SINKS: tl.constexpr,
 ):
     tile = tiles + (tl.program_id(0) // num_heads) * 4
     head = tl.program_id(0) % num_heads
@@ -114,6 +116,10 @@ def _attend(
     acc = tl.zeros([BM, BLOCK_D], tl.float32)
     total = tl.zeros([BM], tl.float32)
     top = tl.full([BM], float("-inf"), tl.float32)
+    if SINKS:
+        # A score that every query sees, of a value of zeros.
+        top = tl.zeros([BM], tl.float32) + tl.load(sinks + head).to(tl.float32) * _LOG2_E
+        total += 1.0
     if WINDOW:
         masked_from = tl.maximum(start - window + 1, 0) // BN * BN
     else:
@@ -170,6 +176,7 @@ def attend(
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks_H: torch.Tensor | None = None,
     config: tuple[int, int, int, int] | None = None,
 ) -> None:
     """Attention of all sequences into the contiguous `out_THD`; rows of no tile are left alone.
@@ -181,15 +188,16 @@ def attend(
     padded = max(64, triton.next_power_of_2(size))
     queries, keys, warps, stages = config or CONFIGS[padded]
     if soft_cap is None:
-        factor, cap = scale * _LOG2_E, 0.0
+        factor, cap = scale * _LOG2_E.value, 0.0
     else:
-        factor, cap = 2.0 * scale / soft_cap, soft_cap * _LOG2_E
+        factor, cap = 2.0 * scale / soft_cap, soft_cap * _LOG2_E.value
     _attend[(len(tiles) * num_heads,)](
         _describe(q_THD, [queries, padded]),
         _describe(k_SGD, [keys, padded]),
         _describe(v_SGD, [keys, padded]),
         out_THD,
         tiles,
+        sinks_H if sinks_H is not None else out_THD,
         factor,
         cap,
         window or 0,
@@ -201,6 +209,7 @@ def attend(
         BN=keys,
         WINDOW=window is not None,
         CAP=soft_cap is not None,
+        SINKS=sinks_H is not None,
         num_warps=warps,
         num_stages=stages,
         enable_fp_fusion=True,

@@ -6,6 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..norms import NormWeights
+
 # Tokens and heads of a program; a head's halves are the columns.
 _TOKENS, _HEADS = 4, 8
 
@@ -70,24 +72,23 @@ def rotate(
     cos_TR: torch.Tensor,
     sin_TR: torch.Tensor,
     num_queries: int,
-    q_norm_D: torch.Tensor | None,
-    k_norm_D: torch.Tensor | None,
-    eps: float,
+    q_norm: NormWeights | None,
+    k_norm: NormWeights | None,
 ) -> None:
     """`kernels.rotary.rotate`; heads of a token lie side by side."""
     num_tokens, num_heads, size = heads_THD.shape
     half = cos_TR.shape[1]
-    norm = q_norm_D is not None
+    norm = q_norm is not None and k_norm is not None
     widest = max(half, size - 2 * half) if norm else half
     _rotate[(triton.cdiv(num_tokens, _TOKENS), triton.cdiv(num_heads, _HEADS))](
         heads_THD,
         cos_TR,
         sin_TR,
-        q_norm_D if norm else cos_TR,
-        k_norm_D if norm else cos_TR,
+        q_norm.weight if q_norm is not None else cos_TR,
+        k_norm.weight if k_norm is not None else cos_TR,
         num_tokens,
         heads_THD.stride(0),
-        eps,
+        q_norm.eps if q_norm is not None else 0.0,
         num_heads=num_heads,
         num_queries=num_queries,
         D=size,
@@ -95,7 +96,7 @@ def rotate(
         NORM=norm,
         TOKENS=_TOKENS,
         HEADS=_HEADS,
-        HALF=triton.next_power_of_2(widest),
+        HALF=triton.next_power_of_2(max(widest, 1)),
         num_warps=4,
         enable_fp_fusion=False,
     )

@@ -26,11 +26,11 @@ SMALL = COMMON | {
 }
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "learned positions": (
-        "GPT2",
-        COMMON | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64},
+        "OPT",
+        SMALL | {"ffn_dim": 64, "word_embed_proj_dim": 48},
     ),
     "soft-capped logits": (
-        "Gemma2",
+        "VaultGemma",
         SMALL
         | {
             "num_key_value_heads": 2,
@@ -41,7 +41,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "query_pre_attn_scalar": 16,
         },
     ),
-    "parallel residual": ("GPTNeoX", SMALL),
+    "parallel residual": (
+        "GPTJ",
+        COMMON | {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 8},
+    ),
     "no attention at all": (
         "Mamba",
         COMMON | {"hidden_size": 32, "state_size": 4, "num_hidden_layers": 2},
@@ -61,7 +64,9 @@ def write(folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Path:
 def from_folder(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -21,6 +21,8 @@ def formula(name: str, x: torch.Tensor) -> torch.Tensor:
     x = x.double()
     if name == "silu":
         return x / (1 + (-x).exp())
+    if name.startswith("relu"):
+        return x.clamp_min(0) ** (2 if name == "relu2" else 1)
     if name == "gelu":
         return 0.5 * x * torch.special.erfc(-x / math.sqrt(2))
     return x / (1 + (-2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)).exp())
@@ -48,10 +50,12 @@ def test_transformers_agree() -> None:
     from transformers.activations import ACT2FN
 
     x = draw(3, 40, torch.float32)
-    theirs = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh"}
+    theirs = {"gelu_tanh": "gelu_pytorch_tanh"}
     for name in ACTIVATIONS:
-        expected = ACT2FN[theirs[name]](x[:, :40]) * x[:, 40:]
-        assert torch.equal(gate(x, name, Layout.PLAIN).values_TK, expected)
+        activate = ACT2FN[theirs.get(name, name)]
+        gated = gate(x, name, Layout.PLAIN).values_TK
+        assert torch.equal(gated, activate(x[:, :40]) * x[:, 40:])
+        assert torch.equal(gate(x, name, Layout.PLAIN, gated=False).values_TK, activate(x))
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -85,6 +89,18 @@ def test_the_kernel(
     assert_near_activations(out, expected, atol=TAIL)
 
 
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_kernel_without_a_gate(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, layout: Layout, name: str
+) -> None:
+    x = draw(5, 128, torch.bfloat16)
+    expected = gate(x, name, layout, gated=False)
+    poison(monkeypatch)
+    out = gpu.gate(x.to(device), name, layout, False)
+    assert_near_activations(out, expected, atol=TAIL)
+
+
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of the interpreter
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_kernel_far_from_zero(device: torch.device, name: str) -> None:
@@ -92,4 +108,5 @@ def test_the_kernel_far_from_zero(device: torch.device, name: str) -> None:
     far = torch.tensor([-1e30, -3e4, -200.0, -90.0, 90.0, 200.0, 3e4, 1e30])
     x = torch.cat([far, torch.ones(8)])[None].to(device)
     out = gpu.gate(x, name, Layout.PLAIN).values_TK.cpu()[0]
-    torch.testing.assert_close(out, far.clamp_min(0.0), atol=1e-30, rtol=1e-6)
+    expected = far.clamp_min(0.0) ** (2 if name == "relu2" else 1)
+    torch.testing.assert_close(out, expected, atol=1e-30, rtol=1e-6)

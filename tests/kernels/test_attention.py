@@ -22,11 +22,16 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
 
 def weigh(
-    q: torch.Tensor, k: torch.Tensor, scale: float, window: int | None, soft_cap: float | None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """softmax over the keys that each query may see, in float64; [H, queries, keys].
 
-    The last query faces the last key.
+    The last query faces the last key. A sink takes its share and gives nothing.
     """
     keys = k.double().repeat_interleave(q.shape[1] // k.shape[1], 1)
     scores = torch.einsum("qhd,khd->hqk", q.double(), keys) * scale
@@ -37,7 +42,11 @@ def weigh(
     seen = key <= at
     if window is not None:
         seen &= key > at - window
-    return scores.masked_fill(~seen, -torch.inf).softmax(-1)
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        nothing = sinks.double()[:, None, None].expand(-1, len(q), 1)
+        return torch.cat([scores, nothing], -1).softmax(-1)[..., :-1]
+    return scores.softmax(-1)
 
 
 def mix(weights_HQK: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -93,6 +102,24 @@ def test_a_sequence_keeps_its_bits_whatever_it_is_packed_with(window: int | None
     for lengths in ([100, 63, 137], [37, 63, 63, 63, 5], [50, 50, 63, 1]):
         packed = attend(q, k, v, lengths, scale=0.125, window=window)
         assert torch.equal(packed[rows], alone)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-3.0, 0.5, 4.0, 1.0])])
+@pytest.mark.parametrize("soft_cap", [None, 0.5, 20.0])
+@pytest.mark.parametrize("window", [None, 1, 9, 300])
+def test_caps_and_sinks_are_the_textbook(
+    window: int | None, soft_cap: float | None, sinks: torch.Tensor | None
+) -> None:
+    lengths = [1, 9, 300, 9]
+    q, k, v = draw(sum(lengths) + 4, 4, 2, 16)
+    options = {"scale": 0.3, "window": window, "soft_cap": soft_cap, "sinks_H": sinks}
+    out = attend(q, k, v, lengths, **options)
+    for rows in parts(lengths):
+        expected = mix(weigh(q[rows], k[rows], 0.3, window, soft_cap, sinks), v[rows])
+        torch.testing.assert_close(out[rows].double(), expected, atol=2e-6, rtol=1e-5)
+        n = rows.stop - rows.start
+        assert torch.equal(attend(q[rows], k[rows], v[rows], [n], **options), out[rows])
+    assert not out[sum(lengths) :].any(), "rows of padding are zeros"
 
 
 def test_the_future_is_not_seen() -> None:
@@ -159,9 +186,10 @@ def assert_attends(
     scale: float = 0.3,
     window: int | None = None,
     soft_cap: float | None = None,
+    sinks_H: torch.Tensor | None = None,
 ) -> None:
     """Of one sequence: weights and results are rounded once to the dtype, sums are float32."""
-    weights = weigh(q, k, scale, window, soft_cap)
+    weights = weigh(q, k, scale, window, soft_cap, sinks_H)
     bound = torch.finfo(out.dtype).eps * mix(weights, v.double().abs()) + 2e-5
     error = (out.double() - mix(weights, v)).abs()
     assert (error <= bound).all(), f"{(error / bound).max().item():.2f} of the bound"
@@ -204,6 +232,18 @@ def test_the_kernel_for_soft_caps(
     options = {"scale": scale, "window": window, "soft_cap": soft_cap}
     out = launch(device, q, k, v, [70], **options)[:70]
     assert_attends(out, q[:70], k[:70], v[:70], **options)
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize("soft_cap", [None, 5.0])
+def test_the_kernel_for_sinks(
+    device: torch.device, window: int | None, soft_cap: float | None
+) -> None:
+    q, k, v = pack([70], [70], 4, 2, 64)
+    sinks = torch.tensor([-8.0, 0.0, 2.0, 9.0])
+    options = {"window": window, "soft_cap": soft_cap}
+    out = launch(device, q, k, v, [70], sinks_H=sinks.to(device), **options)[:70]
+    assert_attends(out, q[:70], k[:70], v[:70], sinks_H=sinks, **options)
 
 
 @pytest.mark.parametrize("window", [None, 5, 50])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from by_rows import DTYPES, assert_near, assert_same_bits
-from logitmill.kernels.norms import rms_norm
+from logitmill.kernels.norms import NormWeights, normalise
 from logitmill.kernels.rotary import rotate
 
 gpu = pytest.importorskip("logitmill.kernels.gpu.rotary")
@@ -22,9 +22,9 @@ def draw_heads(num_tokens: int, num_heads: int, size: int, dtype: torch.dtype) -
     return torch.randn(num_tokens, num_heads, size, generator=generator).to(dtype)
 
 
-def draw_norms(size: int, dtype: torch.dtype) -> dict[str, Any]:
+def draw_norms(size: int, dtype: torch.dtype) -> dict[str, NormWeights]:
     q, k = 1 + 0.3 * torch.randn(2, size, generator=torch.Generator().manual_seed(size))
-    return {"q_norm_D": q.to(dtype), "k_norm_D": k.to(dtype), "eps": 1e-3}
+    return {"q_norm": NormWeights(q.to(dtype), 1e-3), "k_norm": NormWeights(k.to(dtype), 1e-3)}
 
 
 def turned(heads: torch.Tensor, angles: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -61,8 +61,8 @@ def test_heads_are_normalised_before_they_turn(num_turned: int) -> None:
     angles = draw_angles(7, num_turned // 2)
     norms = draw_norms(16, torch.float32)
     out = turned(x, angles, num_queries=3, **norms)
-    for heads, name in ((slice(0, 3), "q_norm_D"), (slice(3, 5), "k_norm_D")):
-        expected = formula(rms_norm(x[:, heads], norms[name], norms["eps"]), angles)
+    for heads, name in ((slice(0, 3), "q_norm"), (slice(3, 5), "k_norm")):
+        expected = formula(normalise(x[:, heads], norms[name]), angles)
         torch.testing.assert_close(out[:, heads].double(), expected, atol=1e-6, rtol=1e-6)
 
 
@@ -102,9 +102,9 @@ def test_transformers_agree_on_norms_of_heads() -> None:
     norms = draw_norms(32, torch.float32)
     both = torch.cat([angles, angles], dim=-1)[None]
     parts = []
-    for heads, name in ((slice(0, 3), "q_norm_D"), (slice(3, 5), "k_norm_D")):
-        module = Qwen3RMSNorm(32, eps=norms["eps"])
-        module.weight.data.copy_(norms[name])
+    for heads, name in ((slice(0, 3), "q_norm"), (slice(3, 5), "k_norm")):
+        module = Qwen3RMSNorm(32, eps=norms[name].eps)
+        module.weight.data.copy_(norms[name].weight)
         parts.append(module(x[:, heads]).transpose(0, 1)[None].detach())
     theirs = apply_rotary_pos_emb(*parts, both.cos(), both.sin())
     expected = torch.cat([part[0].transpose(0, 1) for part in theirs], dim=1)
@@ -120,6 +120,7 @@ CASES = [
     (9, 4, 2, 96, 48),
     (5, 3, 1, 128, 32),
     (6, 18, 16, 16, 2),
+    (3, 5, 3, 64, 0),
 ]
 
 
@@ -141,16 +142,15 @@ def test_the_kernel(
     rows[:, num_heads:] = torch.nan
     angles = draw_angles(num_tokens, num_turned // 2)
     cos, sin = angles.cos(), angles.sin()
-    norms = draw_norms(size, dtype) if normed else {"q_norm_D": None, "k_norm_D": None, "eps": 0.0}
+    norms = draw_norms(size, dtype) if normed else {}
     there = rows.to(device, copy=True)
     before = rows.clone()
     rotate(rows[:, :num_heads], cos, sin, num_queries=num_queries, **norms)
     weights = [
-        None if norms[name] is None else norms[name].to(device) for name in ("q_norm_D", "k_norm_D")
+        NormWeights(norms[name].weight.to(device), norms[name].eps) if normed else None
+        for name in ("q_norm", "k_norm")
     ]
-    gpu.rotate(
-        there[:, :num_heads], cos.to(device), sin.to(device), num_queries, *weights, norms["eps"]
-    )
+    gpu.rotate(there[:, :num_heads], cos.to(device), sin.to(device), num_queries, *weights)
     # Where two products cancel, float32's rounding of each stands out.
     assert_near(there[:, :num_heads], rows[:, :num_heads], atol=3e-6)
     assert_same_bits(there[:, num_heads:], before[:, num_heads:])
