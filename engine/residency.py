@@ -1,0 +1,565 @@
+"""Where a decoder's layer weights live: on its device, or in host memory and streamed.
+
+Every layer is used once per batch, so a layer may come to the device just before its turn. While
+one layer computes, the next ones are copied from pinned host memory into a few slots on the
+device, in a cycle that does not end with a batch:
+
+    compute    | layer 0 . . . | layer 1 . . . | layer 2 . . . | layer 0 of the next batch
+    slot 0     | 0 in use      | <- 2          | 2 in use      | <- 1
+    slot 1     | <- 1          | 1 in use      | <- 0          | 0 in use
+
+This knows nothing of what a layer is: any tree of tensors will do (`map_tensors`).
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import mmap
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Generic, Protocol, TypeVar, cast
+
+import torch
+
+NUM_SLOTS = 2
+"""Layers that have room on the device at a time: one in use, one on its way."""
+# Where tensors may start in a layer's bytes: what kernels and copy engines like, and a multiple of
+# every dtype's size.
+_ALIGNMENT = 256
+
+_T = TypeVar("_T")
+
+
+# ---- trees of tensors ------------------------------------------------------------------------
+
+
+def map_tensors(tree: _T, change: Callable[[torch.Tensor], torch.Tensor]) -> _T:
+    """The same tree with `change(tensor)` in the place of each tensor.
+
+    Goes through dataclasses, tuples (named ones too), lists and dicts; everything else stays as it
+    is. A tensor that is there twice is changed once and stays shared. Dataclasses
+    are not made anew: what `__post_init__` checked holds, and what it computed is kept, with its
+    tensors changed as well.
+    """
+    changed: dict[int, torch.Tensor] = {}
+
+    def walk(node: Any) -> Any:
+        match node:
+            case torch.Tensor():
+                if id(node) not in changed:
+                    changed[id(node)] = change(node)
+                return changed[id(node)]
+            case tuple() if hasattr(node, "_fields"):
+                return type(node)(*map(walk, node))
+            case tuple() | list():
+                return type(node)(map(walk, node))
+            case dict():
+                return {key: walk(value) for key, value in node.items()}
+        if not is_dataclass(node) or isinstance(node, type):
+            return node
+        made = copy.copy(node)
+        # Cached properties are no fields, and with slots fields are not in a dictionary.
+        for name in {field.name for field in fields(node)} | {*getattr(node, "__dict__", ())}:
+            object.__setattr__(made, name, walk(getattr(node, name)))
+        return made
+
+    return cast(_T, walk(tree))
+
+
+def bring(tree: _T, device: torch.device) -> _T:
+    """The same tree with all tensors on the device, strides kept; what is there is not copied."""
+    return map_tensors(tree, lambda x: _elements(x).to(device).as_strided(x.shape, x.stride()))
+
+
+def count_bytes(tree: object) -> int:
+    """What a tree takes when its tensors are packed one after another."""
+    total = 0
+
+    def add(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal total
+        total = _align(total) + _num_bytes(tensor)
+        return tensor
+
+    map_tensors(tree, add)
+    return _align(total)
+
+
+def _pack(tree: _T, out: torch.Tensor) -> _T:
+    """Copy a tree's tensors into `out`, uint8 [count_bytes(tree)]; the same tree of its views."""
+    start = 0
+
+    def move(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal start
+        moved = _view(out, start, tensor)
+        _elements(moved).copy_(_elements(tensor))
+        start = _align(start + _num_bytes(tensor))
+        return moved
+
+    return map_tensors(tree, move)
+
+
+def _unpack(packed: _T, out: torch.Tensor) -> _T:
+    """What `_pack` returned, as views of a copy of the bytes.
+
+    Offsets are those into the packed bytes, which `_allocate` puts at the front of a storage.
+    """
+    return map_tensors(packed, lambda x: _view(out, int(x.storage_offset()) * x.itemsize, x))
+
+
+def _view(flat: torch.Tensor, start: int, like: torch.Tensor) -> torch.Tensor:
+    """A tensor's shape, strides and dtype over the bytes from `start` on."""
+    values = flat[start : start + _num_bytes(like)].view(like.dtype)
+    return values.as_strided(like.shape, like.stride())
+
+
+def _elements(tensor: torch.Tensor) -> torch.Tensor:
+    """All that lies between a tensor's first and last element in memory, flat.
+
+    Copied as such, a tensor keeps strides of any kind, and with them the kernel that a library
+    picks for it.
+    """
+    return tensor.as_strided((_span(tensor),), (1,))
+
+
+def _span(tensor: torch.Tensor) -> int:
+    if not tensor.numel():
+        return 0
+    return 1 + sum(
+        (n - 1) * stride for n, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+
+
+def _num_bytes(tensor: torch.Tensor) -> int:
+    return _span(tensor) * tensor.itemsize
+
+
+def _align(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
+
+
+# ---- copies ----------------------------------------------------------------------------------
+
+
+class Link(Protocol):
+    """Brings bytes from host memory into slots on the device, behind the caller's back.
+
+    Whoever computes says so to the link: `wait` before a slot is first read, `release` once
+    everything that reads it has been launched.
+    """
+
+    @property
+    def buffers(self) -> Sequence[torch.Tensor]:
+        """Slots: uint8 [bytes] each."""
+
+    def copy(self, source: torch.Tensor, slot: int) -> None:
+        """Start a copy of `source`, uint8, to the front of a slot; not before it is released."""
+
+    def wait(self, slot: int) -> None:
+        """What is computed from now on comes after the last copy into the slot."""
+
+    def release(self, slot: int) -> None:
+        """Copies into the slot from now on come after what has been launched so far."""
+
+
+MakeLink = Callable[[int, int], Link]
+"""(number of slots, bytes of a slot) -> link."""
+
+
+class CudaLink:
+    """Copies on a stream of their own, ordered with the current stream by events."""
+
+    def __init__(self, device: torch.device, num_slots: int, slot_bytes: int) -> None:
+        self.buffers = [
+            torch.empty(slot_bytes, dtype=torch.uint8, device=device) for _ in range(num_slots)
+        ]
+        self._device = device
+        self._stream = torch.cuda.Stream(device)
+        self._copied = [torch.cuda.Event() for _ in range(num_slots)]
+        self._released = [torch.cuda.Event() for _ in range(num_slots)]
+        for slot, buffer in enumerate(self.buffers):
+            # The allocator knows one stream alone: work that was launched there may still use this
+            # memory for what it held before, and what it will hold next must wait for our copies.
+            self.release(slot)
+            buffer.record_stream(self._stream)
+
+    def copy(self, source: torch.Tensor, slot: int) -> None:
+        self._stream.wait_event(self._released[slot])
+        with torch.cuda.stream(self._stream):
+            self.buffers[slot][: len(source)].copy_(source, non_blocking=True)
+            self._copied[slot].record(self._stream)
+
+    def wait(self, slot: int) -> None:
+        torch.cuda.current_stream(self._device).wait_event(self._copied[slot])
+
+    def release(self, slot: int) -> None:
+        self._released[slot].record(torch.cuda.current_stream(self._device))
+
+
+class _Ring:
+    """Sources that come again and again in one order, each through the next slot.
+
+    Of copies it counts those started, and those whose slot has been released.
+    """
+
+    def __init__(self, sources: Sequence[torch.Tensor], link: Link) -> None:
+        self._sources = sources
+        self._link = link
+        self._num_slots = len(link.buffers)
+        self._started = 0
+        self._released = 0
+
+    def rewind(self) -> None:
+        """Let the first source be the next one, whatever became of the pass before."""
+        if self._released % len(self._sources):
+            # An abandoned pass: what it launched may still read any of the slots.
+            for slot in range(self._num_slots):
+                self._link.release(slot)
+            self._started = self._released = 0
+        self._fill()
+
+    def take(self) -> torch.Tensor:
+        """The slot of the next source, which is there for what is launched from now on."""
+        slot = self._released % self._num_slots
+        self._link.wait(slot)
+        return self._link.buffers[slot]
+
+    def release(self) -> None:
+        """Use the slot that was taken last for the source whose turn is next."""
+        self._link.release(self._released % self._num_slots)
+        self._released += 1
+        self._fill()
+
+    def _fill(self) -> None:
+        while self._started < self._released + self._num_slots:
+            source = self._sources[self._started % len(self._sources)]
+            self._link.copy(source, self._started % self._num_slots)
+            self._started += 1
+
+
+# ---- layers ----------------------------------------------------------------------------------
+
+
+class Layers(Protocol[_T]):
+    """A decoder's layers, wherever their weights live."""
+
+    @property
+    def held(self) -> Sequence[_T]:
+        """The layers where they live: to look at, or to `bring` to the device one at a time."""
+
+    def add(self, layer: _T) -> None:
+        """Take the next layer, its tensors on the device or a CPU."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[_T]:
+        """A pass: the layers in order, each on the device and valid until the next one."""
+
+
+class Resident(Generic[_T]):
+    """Layers whose weights stay on the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.held: list[_T] = []
+        self._device = device
+
+    def add(self, layer: _T) -> None:
+        self.held.append(bring(layer, self._device))
+
+    def __len__(self) -> int:
+        return len(self.held)
+
+    def __iter__(self) -> Iterator[_T]:
+        return iter(self.held)
+
+
+class Streamed(Generic[_T]):
+    """Layers whose weights wait in pinned host memory, some of them on the device.
+
+    A layer is valid until the next one is asked for: what it computes must have been launched on
+    the current stream by then. A pass may be given up anywhere; the next one starts from the first
+    layer, and the one before it is over.
+
+    On a CPU nothing is copied, and layers are used where they lie.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        *,
+        device: torch.device,
+        num_resident: int = 0,
+        num_slots: int = NUM_SLOTS,
+        make_link: MakeLink | None = None,
+    ) -> None:
+        """Room for `num_layers` layers, `num_resident` of which stay on the device.
+
+        Args:
+            num_slots: layers that have room on the device at a time, besides those that stay.
+            make_link: what copies; None is what the device has.
+        """
+        assert 0 <= num_resident <= num_layers and num_slots > 0
+        self.held: list[_T] = []
+        self.is_streamed = spread(num_layers, num_resident)
+        """Of each layer, whether it is copied for every pass."""
+        self._device = device
+        self._num_slots = num_slots
+        is_gpu = device.type == "cuda"
+        if make_link is None and is_gpu:
+            self._make_link: MakeLink | None = lambda num, size: CudaLink(device, num, size)
+        else:
+            self._make_link = make_link
+        self._sources: list[torch.Tensor] = []
+        self._ring: _Ring | None = None
+        self._num_passes = 0
+        if is_gpu:
+            # The process takes its registrations with it when it ends.
+            weakref.finalize(self, _unpin, self._sources, device).atexit = False
+
+    # What inference mode makes could not be copied into outside of it.
+    @torch.inference_mode(False)
+    def add(self, layer: _T) -> None:
+        """Copy the next layer to where it will live; the slots are made with the last one.
+
+        Raises:
+            MemoryError: if host memory cannot be pinned.
+        """
+        assert len(self.held) < len(self), "all layers are there"
+        if not self.is_streamed[len(self.held)]:
+            self.held.append(bring(layer, self._device))
+        else:
+            source = _allocate(count_bytes(layer), pinned=self._device.type == "cuda")
+            self._sources.append(source)
+            self.held.append(_pack(layer, source))
+        if len(self.held) == len(self) and self._sources and self._make_link is not None:
+            slot_bytes = max(len(source) for source in self._sources)
+            self._ring = _Ring(self._sources, self._make_link(self._num_slots, slot_bytes))
+
+    def __len__(self) -> int:
+        return len(self.is_streamed)
+
+    def __iter__(self) -> Iterator[_T]:
+        """A pass: the layers in order, each valid until the next one.
+
+        Raises:
+            RuntimeError: if another pass has begun before this one was over.
+        """
+        assert len(self.held) == len(self), "some layers are missing"
+        if self._ring is None:
+            yield from self.held
+            return
+        self._num_passes += 1
+        this_pass = self._num_passes
+        self._ring.rewind()
+        for layer, is_streamed in zip(self.held, self.is_streamed, strict=True):
+            if is_streamed:
+                yield _unpack(layer, self._ring.take())
+            else:
+                yield layer
+            # Nothing is done when a pass is given up, since that may be noticed late: an exception
+            # that is kept somewhere keeps its pass as well.
+            if this_pass != self._num_passes:
+                raise RuntimeError("another pass over the layers has begun; this one is over")
+            if is_streamed:
+                self._ring.release()
+
+
+def spread(num_layers: int, num_resident: int) -> list[bool]:
+    """Which layers are streamed when so many stay: every so many-th, and the last.
+
+    A copy starts when a slot is released. With the layers that stay side by side, slots would soon
+    be full and the copies stand still while those compute, and then have one layer each to hide
+    behind; evenly spread, each copy has its share of all layers.
+    """
+    num_streamed = num_layers - num_resident
+    return [
+        (i + 1) * num_streamed // num_layers > i * num_streamed // num_layers
+        for i in range(num_layers)
+    ]
+
+
+def _allocate(num_bytes: int, *, pinned: bool) -> torch.Tensor:
+    """Host memory, uint8 [num_bytes].
+
+    Pinned, it takes whole pages and no more: torch's own pinned memory comes in powers of two, up
+    to twice of what a layer needs.
+    """
+    if not pinned:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    # Pages of its own, since none may be pinned twice.
+    pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    room = torch.frombuffer(pages, dtype=torch.uint8)
+    status = int(torch.cuda.cudart().cudaHostRegister(room.data_ptr(), len(room), 0))
+    if status:
+        raise MemoryError(
+            f"host memory: {_gb(len(room), up=True)} more cannot be pinned (CUDA error {status}); "
+            "free some, or stream fewer layers"
+        )
+    return room[:num_bytes]
+
+
+def _unpin(sources: Sequence[torch.Tensor], device: torch.device) -> None:
+    """Let go of what `_allocate` pinned, once no copy reads it."""
+    torch.cuda.synchronize(device)
+    for source in sources:
+        torch.cuda.cudart().cudaHostUnregister(source.data_ptr())
+
+
+# ---- choosing --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Where layers live. Made by `place`."""
+
+    num_layers: int
+    num_resident: int
+    """Layers that stay on the device."""
+    resident_bytes: int
+    streamed_bytes: int
+    """Host memory that the other layers take."""
+    num_slots: int = 0
+    slot_bytes: int = 0
+    """Of each slot: the largest layer that is streamed."""
+    reason: str = ""
+    """Why not all layers stay."""
+
+    @property
+    def is_streamed(self) -> bool:
+        return self.num_resident < self.num_layers
+
+    def describe(self) -> str:
+        """One line for people.
+
+        "40 of 64 layers resident, 24 streamed from pinned host memory (23.4 GB), 2 slots of
+        0.98 GB: all would take 80.1 GB of 70.0 GB"
+        """
+        if not self.is_streamed:
+            return f"all {self.num_layers} layers resident ({_gb(self.resident_bytes)})"
+        num_streamed = self.num_layers - self.num_resident
+        return (
+            f"{self.num_resident} of {self.num_layers} layers resident, {num_streamed} streamed "
+            f"from pinned host memory ({_gb(self.streamed_bytes)}), {self.num_slots} slots of "
+            f"{_gb(self.slot_bytes)}: {self.reason}"
+        )
+
+
+def place(
+    layer_bytes: Sequence[int],
+    *,
+    fixed_bytes: int,
+    activation_bytes: int,
+    device_bytes: int,
+    host_bytes: int,
+    wanted: str | None = None,
+    num_slots: int = NUM_SLOTS,
+) -> Placement:
+    """Choose where layers live: on the device if they fit there, else as many as do.
+
+    Args:
+        layer_bytes: of each layer in order, from `count_bytes`.
+        fixed_bytes: what else stays on the device: embedding, head, norms.
+        activation_bytes: what the largest batch takes there, the logits' share included.
+        device_bytes: device memory that may be used.
+        host_bytes: host memory that may be pinned.
+        wanted: `device` keeps every layer there, `host` streams every layer and so takes the
+            least device memory; None chooses.
+        num_slots: layers that have room on the device at a time while others are streamed.
+
+    Raises:
+        ValueError: naming the field, the numbers and what would work.
+    """
+    if wanted not in (None, "device", "host"):
+        raise ValueError(f"residency: {wanted!r} is not one of device, host")
+    num_layers, total = len(layer_bytes), sum(layer_bytes)
+    room = device_bytes - fixed_bytes - activation_bytes
+    all_bytes = fixed_bytes + total + activation_bytes
+    if wanted != "host" and total <= room:
+        return Placement(
+            num_layers=num_layers,
+            num_resident=num_layers,
+            resident_bytes=total,
+            streamed_bytes=0,
+        )
+    if wanted == "device":
+        raise ValueError(
+            f"residency: 'device' takes {_gb(all_bytes, up=True)}, and device_memory is "
+            f"{_gb(device_bytes)}; leave it out to stream what does not fit from host memory"
+        )
+    reason = "as asked for"
+    if wanted is None:
+        reason = f"all would take {_gb(all_bytes, up=True)} of {_gb(device_bytes)}"
+    for num_resident in [0] if wanted == "host" else range(num_layers - 1, -1, -1):
+        is_streamed = spread(num_layers, num_resident)
+        streamed = [n for n, moves in zip(layer_bytes, is_streamed, strict=True) if moves]
+        placement = Placement(
+            num_layers=num_layers,
+            num_resident=num_resident,
+            resident_bytes=total - sum(streamed),
+            streamed_bytes=sum(streamed),
+            num_slots=num_slots,
+            slot_bytes=max(streamed),
+            reason=reason,
+        )
+        if placement.resident_bytes + num_slots * placement.slot_bytes <= room:
+            break
+    else:
+        raise ValueError(
+            _explain_device(layer_bytes, fixed_bytes, activation_bytes, device_bytes, num_slots)
+        )
+    if placement.streamed_bytes > host_bytes:
+        works = "use a smaller max_batch_tokens or"
+        if wanted == "host":
+            works = "leave residency out or use"
+        raise ValueError(
+            f"host_memory: {_gb(host_bytes)} is less than the "
+            f"{_gb(placement.streamed_bytes, up=True)} that {num_layers - placement.num_resident} "
+            f"streamed layers take; give more, {works} a quantization of fewer bits"
+        )
+    return placement
+
+
+def _explain_device(
+    layer_bytes: Sequence[int],
+    fixed_bytes: int,
+    activation_bytes: int,
+    device_bytes: int,
+    num_slots: int,
+) -> str:
+    slots_bytes = num_slots * max(layer_bytes)
+    needed = fixed_bytes + slots_bytes + activation_bytes
+    fits_without_batch = fixed_bytes + slots_bytes < device_bytes
+    works = "smaller max_batch_tokens" if fits_without_batch else "quantization of fewer bits"
+    return (
+        f"device_memory: {_gb(device_bytes)} is less than the {_gb(needed, up=True)} that "
+        f"{num_slots} layers at a time ({_gb(slots_bytes)}), what always stays "
+        f"({_gb(fixed_bytes)}) and a batch ({_gb(activation_bytes)}) take; give more or use a "
+        f"{works}"
+    )
+
+
+def tokens_to_hide(
+    *,
+    layer_bytes: int,
+    layer_flops_per_token: int,
+    copy_bytes_per_second: float,
+    flops_per_second: float,
+) -> int:
+    """Fewest tokens of a batch whose arithmetic takes as long as the copy of a layer.
+
+    tokens * layer_flops_per_token / flops_per_second >= layer_bytes / copy_bytes_per_second
+
+    With bfloat16 weights, a product takes 2 FLOP a token for 2 bytes: at 400 TFLOP/s and 53 GB/s
+    that is 7,548 tokens. Where one layer of n is streamed, an n-th of the tokens will do.
+    """
+    copy_seconds = layer_bytes / copy_bytes_per_second
+    return math.ceil(copy_seconds * flops_per_second / layer_flops_per_token)
+
+
+def _gb(num_bytes: int, *, up: bool = False) -> str:
+    """Gigabytes of 10^9 bytes, never rounded to where what does not fit would seem to."""
+    digits = 1 if num_bytes >= 10**9 else 2
+    unit = 10 ** (9 - digits)
+    count = -(-num_bytes // unit) if up else num_bytes // unit
+    return f"{count / 10**digits:.{digits}f} GB"

@@ -1,0 +1,590 @@
+"""Where layers live: the walk over their tensors, the order of copies, and what is chosen.
+
+What a GPU's streams do is played by `Simulated`, which runs what is launched as late and in such
+an order as a GPU might; `tests/gpu/test_residency_gpu.py` asks a GPU.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from functools import cached_property, partial
+from typing import NamedTuple, TypeVar
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from logitmill.engine import formats
+from logitmill.engine.formats import Linear, make_head, make_linear, resolve_scheme
+from logitmill.engine.layouts import Stored, StoredGroup
+from logitmill.engine.residency import (
+    MakeLink,
+    Placement,
+    Resident,
+    Streamed,
+    bring,
+    count_bytes,
+    map_tensors,
+    place,
+    spread,
+    tokens_to_hide,
+)
+from logitmill.engine.weights import Groups, Plain, Quantization, Weight, round_to
+from logitmill.kernels.linear import lay_out_group_scales
+from logitmill.kernels.quantize import quantize
+
+_T = TypeVar("_T")
+
+CPU = torch.device("cpu")
+HOPPER = (9, 0)
+
+# ---- trees -----------------------------------------------------------------------------------
+
+
+class Pair(NamedTuple):
+    first: torch.Tensor
+    second: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Counts how often it is checked, and computes what has no parameter."""
+
+    weight: torch.Tensor
+    seen: list[str]
+    total: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.seen.append("checked")
+        object.__setattr__(self, "total", self.weight.sum(0))
+
+    @cached_property
+    def twice(self) -> torch.Tensor:
+        return self.weight * 2
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    weight: torch.Tensor
+    name: str
+
+
+@dataclass(frozen=True)
+class Tree:
+    pair: Pair
+    items: tuple[object, ...]
+    more: list[object]
+    named: dict[str, torch.Tensor]
+    nothing: None
+    dtype: torch.dtype
+    size: torch.Size
+
+
+def tensors_of(tree: object) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+
+    def see(tensor: torch.Tensor) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    map_tensors(tree, see)
+    return found
+
+
+def test_a_walk_reaches_every_tensor_once_and_nothing_else() -> None:
+    a, b, c, d, e = (torch.full((2,), float(i)) for i in range(5))
+    tree = Tree(
+        Pair(a), (b, 7, "x"), [Slotted(c, "c"), (a,)], {"d": d, "e": e}, None, torch.half, a.shape
+    )
+    calls: list[int] = []
+
+    def change(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(int(tensor[0]))
+        return tensor + 10
+
+    made = map_tensors(tree, change)
+    assert sorted(calls) == [0, 1, 2, 3, 4]
+    assert type(made.pair) is Pair
+    assert made.pair.second is None
+    assert made.pair.first.tolist() == [10, 10]
+    assert made.more[1][0] is made.pair.first  # type: ignore[index]
+    assert made.items[0].tolist() == [11, 11]  # type: ignore[attr-defined]
+    assert made.items[1:] == (7, "x")
+    assert type(made.more[0]) is Slotted
+    assert made.more[0].weight.tolist() == [12, 12]
+    assert made.more[0].name == "c"
+    assert {k: v.tolist() for k, v in made.named.items()} == {"d": [13, 13], "e": [14, 14]}
+    assert (made.nothing, made.dtype, made.size) == (None, torch.half, torch.Size([2]))
+    assert [t.tolist() for t in (a, b, c, d, e)] == [[i, i] for i in range(5)]
+
+
+def test_what_a_dataclass_checked_and_computed_stays() -> None:
+    checked = Checked(torch.ones(3, 2), [])
+    assert checked.twice.sum() == 12
+    made = map_tensors(checked, lambda x: x.double())
+    assert made.seen == checked.seen == ["checked"]
+    assert made.total.tolist() == [3, 3]
+    assert {t.dtype for t in (made.weight, made.total, made.twice)} == {torch.float64}
+    assert checked.total.dtype == checked.twice.dtype == torch.float32
+
+
+def test_bytes_are_counted_with_gaps_up_to_256() -> None:
+    shared = torch.zeros(3, 5, dtype=torch.bfloat16)  # 30 bytes
+    tree = (shared, [shared, torch.zeros(65)], torch.zeros(0), torch.zeros(1, dtype=torch.int8))
+    assert count_bytes(tree) == 256 + 512 + 256
+    assert count_bytes((None, 3)) == 0
+
+
+AWKWARD = {
+    "single group": lay_out_group_scales(torch.randn(37, 1)),
+    "by group": lay_out_group_scales(torch.randn(37, 3)),
+    "transposed": torch.randn(5, 7).t(),
+    "every other": torch.randn(5, 14)[1:, 1::2],
+    "expanded": torch.randn(3, 1).expand(3, 9),
+    "scalar": torch.tensor(3.5),
+    "empty": torch.zeros(0, 4, dtype=torch.bfloat16),
+    "e4m3": torch.randn(3, 11).to(torch.float8_e4m3fn),
+    "bool": torch.tensor([True, False, True]),
+    "long": torch.arange(7)[2:],
+}
+
+
+@pytest.mark.parametrize("name", AWKWARD)
+def test_a_tensor_keeps_its_bits_and_strides(name: str) -> None:
+    tensor = AWKWARD[name]
+    layer = (torch.ones(1), tensor, tensor)
+    [held] = stream([layer], make_link=None)
+    [copied] = stream([layer], make_link=Simulated)
+    for made in (held, copied, bring(layer, CPU)):
+        assert made[1].stride() == tensor.stride()
+        assert made[1].dtype == tensor.dtype
+        assert made[1].shape == tensor.shape
+        assert made[1].tolist() == tensor.tolist()
+        assert made[2] is made[1]
+
+
+# ---- linears ---------------------------------------------------------------------------------
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def linears() -> Iterator[tuple[str, Linear]]:
+    """Every format, with and without a bias, of rows and groups in awkward numbers."""
+    plain = resolve_scheme(Stored(), None, None)
+    yield "head", make_head(draw(37, 20), plain)
+    yield "odd", make_linear([Plain(draw(37, 19))], draw(37), plain, torch.float32)
+    for kind in Quantization:
+        for capability in (HOPPER, None):
+            scheme = resolve_scheme(Stored(), kind, capability)
+            for columns, bias in ((128, None), (384, draw(48))):
+                made = make_linear([Plain(draw(48, columns))], bias, scheme, torch.float32)
+                yield f"{kind} {capability} {columns}", made
+    rounded = round_to(Quantization.INT4, draw(32, 256))
+    assert isinstance(rounded, Groups)
+    order = torch.arange(256).flip(0).to(torch.int32) // 128
+    ordered = Groups(rounded.numbers._replace(groups=order))
+    wide = Groups(rounded.numbers._replace(scales=rounded.numbers.scales.float()))
+    stored = Stored("test", (StoredGroup(Quantization.INT4, "int4"),))
+    scheme = resolve_scheme(stored, "int4_fp8_exact", HOPPER)
+    for name, weights in (("columns in order", [ordered]), ("parts", [rounded, wide])):
+        given_weights: list[Weight] = list(weights)
+        bias = draw(32 * len(weights))
+        yield name, make_linear(given_weights, bias, scheme, torch.float32)
+
+
+LINEARS = dict(linears())
+
+
+def test_every_format_is_among_those_that_are_moved() -> None:
+    known = {
+        value
+        for value in vars(formats).values()
+        if is_dataclass(value)
+        and value.__module__ == formats.__name__
+        and "__call__" in vars(value)
+    }
+    assert {type(linear) for linear in LINEARS.values()} == known
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_a_linear_multiplies_the_same_wherever_it_lives(name: str) -> None:
+    linear = LINEARS[name]
+    x = quantize(draw(23, linear.shape[1], seed=1), linear.layout)
+    expected = linear(x)
+    [held] = stream([linear], make_link=None)
+    [copied] = stream([linear], make_link=Simulated)
+    for made in (held, copied, bring(linear, CPU), map_tensors(linear, torch.clone)):
+        assert type(made) is type(linear)
+        assert (made.layout, made.shape) == (linear.layout, linear.shape)
+        for before, after in zip(tensors_of(linear), tensors_of(made), strict=True):
+            assert after.dtype == before.dtype
+            assert after.stride() == before.stride()
+        assert torch.equal(made(x), expected)
+    # None of it is where it was: what a GPU held is free to go.
+    places = {t.data_ptr() for t in tensors_of(linear)}
+    assert not places & {t.data_ptr() for t in tensors_of(held)}
+
+
+# ---- copies ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Event:
+    is_past: bool = True
+
+
+class Simulated:
+    """A GPU's streams of computing and copying, which run as late as chance has it.
+
+    Events are as CUDA's: a wait is for what had last been recorded when it was asked for. Without
+    a seed everything runs at once.
+    """
+
+    def __init__(self, num_slots: int, slot_bytes: int, *, seed: int | None = None) -> None:
+        self.buffers = [torch.zeros(slot_bytes, dtype=torch.uint8) for _ in range(num_slots)]
+        self.log: list[str] = []
+        self._chance = None if seed is None else random.Random(seed)
+        self._compute: deque[Event | Callable[[], object]] = deque()
+        self._copies: deque[Event | Callable[[], object]] = deque()
+        self._copied = [Event() for _ in range(num_slots)]
+        self._released = [Event() for _ in range(num_slots)]
+
+    def copy(self, source: torch.Tensor, slot: int) -> None:
+        self.log.append(f"copy {int(source[0])} to {slot}")
+        self._copies.append(self._released[slot])
+        self._copies.append(partial(self.buffers[slot][: len(source)].copy_, source))
+        self._copied[slot] = self._record(self._copies)
+
+    def wait(self, slot: int) -> None:
+        self.log.append(f"wait for {slot}")
+        self.launch(self._copied[slot])
+
+    def release(self, slot: int) -> None:
+        self.log.append(f"release {slot}")
+        self._released[slot] = self._record(self._compute)
+
+    def launch(self, work: Event | Callable[[], object]) -> None:
+        self._compute.append(work)
+        self._run()
+
+    def finish(self) -> None:
+        while any([self._step(self._compute), self._step(self._copies)]):
+            pass
+        assert not self._compute, "what is computed waits for a copy that never comes"
+        assert not self._copies, "a copy waits for a slot that is never released"
+
+    def _record(self, queue: deque[Event | Callable[[], object]]) -> Event:
+        event = Event(False)
+        queue.append(lambda: setattr(event, "is_past", True))
+        self._run()
+        return event
+
+    def _run(self) -> None:
+        if self._chance is None:
+            self.finish()
+            return
+        for _ in range(self._chance.choice([0, 0, 1, 3, 9])):
+            self._step(self._chance.choice([self._compute, self._copies]))
+
+    def _step(self, queue: deque[Event | Callable[[], object]]) -> bool:
+        """Run what is first in a queue; False if there is nothing or it has to wait."""
+        if not queue or (isinstance(queue[0], Event) and not queue[0].is_past):
+            return False
+        work = queue.popleft()
+        if not isinstance(work, Event):
+            work()
+        return True
+
+
+def stream(
+    layers: Sequence[_T], *, num_resident: int = 0, num_slots: int = 2, make_link: MakeLink | None
+) -> Streamed[_T]:
+    streamed = Streamed[_T](
+        len(layers),
+        device=CPU,
+        num_resident=num_resident,
+        num_slots=num_slots,
+        make_link=make_link,
+    )
+    for layer in layers:
+        streamed.add(layer)
+    return streamed
+
+
+def numbered(num_layers: int) -> list[torch.Tensor]:
+    """Layers of unlike sizes that say which one they are."""
+    return [torch.full((i * 97 % 7 * 100 + 1,), i, dtype=torch.uint8) for i in range(num_layers)]
+
+
+class Watched:
+    """A link that can be asked afterwards."""
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+
+    def make(self, num_slots: int, slot_bytes: int) -> Simulated:
+        self.link = Simulated(num_slots, slot_bytes, seed=self.seed)
+        return self.link
+
+    def take_log(self) -> list[str]:
+        log, self.link.log = self.link.log, []
+        return log
+
+
+def test_copies_run_ahead_and_on_into_the_next_pass() -> None:
+    watched = Watched()
+    layers = stream(numbered(3), make_link=watched.make)
+    assert watched.take_log() == []
+    assert [int(layer[0]) for layer in layers] == [0, 1, 2]
+    assert watched.take_log() == [
+        *("copy 0 to 0", "copy 1 to 1"),
+        *("wait for 0", "release 0", "copy 2 to 0"),
+        *("wait for 1", "release 1", "copy 0 to 1"),
+        *("wait for 0", "release 0", "copy 1 to 0"),
+    ]
+    assert [int(layer[0]) for layer in layers] == [0, 1, 2]
+    assert watched.take_log() == [
+        *("wait for 1", "release 1", "copy 2 to 1"),
+        *("wait for 0", "release 0", "copy 0 to 0"),
+        *("wait for 1", "release 1", "copy 1 to 1"),
+    ]
+
+
+def test_a_pass_given_up_starts_over_once_all_slots_are_released() -> None:
+    watched = Watched()
+    layers = stream(numbered(4), make_link=watched.make)
+    given_up = iter(layers)
+    next(given_up)
+    assert int(next(given_up)[0]) == 1
+    watched.take_log()
+    assert int(next(iter(layers))[0]) == 0
+    assert watched.take_log() == [
+        *("release 0", "release 1"),
+        *("copy 0 to 0", "copy 1 to 1", "wait for 0"),
+    ]
+
+
+def test_layers_that_stay_are_neither_copied_nor_waited_for() -> None:
+    watched = Watched()
+    layers = stream(numbered(5), num_resident=3, make_link=watched.make)
+    assert layers.is_streamed == [False, False, True, False, True]
+    assert [int(layer[0]) for layer in layers] == [0, 1, 2, 3, 4]
+    assert watched.take_log() == [
+        *("copy 2 to 0", "copy 4 to 1"),
+        *("wait for 0", "release 0", "copy 2 to 0"),
+        *("wait for 1", "release 1", "copy 4 to 1"),
+    ]
+    # Only what is streamed needs room: of 101, 501, 201, 601 and 301 bytes the third and fifth.
+    assert [len(buffer) for buffer in watched.link.buffers] == [512, 512]
+
+
+@given(
+    num_layers=st.integers(1, 9),
+    share=st.floats(0, 1),
+    num_slots=st.integers(1, 4),
+    ends=st.lists(st.integers(0, 12), max_size=5),
+    seed=st.integers(0, 2**16),
+)
+def test_every_layer_is_read_whole_however_late_things_run(
+    num_layers: int, share: float, num_slots: int, ends: list[int], seed: int
+) -> None:
+    watched = Watched(seed)
+    num_resident = int(share * (num_layers - 1))
+    layers = stream(
+        numbered(num_layers),
+        num_resident=num_resident,
+        num_slots=num_slots,
+        make_link=watched.make,
+    )
+    read: list[list[int]] = []
+    expected: list[list[int]] = []
+    unfinished = []
+    # Passes that are given up after so many layers, two whole ones, one more.
+    for end in [*ends, num_layers, num_layers, *ends[:1]]:
+        going = iter(layers)
+        unfinished.append(going)
+        for i, layer in enumerate(going):
+            if i == end:
+                break
+            watched.link.launch(partial(lambda x: read.append(x.tolist()), layer))
+            expected.append(numbered(num_layers)[i].tolist())
+    watched.link.finish()
+    assert read == expected
+
+
+def test_a_pass_that_another_one_has_overtaken_says_so() -> None:
+    layers = stream(numbered(3), make_link=Simulated)
+    first, second = iter(layers), iter(layers)
+    next(first)
+    assert int(next(second)[0]) == 0
+    with pytest.raises(RuntimeError, match="another pass over the layers has begun"):
+        next(first)
+    first.close()  # type: ignore[attr-defined]
+    assert [int(layer[0]) for layer in second] == [1, 2]
+
+
+def fail(layers: Iterator[torch.Tensor], at: int, *, close: bool) -> None:
+    for layer in layers:
+        if int(layer[0]) == at:
+            if close:
+                layers.close()  # type: ignore[attr-defined]
+            raise torch.OutOfMemoryError
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_a_pass_that_fails_anywhere_is_followed_by_a_whole_one(close: bool) -> None:
+    layers = stream(numbered(5), num_resident=1, make_link=Simulated)
+    kept = []
+    for at in range(5):
+        kept.append(iter(layers))
+        with pytest.raises(torch.OutOfMemoryError):
+            fail(kept[-1], at, close=close)
+        assert [layer.tolist() for layer in layers] == [x.tolist() for x in numbered(5)]
+
+
+@pytest.mark.parametrize("adding", [True, False])
+def test_layers_are_added_and_used_in_and_out_of_inference_mode(adding: bool) -> None:
+    with torch.inference_mode(adding):
+        layers = stream(numbered(3), num_resident=1, make_link=Simulated)
+        assert len(list(layers)) == 3
+    with torch.inference_mode(not adding):
+        assert [int(layer[0]) for layer in layers] == [0, 1, 2]
+
+
+def test_on_a_cpu_layers_are_used_where_they_lie() -> None:
+    given_layers = numbered(4)
+    layers = stream(given_layers, num_resident=2, make_link=None)
+    assert len(layers) == 4
+    for _ in range(2):
+        passed = list(layers)
+        assert all(a is b for a, b in zip(passed, layers.held, strict=True))
+        assert [x.tolist() for x in passed] == [x.tolist() for x in given_layers]
+    resident = Resident[torch.Tensor](CPU)
+    for layer in given_layers:
+        resident.add(layer)
+    assert len(resident) == 4
+    assert [x.data_ptr() for x in resident] == [x.data_ptr() for x in given_layers]
+    assert [x.tolist() for x in resident.held] == [x.tolist() for x in given_layers]
+
+
+def test_all_layers_may_stay() -> None:
+    layers = stream(numbered(3), num_resident=3, make_link=Simulated)
+    assert [int(layer[0]) for layer in layers] == [0, 1, 2]
+
+
+# ---- choosing --------------------------------------------------------------------------------
+
+
+@given(num_layers=st.integers(1, 100), share=st.floats(0, 1))
+def test_streamed_layers_are_spread_evenly(num_layers: int, share: float) -> None:
+    num_resident = int(share * num_layers)
+    is_streamed = spread(num_layers, num_resident)
+    assert len(is_streamed) == num_layers
+    assert is_streamed.count(False) == num_resident
+    places = [i for i, moves in enumerate(is_streamed) if moves]
+    # From one to the next, around the end as well: as many layers as there are, or one more.
+    again = [*places[1:], *(p + num_layers for p in places[:1])]
+    steps = {b - a for a, b in zip(places, again, strict=True)}
+    if places:
+        assert steps <= {num_layers // len(places), -(-num_layers // len(places))}
+
+
+GB = 10**9
+choose = partial(place, fixed_bytes=2 * GB, activation_bytes=GB, host_bytes=100 * GB, wanted=None)
+
+
+def test_layers_stay_if_all_fit_to_the_byte() -> None:
+    placement = choose([GB] * 10, device_bytes=13 * GB)
+    assert placement == Placement(
+        num_layers=10, num_resident=10, resident_bytes=10 * GB, streamed_bytes=0
+    )
+    assert not placement.is_streamed
+    assert placement.describe() == "all 10 layers resident (10.0 GB)"
+    less = choose([GB] * 10, device_bytes=13 * GB - 1)
+    # 9.99 GB of room: 7 layers and 2 slots.
+    assert less.num_resident == 7
+    assert less.is_streamed
+    assert (less.resident_bytes, less.streamed_bytes) == (7 * GB, 3 * GB)
+    assert (less.num_slots, less.slot_bytes) == (2, GB)
+    assert less.describe() == (
+        "7 of 10 layers resident, 3 streamed from pinned host memory (3.0 GB), 2 slots of 1.0 GB: "
+        "all would take 13.0 GB of 12.9 GB"
+    )
+
+
+def test_as_many_layers_stay_as_fit_beside_the_slots() -> None:
+    for room, num_resident in ((4 * GB, 2), (4 * GB - 1, 1), (3 * GB, 1), (2 * GB, 0)):
+        placement = choose([GB] * 10, device_bytes=3 * GB + room)
+        assert placement.num_resident == num_resident
+    three = choose([GB] * 10, device_bytes=7 * GB, num_slots=3)
+    assert (three.num_resident, three.num_slots) == (1, 3)
+
+
+def test_a_large_layer_stays_where_its_slots_would_take_more() -> None:
+    # Of [F, F, T, F, F, T] and the like, those that leave the first one where it is.
+    layers = [4 * GB, *[GB] * 5]
+    placement = choose(layers, device_bytes=3 * GB + 8 * GB)
+    assert spread(6, placement.num_resident)[0] is False
+    assert placement.slot_bytes == GB
+    assert (placement.num_resident, placement.resident_bytes) == (3, 6 * GB)
+
+
+def test_what_was_asked_for_is_done_or_refused() -> None:
+    fits = choose([GB] * 10, device_bytes=50 * GB, wanted="host")
+    assert (fits.num_resident, fits.streamed_bytes) == (0, 10 * GB)
+    assert fits.describe().endswith("2 slots of 1.0 GB: as asked for")
+    assert choose([GB] * 10, device_bytes=13 * GB, wanted="device").num_resident == 10
+    with pytest.raises(
+        ValueError, match=r"residency: 'device' takes 13.0 GB, .* is 12.9 GB; leave"
+    ):
+        choose([GB] * 10, device_bytes=13 * GB - 1, wanted="device")
+    with pytest.raises(ValueError, match="residency: 'disk' is not one of device, host"):
+        choose([GB] * 10, device_bytes=13 * GB, wanted="disk")
+
+
+def test_too_little_device_memory_is_refused_with_what_would_do() -> None:
+    assert choose([GB] * 10, device_bytes=5 * GB).num_resident == 0
+    for wanted in (None, "host"):
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            choose([GB] * 10, device_bytes=5 * GB - 1, wanted=wanted)
+        assert str(caught.value) == (
+            "device_memory: 4.9 GB is less than the 5.0 GB that 2 layers at a time (2.0 GB), what "
+            "always stays (2.0 GB) and a batch (1.0 GB) take; give more or use a smaller "
+            "max_batch_tokens"
+        )
+    # Where no batch at all would fit, a smaller one is no help.
+    with pytest.raises(ValueError, match="give more or use a quantization of fewer bits"):
+        choose([GB] * 10, device_bytes=4 * GB)
+
+
+def test_too_little_host_memory_is_refused_with_what_would_do() -> None:
+    tight = partial(choose, [GB // 2] * 10, device_bytes=5 * GB)
+    # 2 GB of room: 2 layers and 2 slots, so 8 layers are streamed.
+    assert tight(host_bytes=4 * GB).streamed_bytes == 4 * GB
+    with pytest.raises(ValueError) as caught:  # noqa: PT011
+        tight(host_bytes=4 * GB - 1)
+    assert str(caught.value) == (
+        "host_memory: 3.9 GB is less than the 4.0 GB that 8 streamed layers take; give more, use a "
+        "smaller max_batch_tokens or a quantization of fewer bits"
+    )
+    with pytest.raises(
+        ValueError, match=r"5.0 GB that 10 streamed .* leave residency out or use a"
+    ):
+        tight(host_bytes=4 * GB, wanted="host")
+    assert choose([GB] * 10, device_bytes=13 * GB, host_bytes=0).num_resident == 10
+
+
+def test_a_batch_hides_a_copy_behind_as_long_arithmetic() -> None:
+    rates = {"copy_bytes_per_second": 50e9, "flops_per_second": 400e12}
+    # A layer of 500 million parameters in bfloat16: 20 ms, in which 8e12 operations are done.
+    tokens = tokens_to_hide(layer_bytes=GB, layer_flops_per_token=GB, **rates)
+    assert tokens == 8000
+    assert tokens_to_hide(layer_bytes=GB, layer_flops_per_token=GB + 1, **rates) == 8000
+    assert tokens_to_hide(layer_bytes=GB, layer_flops_per_token=GB - 1, **rates) == 8001
+    # Four bits of the same layer.
+    assert tokens_to_hide(layer_bytes=GB // 4, layer_flops_per_token=GB, **rates) == 2000
