@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import torch
@@ -23,7 +23,9 @@ from ..kernels.norms import NormWeights, add_norm, normalise
 from ..kernels.quantize import Activations, Layout, quantize
 from ..kernels.rotary import rotate
 from .blocks import LEAST, STANDARD, Blocks, agree, powers
+from .experts import SparseExperts
 from .formats import Linear
+from .latent import LatentProjection
 from .spec import DecoderSpec, Rotary
 from .transfer import to_device
 
@@ -67,11 +69,35 @@ class DenseFeedForward:
 
 
 @dataclass(frozen=True)
+class SparseFeedForward:
+    """Experts that a router chooses for each token."""
+
+    experts: SparseExperts
+    layout = Layout.PLAIN
+
+    @property
+    def linears(self) -> Sequence[Linear]:
+        return self.experts.shared or ()
+
+    def __call__(self, x: Activations) -> torch.Tensor:
+        return self.experts(x.values_TK)
+
+
+class Projection(Protocol):
+    """From normed activations to query, key and value heads: a linear, or one through latents."""
+
+    @property
+    def layout(self) -> Layout: ...
+
+    def __call__(self, x: Activations) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
 class LayerWeights:
     """What one layer multiplies by; queries, keys and values side by side."""
 
     attention_norm: NormWeights | None
-    qkv: Linear
+    qkv: Projection
     q_norm: NormWeights | None
     k_norm: NormWeights | None
     sinks_H: torch.Tensor | None
@@ -174,6 +200,8 @@ class Decoder:
                 sinks_H=layer.sinks_H,
             )
             del heads_THD
+            if spec.value_dim != spec.head_dim:
+                mixed_THD = mixed_THD[..., : spec.value_dim]
             for rows in self.blocks.cut(len(ids_T)):
                 stream.deltas[rows.start] = self._feed_forward(layer, stream, mixed_THD, rows)
             del mixed_THD
@@ -311,7 +339,9 @@ def _unlike(layers: Sequence[LayerWeights]) -> list[tuple[Linear, int]]:
     """Linears of unlike kinds or shapes, and how many columns each takes."""
     found: dict[tuple[object, ...], tuple[Linear, int]] = {}
     for layer in layers:
-        for linear in (layer.qkv, layer.output, *layer.feed_forward.linears):
+        qkv = layer.qkv
+        projected = qkv.linears if isinstance(qkv, LatentProjection) else [cast(Linear, qkv)]
+        for linear in (*projected, layer.output, *layer.feed_forward.linears):
             has_bias = getattr(linear, "bias_N", None) is not None
             kind = (type(linear), linear.layout, has_bias, *linear.shape)
             found.setdefault(kind, (linear, linear.shape[1]))

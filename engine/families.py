@@ -6,13 +6,23 @@ calls each tensor (`tensors`). The decoder never asks which family it runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .spec import DecoderSpec, FeedForward, Layer, Norm, Rotary
+from .spec import (
+    DecoderSpec,
+    Experts,
+    FeedForward,
+    Latent,
+    Layer,
+    Norm,
+    Rotary,
+    Router,
+)
 
 
 class NotNative(ValueError):
@@ -29,7 +39,7 @@ class Slice:
 
 
 Tensors = Mapping[str, str | Slice]
-"""Role -> checkpoint name without `.weight` or `.bias`; `{i}` is the layer."""
+"""Role -> checkpoint name without `.weight` or `.bias`; `{i}` is the layer, `{e}` the expert."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,47 @@ _GPT_NEOX: _Names = {
 }
 
 
+_QWEN_EXPERTS: _Names = {
+    "router": "model.layers.{i}.mlp.gate",
+    "expert_gate": "model.layers.{i}.mlp.experts.{e}.gate_proj",
+    "expert_up": "model.layers.{i}.mlp.experts.{e}.up_proj",
+    "expert_down": "model.layers.{i}.mlp.experts.{e}.down_proj",
+    "shared_gate": "model.layers.{i}.mlp.shared_expert.gate_proj",
+    "shared_up": "model.layers.{i}.mlp.shared_expert.up_proj",
+    "shared_down": "model.layers.{i}.mlp.shared_expert.down_proj",
+    "shared_expert_gate": "model.layers.{i}.mlp.shared_expert_gate",
+}
+_MIXTRAL_EXPERTS: _Names = {
+    "router": "model.layers.{i}.block_sparse_moe.gate",
+    "correction": "model.layers.{i}.block_sparse_moe.e_score_correction_bias",
+    "expert_gate": "model.layers.{i}.block_sparse_moe.experts.{e}.w1",
+    "expert_up": "model.layers.{i}.block_sparse_moe.experts.{e}.w3",
+    "expert_down": "model.layers.{i}.block_sparse_moe.experts.{e}.w2",
+}
+_GPT_OSS: _Names = _LLAMA | {
+    "sinks": "model.layers.{i}.self_attn.sinks",
+    "router": "model.layers.{i}.mlp.router",
+    "expert_gate_up": "model.layers.{i}.mlp.experts.gate_up_proj",
+    "expert_down": "model.layers.{i}.mlp.experts.down_proj",
+}
+_DEEPSEEK: _Names = (
+    _LLAMA
+    | _QWEN_EXPERTS
+    | {
+        "q_down": "model.layers.{i}.self_attn.q_a_proj",
+        "q_down_norm": "model.layers.{i}.self_attn.q_a_layernorm",
+        "q_up": "model.layers.{i}.self_attn.q_b_proj",
+        "kv_down": "model.layers.{i}.self_attn.kv_a_proj_with_mqa",
+        "kv_down_norm": "model.layers.{i}.self_attn.kv_a_layernorm",
+        "kv_up": "model.layers.{i}.self_attn.kv_b_proj",
+        "correction": "model.layers.{i}.mlp.gate.e_score_correction_bias",
+        "shared_gate": "model.layers.{i}.mlp.shared_experts.gate_proj",
+        "shared_up": "model.layers.{i}.mlp.shared_experts.up_proj",
+        "shared_down": "model.layers.{i}.mlp.shared_experts.down_proj",
+    }
+)
+
+
 def _falcon_tensors(config: Mapping[str, Any]) -> Tensors:
     c = _read(config, "falcon")
     packed = "transformer.h.{i}.self_attention.query_key_value"
@@ -222,6 +273,10 @@ def _plain(size: int, field: str, activation: str, *, bias: bool = True) -> Feed
     )
 
 
+def _expert(config: Any, size: int) -> FeedForward:
+    return FeedForward(size=size, activation=_activation("hidden_act", config.hidden_act))
+
+
 def _rotary(config: Any, parameters: Mapping[str, Any], interleaved: bool) -> Rotary:
     rest = dict(parameters)
     factor = rest.pop("partial_rotary_factor", None)
@@ -235,7 +290,7 @@ def _rotary(config: Any, parameters: Mapping[str, Any], interleaved: bool) -> Ro
 
 def _layers(
     config: Any,
-    feed_forwards: FeedForward | Sequence[FeedForward],
+    feed_forwards: FeedForward | Experts | Sequence[FeedForward | Experts],
     *,
     windows: str = "none",
     turned: Callable[[int, str], bool] = lambda i, kind: True,
@@ -260,7 +315,7 @@ def _layers(
         kind: _rotary(config, parameters[kind] if nested else parameters, interleaved)
         for kind in set(kinds)
     }
-    if isinstance(feed_forwards, FeedForward):
+    if isinstance(feed_forwards, FeedForward | Experts):
         feed_forwards = [feed_forwards] * count
     return tuple(
         Layer(
@@ -277,6 +332,7 @@ def _spec(config: Any, layers: tuple[Layer, ...], norm: Norm, **own: Any) -> Dec
     head_dim = _head_dim(config)
     heads = config.num_attention_heads
     usual = {
+        "head_dim": head_dim,
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
         "scale": head_dim**-0.5,
         "tied_head": bool(config.tie_word_embeddings),
@@ -285,7 +341,6 @@ def _spec(config: Any, layers: tuple[Layer, ...], norm: Norm, **own: Any) -> Dec
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         num_heads=heads,
-        head_dim=head_dim,
         max_positions=config.max_position_embeddings,
         layers=layers,
         norm=norm,
@@ -519,6 +574,167 @@ def _falcon(config: Mapping[str, Any]) -> DecoderSpec:
     )
 
 
+def _mixtral(config: Mapping[str, Any]) -> DecoderSpec:
+    c = _read(config, "mixtral")
+    router = Router(num_experts=c.num_local_experts, top_k=c.num_experts_per_tok, normalised=True)
+    experts = Experts(router=router, expert=_expert(c, c.intermediate_size))
+    return _spec(c, _layers(c, experts, windows="all"), _rms(c))
+
+
+def _qwen_experts(config: Any, shared_size: int | None) -> list[FeedForward | Experts]:
+    """Qwen's layers: of experts every so many, but for those that are named."""
+    c = config
+    experts = Experts(
+        router=Router(
+            num_experts=c.num_experts,
+            top_k=c.num_experts_per_tok,
+            normalised=bool(c.norm_topk_prob),
+        ),
+        expert=_expert(c, c.moe_intermediate_size),
+        shared=None if shared_size is None else _expert(c, shared_size),
+        shared_gate=shared_size is not None,
+    )
+    dense = _gated(c)
+    return [
+        dense if i in c.mlp_only_layers or (i + 1) % c.decoder_sparse_step else experts
+        for i in range(c.num_hidden_layers)
+    ]
+
+
+def _qwen2_moe(config: Mapping[str, Any]) -> DecoderSpec:
+    c = _read(config, "qwen2_moe")
+    parts = _qwen_experts(c, c.shared_expert_intermediate_size)
+    return _spec(c, _layers(c, parts, windows="typed"), _rms(c), qkv_bias=bool(c.qkv_bias))
+
+
+def _qwen3_moe(config: Mapping[str, Any]) -> DecoderSpec:
+    c = _read(config, "qwen3_moe")
+    bias = bool(c.attention_bias)
+    return _spec(
+        c,
+        _layers(c, _qwen_experts(c, None), windows="all"),
+        _rms(c),
+        qk_norm=_rms(c),
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+
+
+def _olmoe(config: Mapping[str, Any]) -> DecoderSpec:
+    c = _read(config, "olmoe")
+    if c.clip_qkv is not None:
+        raise NotNative(f"clip_qkv: {c.clip_qkv}, and the decoder does not clip")
+    bias = bool(c.attention_bias)
+    router = Router(
+        num_experts=c.num_experts,
+        top_k=c.num_experts_per_tok,
+        normalised=bool(c.norm_topk_prob),
+    )
+    return _spec(
+        c,
+        _layers(c, Experts(router=router, expert=_expert(c, c.intermediate_size))),
+        _rms(c),
+        qk_norm=_rms(c),
+        qk_norm_of_row=True,
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+
+
+def _gpt_oss(config: Mapping[str, Any]) -> DecoderSpec:
+    c = _read(config, "gpt_oss")
+    bias = bool(c.attention_bias)
+    experts = Experts(
+        router=Router(
+            num_experts=c.num_local_experts,
+            top_k=c.num_experts_per_tok,
+            scores="softmax_top",
+            bias=True,
+        ),
+        expert=FeedForward(
+            size=c.intermediate_size, activation="swiglu_clamped", up_bias=True, down_bias=True
+        ),
+    )
+    return _spec(
+        c,
+        _layers(c, experts, windows="typed"),
+        _rms(c),
+        sinks=True,
+        qkv_bias=bias,
+        output_bias=bias,
+    )
+
+
+def _minimax_m2(config: Mapping[str, Any]) -> DecoderSpec:
+    c = _read(config, "minimax_m2")
+    # Its own code reads `rotary_dim`, which transformers does not.
+    if "rotary_dim" in config and "partial_rotary_factor" not in c.rope_parameters:
+        c.rope_parameters["partial_rotary_factor"] = config["rotary_dim"] / _head_dim(c)
+    router = Router(
+        num_experts=c.num_local_experts,
+        top_k=c.num_experts_per_tok,
+        scores="sigmoid",
+        normalised=True,
+        correction=True,
+    )
+    return _spec(
+        c,
+        _layers(c, Experts(router=router, expert=_expert(c, c.intermediate_size))),
+        _rms(c),
+        qk_norm=_rms(c),
+        qk_norm_of_row=True,
+    )
+
+
+def _sharpen(parameters: Mapping[str, Any]) -> float:
+    """What DeepSeek multiplies scores by where positions are scaled (YaRN's `mscale`, squared)."""
+    mscale = parameters.get("mscale_all_dim", 0)
+    if parameters["rope_type"] == "default" or not mscale or parameters["factor"] <= 1:
+        return 1.0
+    return (0.1 * mscale * math.log(parameters["factor"]) + 1.0) ** 2
+
+
+def _deepseek_v3(config: Mapping[str, Any]) -> DecoderSpec:
+    c = _read(config, "deepseek_v3")
+    experts = Experts(
+        router=Router(
+            num_experts=c.n_routed_experts,
+            top_k=c.num_experts_per_tok,
+            scores="sigmoid",
+            normalised=bool(c.norm_topk_prob),
+            scale=c.routed_scaling_factor,
+            correction=True,
+            num_groups=c.n_group,
+            top_groups=c.topk_group,
+        ),
+        expert=_expert(c, c.moe_intermediate_size),
+        shared=_expert(c, c.moe_intermediate_size * c.n_shared_experts),
+    )
+    dense = _gated(c)
+    parts = [dense if i < c.first_k_dense_replace else experts for i in range(c.num_hidden_layers)]
+    head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
+    bias = bool(c.attention_bias)
+    return _spec(
+        c,
+        _layers(c, parts, interleaved=bool(c.rope_interleave)),
+        _rms(c),
+        head_dim=head_dim,
+        num_kv_heads=c.num_attention_heads,
+        scale=_sharpen(c.rope_parameters) * head_dim**-0.5,
+        output_bias=bias,
+        latent=Latent(
+            q_rank=c.q_lora_rank,
+            kv_rank=c.kv_lora_rank,
+            rope_dim=c.qk_rope_head_dim,
+            nope_dim=c.qk_nope_head_dim,
+            value_dim=c.v_head_dim,
+            # Whatever the config says of the others.
+            norm=Norm(eps=1e-6),
+            bias=bias,
+        ),
+    )
+
+
 FAMILIES: dict[str, Family] = {
     "LlamaForCausalLM": Family(_llama, _LLAMA),
     "MistralForCausalLM": Family(_mistral, _LLAMA),
@@ -542,6 +758,13 @@ FAMILIES: dict[str, Family] = {
     "GPT2LMHeadModel": Family(_gpt2, _GPT2, prefixes=("transformer.", ""), transposed=True),
     "GPTNeoXForCausalLM": Family(_gpt_neox, _GPT_NEOX),
     "FalconForCausalLM": Family(_falcon, _falcon_tensors),
+    "MixtralForCausalLM": Family(_mixtral, _LLAMA | _MIXTRAL_EXPERTS),
+    "Qwen2MoeForCausalLM": Family(_qwen2_moe, _LLAMA | _QWEN_EXPERTS),
+    "Qwen3MoeForCausalLM": Family(_qwen3_moe, _LLAMA | _QWEN_EXPERTS),
+    "OlmoeForCausalLM": Family(_olmoe, _LLAMA | _QWEN_EXPERTS),
+    "GptOssForCausalLM": Family(_gpt_oss, _GPT_OSS),
+    "DeepseekV3ForCausalLM": Family(_deepseek_v3, _DEEPSEEK),
+    "MiniMaxM2ForCausalLM": Family(_minimax_m2, _LLAMA | _MIXTRAL_EXPERTS),
 }
 """By `architectures[0]` of config.json. What is not here runs through `fallback.py`."""
 

@@ -243,7 +243,9 @@ class Scheme:
         head = "; head rounded to fp8" if self.fp8_head else ""
         if not self.stored.groups:
             run = self.runs[Quantization.NONE]
-            return f"unquantized -> {self._end(Quantization.NONE, run, dtype)}{head}"
+            method = self.stored.method
+            stored = "unquantized" if method == "none" else f"experts in {method}"
+            return f"{stored} -> {self._end(Quantization.NONE, run, dtype)}{head}"
         lines = []
         for group in self.stored.groups:
             line = f"{group.text} -> {self._end(group.kind, self.runs[group.kind], dtype)}"
@@ -260,7 +262,7 @@ class Scheme:
         if run == Quantization.NONE:
             return dtype if kind == Quantization.NONE else f"dequantized to {dtype}"
         text = f"expanded to {dtype}" if run == Quantization.INT4 else _RUN_TEXT[run]
-        held = _held(run)
+        held = held_as(run)
         if kind not in (Quantization.NONE, held):
             text = f"rounded again to {held}, {text}"
         elif kind == Quantization.NONE:
@@ -282,7 +284,7 @@ _RUN_TEXT = {
 }
 
 
-def _held(run: Quantization) -> Quantization:
+def held_as(run: Quantization) -> Quantization:
     """What weights are held in to run as this."""
     return Quantization.INT4 if run in _IN_INT4 else run
 
@@ -372,7 +374,7 @@ def make_linear(
     num_rows = sum(weight.shape[0] for weight in weights)
     if run == Quantization.NONE or not suits(run, num_rows, weights[0].shape[1]):
         return _make_dense(weights, bias_N, dtype)
-    held = _held(run)
+    held = held_as(run)
     if stored == {held}:
         joined = join(weights)
     else:
@@ -447,9 +449,7 @@ def _make(
             return Int4Codes(numbers, bias_N, dtype)
         case Quantization.INT4_FP8:
             numbers = cast(Groups, weight).numbers
-            largest = weight.dense(torch.float32).abs().amax(1)
-            # As on every device: a GPU multiplies by the reciprocal of a constant.
-            scale_N = largest.clamp_min(_LEAST_SCALE) * (1.0 / FP8_MAX)
+            scale_N = fp8_scale(weight)
             if not emulated:
                 return Int4Groups(numbers, bias_N, dtype, scale_N)
             weight = Rows(linear.expand_int4_fp8(numbers, scale_N), scale_N[:, None])
@@ -469,6 +469,13 @@ def _make(
     rows = cast(Rows, weight)
     make = Fp8Rows if run == Quantization.FP8 else Int8Rows
     return make(rows.values_NK.contiguous(), rows.scales_N1[:, 0].contiguous(), bias_N, dtype)
+
+
+def fp8_scale(weight: Weight) -> torch.Tensor:
+    """The scale of each row that fills e4m3: its largest number / 448; float32 [N]."""
+    largest = weight.dense(torch.float32).abs().amax(1)
+    # As on every device: a GPU multiplies by the reciprocal of a constant.
+    return largest.clamp_min(_LEAST_SCALE) * (1.0 / FP8_MAX)
 
 
 def _emulate(

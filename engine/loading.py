@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
+from typing import Any
 
 import torch
 
 from ..kernels.norms import NormWeights
 from .checkpoint import Checkpoint
-from .decoder import Decoder, DenseFeedForward, LayerWeights, Part
+from .decoder import (
+    Decoder,
+    DenseFeedForward,
+    LayerWeights,
+    Part,
+    Projection,
+    SparseFeedForward,
+)
+from .experts import GroupedLinear, SparseExperts, make_grouped
 from .families import Family, Slice
 from .formats import Linear, Scheme, make_head, make_linear
+from .latent import LatentProjection
 from .layouts import Source, is_cache_scale
-from .spec import DecoderSpec, FeedForward, Norm
-from .weights import Plain, Weight
+from .mxfp4 import BLOCK, dequantize_mxfp4
+from .spec import DecoderSpec, Experts, FeedForward, Norm
+from .weights import Plain, Weight, join
 
 # Buffers that older versions of transformers stored beside the weights.
 _BUFFERS = re.compile(
     r"(^|\.)(rotary_emb\.inv_freq|(attn|attention)\.(bias|masked_bias)|attention\.rotary_emb\..*)$"
 )
+
+
+# Roles with rows that are turned by positions.
+_TURNED = ("q", "k", "q_up", "kv_down")
 
 
 def load_decoder(
@@ -60,6 +76,7 @@ def load_decoder(
         if not is_cache_scale(name)
         and not (tied_name and name.startswith(tied_name))
         and not _BUFFERS.search(name)
+        and not _predicts_ahead(name, checkpoint.config)
     ]
     if left:
         raise ValueError(
@@ -75,6 +92,14 @@ def load_decoder(
         head=make_head(head_VD, scheme),
         block_rows=block_rows,
     )
+
+
+def _predicts_ahead(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor is of a layer behind the last, which predicts tokens further ahead."""
+    if not config.get("num_nextn_predict_layers"):
+        return False
+    layer = re.search(r"\.layers\.(\d+)\.", name)
+    return layer is not None and int(layer[1]) >= config["num_hidden_layers"]
 
 
 class _Reader:
@@ -106,44 +131,135 @@ class _Reader:
         else:
             self._prefix = ("", "")
 
-    def name(self, role: str, layer: int) -> str:
+    def name(self, role: str, layer: int, expert: int = 0) -> str:
         """What the checkpoint calls a role, or the tensor that it is a part of."""
         source = self._tensors[role]
-        name = (source.name if isinstance(source, Slice) else source).format(i=layer)
+        name = (source.name if isinstance(source, Slice) else source).format(i=layer, e=expert)
         usual, found = self._prefix
         return found + name.removeprefix(usual) if name.startswith(usual) else name
 
     def layer(self, i: int) -> LayerWeights:
         """All weights of a layer."""
         spec = self._spec
-        d, q, kv = spec.hidden_size, spec.q_size, spec.kv_size
+        d = spec.hidden_size
         norm = partial(self.norm, spec=spec.norm, size=d, layer=i)
         pre, post = spec.pre_norm, spec.post_norm
         own_mlp_norm = pre and not (spec.parallel and spec.shared_norm)
         return LayerWeights(
             attention_norm=norm("attention_norm") if pre else None,
-            qkv=self._linear(i, spec.qkv_bias, d, q=q, k=kv, v=kv),
+            qkv=self._projection(i),
             q_norm=self._qk_norm("q_norm", spec.num_heads, i),
             k_norm=self._qk_norm("k_norm", spec.num_kv_heads, i),
             sinks_H=self._sinks(i) if spec.sinks else None,
-            output=self._linear(i, spec.output_bias, q, output=d),
+            output=self._linear(i, spec.output_bias, spec.num_heads * spec.value_dim, output=d),
             attention_post_norm=norm("attention_post_norm") if post else None,
             mlp_norm=norm("mlp_norm") if own_mlp_norm else None,
             feed_forward=self._feed_forward(i),
             mlp_post_norm=norm("mlp_post_norm") if post else None,
         )
 
+    def _projection(self, i: int) -> Projection:
+        spec = self._spec
+        d, q, kv = spec.hidden_size, spec.q_size, spec.kv_size
+        if spec.latent is None:
+            return self._linear(i, spec.qkv_bias, d, q=q, k=kv, v=kv)
+        latent, heads = spec.latent, spec.num_heads
+        rest = latent.kv_rank + latent.rope_dim
+        first = {"q": q} if latent.q_rank is None else {"q_down": latent.q_rank}
+        biased = ("q_down", "kv_down") if latent.bias else ()
+        down = self._linear(i, biased, d, **first, kv_down=rest)
+        q_norm = q_up = None
+        if latent.q_rank is not None:
+            q_norm = self.norm("q_down_norm", latent.norm, latent.q_rank, i)
+            q_up = self._linear(i, False, latent.q_rank, q_up=q)
+        kv_norm = self.norm("kv_down_norm", latent.norm, latent.kv_rank, i)
+        both = heads * (latent.nope_dim + latent.value_dim)
+        kv_up = self._linear(i, False, latent.kv_rank, kv_up=both)
+        return LatentProjection(latent, heads, down, q_norm, q_up, kv_norm, kv_up)
+
     def _feed_forward(self, i: int) -> Part:
         shape = self._spec.layers[i].feed_forward
-        assert isinstance(shape, FeedForward)
+        if isinstance(shape, Experts):
+            return SparseFeedForward(self._experts(i, shape))
+        return DenseFeedForward(*self._up_down(i, shape), shape.activation, shape.gated)
+
+    def _up_down(self, i: int, shape: FeedForward, prefix: str = "") -> tuple[Linear, Linear]:
+        """The linears of a feed-forward, whose roles begin with `prefix`."""
         d, f = self._spec.hidden_size, shape.size
-        rows = {"gate": f, "up": f} if shape.gated else {"up": f}
-        return DenseFeedForward(
-            self._linear(i, shape.up_bias, d, **rows),
-            self._linear(i, shape.down_bias, f, down=d),
-            shape.activation,
-            shape.gated,
+        up = self._linear(i, shape.up_bias, d, **{prefix + role: f for role in _roles(shape)})
+        return up, self._linear(i, shape.down_bias, f, **{f"{prefix}down": d})
+
+    def _experts(self, i: int, shape: Experts) -> SparseExperts:
+        d, router = self._spec.hidden_size, shape.router
+        rows = {"router": router.num_experts}
+        router_ED = self._plain(f"{self.name('router', i)}.weight", (router.num_experts, d))
+        shared = shared_gate_1D = None
+        if shape.shared is not None:
+            shared = self._up_down(i, shape.shared, "shared_")
+        if shape.shared_gate:
+            shared_gate_1D = self._plain(f"{self.name('shared_expert_gate', i)}.weight", (1, d))
+        correction_E = None
+        if router.correction:
+            correction_E = self._plain(self.name("correction", i), (router.num_experts,)).float()
+        grouped = self._packed_experts if "expert_gate_up" in self._tensors else self._split_experts
+        gate_up, down = grouped(i, shape.expert, router.num_experts)
+        return SparseExperts(
+            spec=shape,
+            router_ED=router_ED,
+            router_bias_E=self._vector("router", i, rows, "bias") if router.bias else None,
+            correction_E=correction_E,
+            gate_up=gate_up,
+            down=down,
+            shared=shared,
+            shared_gate_1D=shared_gate_1D,
         )
+
+    def _split_experts(
+        self, i: int, shape: FeedForward, num_experts: int
+    ) -> tuple[GroupedLinear, GroupedLinear]:
+        """Experts whose linears are stored one by one."""
+        d, f = self._spec.hidden_size, shape.size
+        ups, downs = [], []
+        for expert in range(num_experts):
+            parts = [
+                self._read(self.name(f"expert_{role}", i, expert), (f, d)) for role in _roles(shape)
+            ]
+            alike = len({part.kind for part in parts}) == 1
+            joined = join(parts) if alike else None
+            ups.append(joined or Plain(torch.cat([part.dense(self._dtype) for part in parts])))
+            downs.append(self._read(self.name("expert_down", i, expert), (d, f)))
+        make = partial(make_grouped, bias_EN=None, scheme=self._scheme, dtype=self._dtype)
+        return make(ups), make(downs)
+
+    def _packed_experts(
+        self, i: int, shape: FeedForward, num_experts: int
+    ) -> tuple[GroupedLinear, GroupedLinear]:
+        """All experts in one tensor, [experts, inputs, outputs] or in mxfp4 (gpt-oss).
+
+        Rows of gate and up alternate.
+        """
+        d, f = self._spec.hidden_size, shape.size
+        made = []
+        for role, rows, columns in (("expert_gate_up", 2 * f, d), ("expert_down", d, f)):
+            name = self.name(role, i)
+            if f"{name}_blocks" in self._source:
+                blocks = (num_experts, rows, columns // BLOCK)
+                weight_ENK = dequantize_mxfp4(
+                    self._source.read(f"{name}_blocks", (*blocks, BLOCK // 2)),
+                    self._source.read(f"{name}_scales", blocks),
+                    self._dtype,
+                )
+            else:
+                weight_ENK = self._plain(name, (num_experts, columns, rows)).transpose(1, 2)
+            bias_EN = None
+            if shape.up_bias:
+                bias_EN = self._plain(f"{name}_bias", (num_experts, rows)).to(self._dtype)
+            if role == "expert_gate_up":
+                weight_ENK = _apart(weight_ENK)
+                bias_EN = None if bias_EN is None else _apart(bias_EN)
+            weights = [Plain(weight_NK.contiguous()) for weight_NK in weight_ENK]
+            made.append(make_grouped(weights, bias_EN, self._scheme, self._dtype))
+        return made[0], made[1]
 
     def norm(self, role: str, spec: Norm, size: int, layer: int) -> NormWeights:
         """A norm of `size` columns."""
@@ -160,7 +276,7 @@ class _Reader:
             return None
         size = num_heads * spec.head_dim if spec.qk_norm_of_row else spec.head_dim
         norm = self.norm(role, spec.qk_norm, size, layer)
-        return NormWeights(self._half_split(norm.weight), norm.eps, norm.bias, norm.centred)
+        return replace(norm, weight=self._turn_apart(role[0], norm.weight))
 
     def _sinks(self, layer: int) -> torch.Tensor:
         return self._plain(self.name("sinks", layer), (self._spec.num_heads,)).float()
@@ -170,11 +286,14 @@ class _Reader:
         weight = self._read(self.name(role, 0), (num_rows, num_columns), transposed=False)
         return weight.dense(self._dtype)
 
-    def _linear(self, layer: int, has_bias: bool, num_in: int, /, **rows: int) -> Linear:
-        """One linear of several roles, their outputs side by side."""
+    def _linear(
+        self, layer: int, has_bias: bool | Collection[str], num_in: int, /, **rows: int
+    ) -> Linear:
+        """One linear of several roles, their outputs side by side; all or some have biases."""
+        biased = has_bias if not isinstance(has_bias, bool) else rows if has_bias else ()
         weights = [self._weight(role, layer, num_in, rows) for role in rows]
         biases = [
-            self._bias(role, layer, has_bias, rows, weight)
+            self._bias(role, layer, role in biased, rows, weight)
             for role, weight in zip(rows, weights, strict=True)
         ]
         return make_linear(weights, self._join(biases, weights), self._scheme, self._dtype)
@@ -187,7 +306,7 @@ class _Reader:
         if not (has_bias or given):
             return None
         bias = self._vector(role, layer, rows, "bias")
-        return self._half_split(bias) if role in ("q", "k") else bias
+        return self._turn_apart(role, bias) if role in _TURNED else bias
 
     def _join(
         self, biases: Sequence[torch.Tensor | None], weights: Sequence[Weight]
@@ -221,21 +340,26 @@ class _Reader:
             weight = packed.map_rows(lambda x: source.take(x, self._spec, rows))
         else:
             weight = self._read(name, (rows[role], num_columns))
-        return weight.map_rows(self._half_split) if role in ("q", "k") else weight
+        return weight.map_rows(partial(self._turn_apart, role)) if role in _TURNED else weight
 
-    def _half_split(self, tensor: torch.Tensor) -> torch.Tensor:
+    def _turn_apart(self, role: str, tensor: torch.Tensor) -> torch.Tensor:
         """Rows of heads whose neighbours turn together, so that i turns with i + dim / 2.
 
         Queries and keys are permuted alike, which leaves their products as they are.
         """
-        rotary = next((x.rotary for x in self._spec.layers if x.rotary is not None), None)
+        spec, latent = self._spec, self._spec.latent
+        rotary = next((x.rotary for x in spec.layers if x.rotary is not None), None)
         if rotary is None or not rotary.interleaved:
             return tensor
-        heads = tensor.unflatten(0, (-1, self._spec.head_dim))
-        turned = heads[:, : rotary.dim]
-        return torch.cat([turned[:, 0::2], turned[:, 1::2], heads[:, rotary.dim :]], 1).flatten(
-            0, 1
-        )
+        before, size = 0, spec.head_dim
+        if latent is not None:
+            before, size = latent.nope_dim, spec.head_dim
+            if role == "kv_down":
+                before, size = latent.kv_rank, len(tensor)
+        heads = tensor.unflatten(0, (-1, size))
+        turned = heads[:, before : before + rotary.dim]
+        parts = [heads[:, :before], turned[:, 0::2], turned[:, 1::2]]
+        return torch.cat([*parts, heads[:, before + rotary.dim :]], 1).flatten(0, 1)
 
     def _read(self, name: str, shape: tuple[int, int], transposed: bool | None = None) -> Weight:
         weight = self._scheme.stored.read(self._source, name, shape)
@@ -254,3 +378,12 @@ class _Reader:
                 f"{tensor.dtype}, and config.json does not say what its numbers mean"
             )
         return tensor
+
+
+def _roles(shape: FeedForward) -> tuple[str, ...]:
+    return ("gate", "up") if shape.gated else ("up",)
+
+
+def _apart(rows_EN: torch.Tensor) -> torch.Tensor:
+    """Every other row, then the rest."""
+    return torch.cat([rows_EN[:, 0::2], rows_EN[:, 1::2]], 1)

@@ -139,6 +139,24 @@ class Experts:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Latent:
+    """Queries, keys and values through narrow latents (multi-head latent attention)."""
+
+    q_rank: int | None
+    """Columns of the queries' latent; None where they have none."""
+    kv_rank: int
+    rope_dim: int
+    """Dimensions of a head that are turned, in keys one part for all heads."""
+    nope_dim: int
+    """Dimensions of a head that are not."""
+    value_dim: int
+    norm: Norm
+    """Of the latents."""
+    bias: bool = False
+    """Whether the linears to the latents have biases."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Layer:
     """What layers of one model may differ in."""
 
@@ -184,6 +202,8 @@ class DecoderSpec:
     """Whether it is of all heads together, with a weight for each of their columns."""
     qkv_bias: bool = False
     output_bias: bool = False
+    latent: Latent | None = None
+    """How queries, keys and values are made, where it is not by a linear."""
     positions: int | None = None
     """Rows of a table that is added to the embeddings, by position (GPT-2)."""
     embedding_scale: float | None = None
@@ -214,3 +234,8 @@ class DecoderSpec:
     @property
     def kv_size(self) -> int:
         return self.num_kv_heads * self.head_dim
+
+    @property
+    def value_dim(self) -> int:
+        """Columns of a value's head."""
+        return self.head_dim if self.latent is None else self.latent.value_dim

@@ -64,6 +64,14 @@ def gpt2(**more: Any) -> dict[str, Any]:
     return sizes | {"bos_token_id": None, "eos_token_id": None} | more
 
 
+def deepseek(**more: Any) -> dict[str, Any]:
+    sizes = {"q_lora_rank": 40, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16}
+    experts = {"n_routed_experts": 12, "n_group": 4, "topk_group": 2, "num_experts_per_tok": 3}
+    given = shape(heads=4, kv_heads=4, v_head_dim=12, moe_intermediate_size=20)
+    del given["head_dim"]
+    return given | sizes | experts | {"first_k_dense_replace": 1} | more
+
+
 def falcon(**more: Any) -> dict[str, Any]:
     """6 heads of 64."""
     given = shape(hidden_size=384, tie_word_embeddings=True, ffn_hidden_size=100)
@@ -229,6 +237,74 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "Falcon",
         falcon(new_decoder_architecture=True, num_kv_heads=3, num_ln_in_parallel_attn=1),
     ),
+    "mixtral": ("Mixtral", shape(num_local_experts=5, num_experts_per_tok=2, sliding_window=9)),
+    "qwen2 moe": (
+        "Qwen2Moe",
+        shape(
+            num_experts=6,
+            num_experts_per_tok=3,
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=44,
+            decoder_sparse_step=2,
+        ),
+    ),
+    "qwen2 moe normalised, windows": (
+        "Qwen2Moe",
+        shape(
+            num_experts=6,
+            num_experts_per_tok=2,
+            moe_intermediate_size=20,
+            shared_expert_intermediate_size=44,
+            norm_topk_prob=True,
+            qkv_bias=False,
+            use_sliding_window=True,
+            sliding_window=9,
+            mlp_only_layers=[1],
+        ),
+    ),
+    "qwen3 moe": (
+        "Qwen3Moe",
+        shape(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True),
+    ),
+    "qwen3 moe biases, window": (
+        "Qwen3Moe",
+        shape(
+            num_experts=8,
+            num_experts_per_tok=1,
+            moe_intermediate_size=20,
+            attention_bias=True,
+            use_sliding_window=True,
+            sliding_window=9,
+            mlp_only_layers=[0],
+            tie_word_embeddings=True,
+        ),
+    ),
+    "olmoe": ("Olmoe", shape(hidden_size=384, num_experts=7, num_experts_per_tok=3)),
+    "gpt oss": (
+        "GptOss",
+        shape(num_local_experts=6, num_experts_per_tok=2, sliding_window=9, num_hidden_layers=4),
+    ),
+    "deepseek v3": ("DeepseekV3", deepseek()),
+    "deepseek v3 without a latent of queries, in halves": (
+        "DeepseekV3",
+        deepseek(q_lora_rank=None, rope_interleave=False, v_head_dim=24, attention_bias=True),
+    ),
+    "deepseek v3 yarn": (
+        "DeepseekV3",
+        deepseek(
+            norm_topk_prob=False,
+            n_shared_experts=2,
+            rope_parameters={"rope_theta": 1e4, "mscale_all_dim": 1.0, "mscale": 1.0, **YARN},
+        ),
+    ),
+    "minimax m2": (
+        "MiniMaxM2",
+        shape(
+            num_local_experts=8,
+            num_experts_per_tok=3,
+            rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+        ),
+    ),
 }
 
 
@@ -289,6 +365,8 @@ def draw_settings(draw: random.Random, family: str) -> dict[str, Any]:
     kv_heads, group = draw.choice([1, 2, 3]), draw.choice([1, 2, 3, 4])
     heads = kv_heads * group
     num_layers = draw.choice([1, 2, 3, 5])
+    # transformers' experts take columns in whole groups of 16 bytes.
+    unit = 4 if family in SPARSE else 1
     free_size = family in (
         "Llama",
         "Mistral",
@@ -304,7 +382,7 @@ def draw_settings(draw: random.Random, family: str) -> dict[str, Any]:
         kv_heads=kv_heads,
         head_dim=head_dim,
         hidden_size=heads * head_dim if not free_size else heads * 2 * draw.randrange(4, 12),
-        intermediate_size=draw.randrange(20, 150),
+        intermediate_size=unit * draw.randrange(5, 40),
         num_hidden_layers=num_layers,
         vocab_size=draw.randrange(50, 300),
         tie_word_embeddings=draw.random() < 0.5,
@@ -361,6 +439,30 @@ def draw_settings(draw: random.Random, family: str) -> dict[str, Any]:
             "scale_attn_weights": flag(),
             "activation_function": draw.choice(["gelu_new", "gelu", "relu"]),
         },
+        "DeepseekV3": {
+            "q_lora_rank": draw.choice([None, 24]),
+            "kv_lora_rank": draw.choice([16, 40]),
+            "qk_rope_head_dim": (turned := draw.choice([8, 16])),
+            "head_dim": turned,
+            "qk_nope_head_dim": draw.choice([8, 24]),
+            "v_head_dim": draw.choice([8, 24]),
+            "num_key_value_heads": heads,
+            "n_routed_experts": 8,
+            "n_group": (groups := draw.choice([1, 2, 4])),
+            "topk_group": draw.randrange(1, groups + 1),
+            "first_k_dense_replace": draw.randrange(num_layers + 1),
+            "rope_interleave": flag(),
+        },
+        "MiniMaxM2": {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+    }
+    settings |= {
+        "num_experts": 8,
+        "num_local_experts": 8,
+        "num_experts_per_tok": draw.choice([1, 2]),
+        "moe_intermediate_size": 4 * draw.randrange(4, 20),
+        "shared_expert_intermediate_size": 4 * draw.randrange(4, 20),
+        "norm_topk_prob": flag(),
+        "decoder_sparse_step": draw.choice([1, 2]),
     }
     settings |= own.get(family, {})
     parts = {"Phi3": [0.5, 1.0], "Glm": [0.5, 1.0], "Glm4": [0.25, 0.5], "StableLm": [0.25, 1.0]}
@@ -377,13 +479,13 @@ def draw_settings(draw: random.Random, family: str) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name in known}
 
 
-DRAWN = (
-    "Llama Mistral Ministral Qwen2 Qwen3 Phi3 Gemma Gemma2 Gemma3 Glm Glm4 Olmo2 Olmo3 SmolLM3 "
-    "Granite StableLm Cohere2 GPT2 GPTNeoX Falcon"
-).split()
+DENSE = ["Llama", "Mistral", "Ministral", "Qwen2", "Qwen3", "Phi3", "Gemma", "Gemma2", "Gemma3"]
+DENSE += ["Glm", "Glm4", "Olmo2", "Olmo3", "SmolLM3", "Granite", "StableLm", "Cohere2", "GPT2"]
+DENSE += ["GPTNeoX", "Falcon"]
+SPARSE = ["Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss", "DeepseekV3", "MiniMaxM2"]
 
 
-@pytest.mark.parametrize("family", DRAWN)
+@pytest.mark.parametrize("family", DENSE + SPARSE)
 @pytest.mark.parametrize("seed", range(2))
 def test_logits_of_drawn_configs_are_those_of_transformers(
     seed: int, family: str, tmp_path: Path

@@ -23,7 +23,16 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import triton
 import triton.language as tl
-from logitmill.kernels.gpu import activations, attention, linear, logits, norms, quantize, rotary
+from logitmill.kernels.gpu import (
+    activations,
+    attention,
+    experts,
+    linear,
+    logits,
+    norms,
+    quantize,
+    rotary,
+)
 from logitmill.kernels.quantize import Layout
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -122,7 +131,10 @@ def _by_rows(
     return Case(kernel, signature, constants | more, options, FP8 if fp8 else tuple(SHARED))
 
 
-NORM = {"x": "*bf16", "delta": "*bf16", "weight": "*bf16", "eps": "fp32"}
+NORM = {"x": "*bf16", "delta": "*bf16", "weight": "*bf16", "bias": "*bf16"}
+NORM |= {"eps": "fp32", "scale": "fp32"}
+RMS = {"HAS_DELTA": True, "SCALED": False, "NORM": True, "CENTRED": False, "HAS_BIAS": False}
+LAYER = {"HAS_DELTA": True, "SCALED": True, "NORM": True, "CENTRED": True, "HAS_BIAS": True}
 ROTATE = {
     "heads": "*bf16",
     "cos": "*fp32",
@@ -149,7 +161,7 @@ def _rotate(size: int, half: int, norm: bool) -> Case:
     return Case(rotary._rotate, ROTATE, constants, {"num_warps": 4, "enable_fp_fusion": False})
 
 
-def _attend(size: int, *, window: bool = False, cap: bool = False) -> Case:
+def _attend(size: int, *, window: bool = False, cap: bool = False, sinks: bool = False) -> Case:
     """The launch of `attention.attend` for a head size, with the tiles that it ships."""
     padded = max(64, triton.next_power_of_2(size))
     queries, keys, warps, stages = attention.CONFIGS[padded]
@@ -159,6 +171,7 @@ def _attend(size: int, *, window: bool = False, cap: bool = False) -> Case:
         "values": f"tensordesc<bf16[{keys}, {padded}]>",
         "out": "*bf16",
         "tiles": "*i32",
+        "sinks": "*fp32",
         "scale": "fp32",
         "soft_cap": "fp32",
         "window": "i32",
@@ -172,6 +185,7 @@ def _attend(size: int, *, window: bool = False, cap: bool = False) -> Case:
         "BN": keys,
         "WINDOW": window,
         "CAP": cap,
+        "SINKS": sinks,
     }
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return Case(attention._attend, signature, constants, options, (90,))
@@ -220,14 +234,121 @@ def _narrow(dtype: str) -> Case:
     return Case(logits._narrow, signature, constants, {"num_warps": 4})
 
 
+def _multiply_experts(
+    tiles: linear.Tiles,
+    scales: Any,
+    operand: str,
+    *,
+    weight: str | None = None,
+    out: str = "bf16",
+    targets: tuple[int, ...] = tuple(SHARED),
+    **fixed: int,
+) -> Case:
+    """A launch of `experts.multiply`; `scales` is one of the kernel's own names of them."""
+    weight = weight or operand
+    signature = {"x": f"*{operand}", "w": f"*{weight}", "out": f"*{out}", **SCALES}
+    signature |= {"tiles": "*i32", "offsets": "*i32", "N": "i32:16", "K": "i32:16"}
+    signature |= {"x_group": "i32", "w_rows": "i32"}
+    constants = {
+        "SCALES": scales.value,
+        "HAS_BIAS": True,
+        "SUM": tl.int32 if operand == "i8" else tl.float32,
+        "BM": tiles.rows,
+        "BN": tiles.columns,
+        "BK": tiles.depth,
+        "BAND": tiles.band,
+        # The stride between rows of scales that lie column by column.
+        "x_row": 1,
+        **fixed,
+    }
+    for name in fixed:
+        del signature[name]
+    options = {
+        "num_warps": tiles.warps,
+        "num_stages": tiles.stages,
+        "enable_fp_fusion": scales.value >= experts._BLOCKS.value,
+    }
+    if not tiles.tma:
+        return Case(experts._multiply, signature, constants, options, targets)
+    signature["x"] = f"tensordesc<{operand}[{tiles.rows}, {tiles.depth}]>"
+    signature["w"] = f"tensordesc<{weight}[{tiles.columns}, {tiles.depth}]>"
+    constants["PERSISTENT"] = tiles.persistent
+    return Case(experts._multiply_tma, signature, constants, options, (90,))
+
+
+def _move_rows(scales: bool) -> Case:
+    """The launch of `experts.gather`."""
+    signature = {"x": "*i32", "out": "*i32", "x_scale": "*fp32", "out_scale": "*fp32"}
+    signature |= {"rows": "*i64", "num_words": "i32:16", "num_groups": "i32"}
+    signature |= {"x_row": "i32", "x_group": "i32", "num_rows": "i32"}
+    constants = {"HAS_SCALES": scales, "GROUPS": 64, "BLOCK": experts._MOVED}
+    return Case(experts._gather, signature, constants, {"num_warps": 4})
+
+
+def _combine(shared: bool) -> Case:
+    signature = {"y": "*bf16", "rows": "*i64", "weights": "*fp32", "shared": "*bf16"}
+    signature |= {"gate": "*fp32", "out": "*bf16", "D": "i32:16"}
+    constants = {"NUM_CHOICES": 8, "HAS_SHARED": shared, "HAS_GATE": shared}
+    constants["BLOCK"] = experts._MOVED
+    return Case(experts._combine, signature, constants, EXPAND_OPTIONS)
+
+
 CASES = [
-    *(_by_rows(norms._add_norm, NORM, layout, 4096, HAS_DELTA=True) for layout in Layout),
-    _by_rows(norms._add_norm, NORM, Layout.FP8_ROWS, 8192, HAS_DELTA=True),
+    _multiply_experts(experts.PLAIN_TMA, experts._PLAIN, "bf16"),
+    _multiply_experts(experts.PLAIN_TMA._replace(persistent=True), experts._PLAIN, "bf16"),
+    _multiply_experts(experts.PLAIN_TMA._replace(columns=128), experts._PLAIN, "bf16", out="fp32"),
+    _multiply_experts(experts.BYTES_TMA, experts._ROWS, "fp8e4nv"),
+    _multiply_experts(experts.BYTES_TMA._replace(persistent=True), experts._ROWS, "fp8e4nv"),
+    _multiply_experts(experts.BYTES_TMA, experts._ROWS, "i8"),
+    _multiply_experts(experts.BYTES_TMA._replace(columns=128), experts._ROWS, "i8", out="fp32"),
+    _multiply_experts(experts.BLOCKS_TMA, experts._BLOCKS, "fp8e4nv"),
+    _multiply_experts(experts.BLOCKS_TMA, experts._BLOCKS, "fp8e4nv", out="fp32"),
+    _multiply_experts(experts.GROUPS_TMA, experts._GROUPS, "fp8e4nv"),
+    _multiply_experts(experts.PLAIN, experts._PLAIN, "bf16"),
+    _multiply_experts(experts.WIDE, experts._PLAIN, "fp32", out="fp32"),
+    # The gate of a shared expert: Triton takes a size of 1 as a constant.
+    _multiply_experts(
+        experts.PLAIN_TMA._replace(columns=128), experts._PLAIN, "bf16", out="fp32", N=1
+    ),
+    _multiply_experts(
+        experts.PLAIN, experts._PLAIN, "bf16", out="fp32", targets=(80, 89), N=1, w_rows=1
+    ),
+    # A router that is held in float32.
+    _multiply_experts(experts.WIDE, experts._PLAIN, "bf16", weight="fp32", out="fp32"),
+    _multiply_experts(experts.BYTES, experts._ROWS, "i8"),
+    _multiply_experts(experts.BYTES, experts._ROWS, "fp8e4nv", targets=FP8),
+    _multiply_experts(experts.BYTES, experts._BLOCKS, "fp8e4nv", targets=FP8),
+    _multiply_experts(experts.GROUPS, experts._GROUPS, "fp8e4nv", targets=FP8),
+    Case(
+        experts._list_tiles,
+        {"offsets": "*i32", "tiles": "*i32", "E": "i32"},
+        {"BM": 128, "BLOCK": 512, "LANES": experts._LISTED},
+        {"num_warps": 4},
+    ),
+    Case(
+        experts._list_tiles,
+        {"offsets": "*i32", "tiles": "*i32"},
+        {"E": 1, "BM": 128, "BLOCK": 1, "LANES": experts._LISTED},
+        {"num_warps": 4},
+    ),
+    _move_rows(scales=False),
+    _move_rows(scales=True),
+    _combine(shared=False),
+    _combine(shared=True),
+    *(_by_rows(experts._gate_clamped, {"gate_up": "*bf16"}, layout, 2944) for layout in Layout),
+    *(_by_rows(norms._add_norm, NORM, layout, 4096, **RMS) for layout in Layout),
+    _by_rows(norms._add_norm, NORM, Layout.FP8_ROWS, 8192, **RMS),
+    _by_rows(norms._add_norm, NORM, Layout.PLAIN, 8192, **LAYER),
     *(
-        _by_rows(activations._gate, {"gate_up": "*bf16"}, layout, 14336, ACTIVATION=0)
+        _by_rows(activations._gate, {"gate_up": "*bf16"}, layout, 14336, GATED=True, ACTIVATION=0)
         for layout in Layout
     ),
-    _by_rows(activations._gate, {"gate_up": "*bf16"}, Layout.FP8_ROWS, 28672, ACTIVATION=2),
+    _by_rows(
+        activations._gate, {"gate_up": "*bf16"}, Layout.FP8_ROWS, 28672, GATED=True, ACTIVATION=2
+    ),
+    _by_rows(
+        activations._gate, {"gate_up": "*bf16"}, Layout.PLAIN, 16384, GATED=False, ACTIVATION=1
+    ),
     *(
         _by_rows(quantize._quantize, {"x": "*bf16"}, layout, 4096)
         for layout in Layout
@@ -239,6 +360,7 @@ CASES = [
     _attend(128, window=True),
     _attend(128, cap=True),
     _attend(256, window=True, cap=True),
+    _attend(64, window=True, sinks=True),
     # Padded to the next config.
     _attend(80),
     _int8_tma(linear.INT8_TMA),
