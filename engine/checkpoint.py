@@ -5,18 +5,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .mirror import RemoteFolder
 from .staging import Stage
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# Files of other tools that hold weights as pickles.
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 # What decides the numbers of a model: weights, config, tokenizer and chat template.
 _DIGESTED = ("*.safetensors", "*.json", "*.model", "*.jinja", "*.txt", "*.py")
 _HASH_BLOCK = 16 << 20
@@ -65,20 +69,17 @@ class Checkpoint:
         if (folder / _INDEX).is_file():
             weight_map = _read_json(folder / _INDEX).get("weight_map", {})
             files = {name: folder / file for name, file in weight_map.items()}
-            for file in sorted(set(files.values())):
+            for name, file in files.items():
                 if not file.is_file():
-                    raise ValueError(f"model: {file} is named in {_INDEX} but is not there")
+                    raise ValueError(
+                        f"model: {file} is named in {_INDEX} but is not there, and with it tensor "
+                        f"{name}"
+                    )
         elif (folder / _SINGLE).is_file():
             with _open(folder / _SINGLE) as handle:
                 files = dict.fromkeys(handle.keys(), folder / _SINGLE)
         else:
-            others = sorted(
-                p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".gguf")
-            )
-            found = (
-                f"; {', '.join(others)} cannot be read, convert to safetensors" if others else ""
-            )
-            raise ValueError(f"model: no {_SINGLE} or {_INDEX} in {folder}{found}")
+            raise ValueError(_no_weights(folder, [path.name for path in folder.iterdir()]))
         return cls(folder, config, files)
 
     def __contains__(self, name: str) -> bool:
@@ -236,25 +237,47 @@ def _not_finite(name: str, path: Path) -> str:
     return f"model: tensor {name} in {path} holds NaN or infinite weights"
 
 
-def find_model(model: str, *, revision: str | None = None) -> Path:
+def find_model(
+    model: str,
+    *,
+    revision: str | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Path:
     """The local folder of a model: a path as it is, a Hub id through the Hub's cache.
 
+    A URI of any file system that fsspec opens (`s3://bucket/model/`) is fetched into a cache of
+    this machine (`mirror`); `storage_options` are what it is opened with.
+
     Raises:
-        ValueError: if there is neither such a folder nor such a model on the Hub.
+        ValueError: if there is neither such a folder nor such a model on the Hub, or if files of a
+            URI cannot be had.
     """
+    if "://" in model:
+        if revision is not None:
+            raise ValueError(f"revision: {revision!r} is for Hub ids; {model!r} has none")
+        return _fetch_model(RemoteFolder(model, storage_options or {}))
     path = Path(model).expanduser()
     if path.is_dir():
         return path
     if path.is_file():
         raise ValueError(f"model: {model!r} is a file; name the folder that holds config.json")
-    is_id = model.count("/") <= 1 and not model.startswith((".", "/", "~")) and "://" not in model
+    is_id = model.count("/") <= 1 and not model.startswith((".", "/", "~"))
     if not is_id:
-        raise ValueError(f"model: there is no folder {model!r}; give a model folder or a Hub id")
-    from huggingface_hub import snapshot_download
+        raise ValueError(
+            f"model: there is no folder {model!r}; give a model folder, a URI of one or a Hub id"
+        )
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=list(_DIGESTED)))
+        folder = snapshot_download(
+            model,
+            revision=revision,
+            allow_patterns=list(_DIGESTED),
+            # Offline alone, the library asks for a pinned commit's list of files all the same.
+            local_files_only=constants.HF_HUB_OFFLINE,
+        )
+        return Path(folder)
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
@@ -263,11 +286,43 @@ def find_model(model: str, *, revision: str | None = None) -> Path:
         ) from None
 
 
+def _fetch_model(remote: RemoteFolder) -> Path:
+    if remote.local is not None:
+        return find_model(str(remote.local))
+    if "config.json" not in remote.names:
+        raise ValueError(_no_config(remote.uri))
+    if not {_SINGLE, _INDEX} & set(remote.names):
+        raise ValueError(_no_weights(remote.uri, remote.names))
+    # Just what the digest is of, so that a model has one digest wherever it lies.
+    return remote.fetch(
+        [name for name in remote.names if any(fnmatch(name, pattern) for pattern in _DIGESTED)]
+    )
+
+
+def _no_config(where: Path | str) -> str:
+    return f"model: no config.json in {where}; give a folder in Hugging Face layout"
+
+
+def _no_weights(where: Path | str, names: Iterable[str]) -> str:
+    """What to do with a folder without safetensors that holds files of these names."""
+    said = f"model: no {_SINGLE} or {_INDEX} in {where}"
+    pickles = sorted(name for name in names if name.endswith(_PICKLES))
+    if pickles:
+        said += (
+            f"; {', '.join(pickles)} is not read, since a pickle runs whatever code is in it; "
+            "convert to safetensors"
+        )
+    others = sorted(name for name in names if name.endswith(".gguf"))
+    if others:
+        said += f"; {', '.join(others)} cannot be read, convert to safetensors"
+    return said
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """config.json of a model folder; ValueError if it is missing or not an object."""
     path = folder / "config.json"
     if not path.is_file():
-        raise ValueError(f"model: no config.json in {folder}; give a folder in Hugging Face layout")
+        raise ValueError(_no_config(folder))
     config = _read_json(path)
     if not config.get("architectures"):
         raise ValueError(f"model: {path} names no 'architectures', so what to run is unknown")
@@ -312,4 +367,25 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"model: {path} is not a whole safetensors file: {error}") from None
+        cut = _find_cut(path)
+        raise ValueError(f"model: {path} is not a whole safetensors file: {cut or error}") from None
+
+
+def _find_cut(path: Path) -> str | None:
+    """The first tensor that a file is too short for; None if its header does not tell."""
+    try:
+        with path.open("rb") as file:
+            start = 8 + int.from_bytes(file.read(8), "little")
+            num_bytes = path.stat().st_size
+            if start > num_bytes:
+                return None
+            header = json.loads(file.read(start - 8))
+            header.pop("__metadata__", None)
+            ends = {name: start + entry["data_offsets"][1] for name, entry in header.items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    short = sorted((end, name) for name, end in ends.items() if end > num_bytes)
+    if not short:
+        return None
+    end, name = short[0]
+    return f"it ends at byte {num_bytes}, and tensor {name} at byte {end}; fetch it again"

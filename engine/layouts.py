@@ -27,6 +27,8 @@ from .weights import Blocks, Groups, Quantization, Rows, Weight
 
 # Where AutoAWQ puts column c of eight: the place of its four bits in an int32.
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
+# What the first format of GPTQ stores eight zero points without.
+_ONES = 0x11111111
 _ROW_BY_ROW = "activations scaled row by row and not by the stored scales"
 # Scales of a cache of keys and values, and of outputs; nothing here is cached.
 _CACHE_SCALES = (".k_scale", ".v_scale", ".q_scale", ".kv_scale", ".prob_scale", ".output_scale")
@@ -85,7 +87,7 @@ class Stored:
     """How a checkpoint stores its linears, as its config says."""
 
     method: str = "none"
-    """`awq`, `gptq`, `compressed-tensors`, `fp8`, `smooth_quant`, or `none`."""
+    """`awq`, `gptq`, `compressed-tensors`, `fp8`, `smooth_quant`, `mxfp4`, or `none`."""
     groups: tuple[StoredGroup, ...] = ()
     """One of each kind; none of them for a checkpoint that is not quantized."""
     read: Reader = _read_none
@@ -165,12 +167,11 @@ def _gptq(settings: Mapping[str, Any]) -> Stored:
     if settings.get("desc_act"):
         text += ", columns in the order of their activations"
     group = StoredGroup(Quantization.INT4, text)
-    # The first format stores every zero point less one.
-    return Stored("gptq", (group,), partial(_read_gptq, size, int(form == "gptq")))
+    return Stored("gptq", (group,), partial(_read_gptq, size, form == "gptq"))
 
 
 def _read_gptq(
-    size: int, missing: int, source: Source, name: str, shape: tuple[int, int]
+    size: int, less_one: bool, source: Source, name: str, shape: tuple[int, int]
 ) -> Weight | None:
     """`qweight` int32 [K / 8, N], `qzeros` int32 [S, N / 8], `scales` [S, N], `g_idx` [K]."""
     if f"{name}.qweight" not in source:
@@ -178,11 +179,14 @@ def _read_gptq(
     num_rows, num_columns = shape
     num_groups = _num_groups(num_columns, size)
     packed_KN = source.read(f"{name}.qweight", (num_columns // 8, num_rows))
-    zeros_SN = _unpack(source.read(f"{name}.qzeros", (num_groups, num_rows // 8)), range(8))
+    zeros = source.read(f"{name}.qzeros", (num_groups, num_rows // 8))
+    if less_one:
+        # GPTQModel takes the ones off whole int32s: a zero point of zero borrows from the next.
+        zeros = zeros + _ONES
     return _grouped(
         _flip(packed_KN).view(torch.uint8),
         _flip(source.read(f"{name}.scales", (num_groups, num_rows))),
-        _flip((zeros_SN + missing) & 15),
+        _flip(_unpack(zeros, range(8))),
         _read_order(source, f"{name}.g_idx", num_columns, size),
     )
 
@@ -456,4 +460,6 @@ _METHODS: dict[str, Callable[[Mapping[str, Any]], Stored]] = {
     "compressed-tensors": _compressed_tensors,
     "fp8": _fp8,
     "smooth_quant": _smooth_quant,
+    # Of experts alone, which are read where experts are.
+    "mxfp4": lambda settings: Stored("mxfp4"),
 }

@@ -33,8 +33,9 @@ Run a causal language model over a corpus and keep what it thought of every toke
 
 **Start here:** `logitmill score MODEL CORPUS --out runs`
 
-MODEL is a folder in Hugging Face layout or a Hub id. CORPUS is a file, a folder, a glob on any
-fsspec URI (Parquet, JSON lines, text, code) or a Hugging Face dataset (`datasets:NAME`).
+MODEL is a folder in Hugging Face layout, its URI or a Hub id. CORPUS is a file, a folder, a
+glob on any fsspec URI (Parquet, JSON lines, text, code) or a Hugging Face dataset
+(`datasets:NAME`).
 """,
 )
 
@@ -93,7 +94,7 @@ _BatchTokens = Annotated[
 
 @app.command()
 def score(
-    model: Annotated[str, typer.Argument(help="Model folder or Hub id.")],
+    model: Annotated[str, typer.Argument(help="Model folder, its URI or Hub id.")],
     corpus: Annotated[str, typer.Argument(help="File, folder, glob, URI or datasets:NAME.")],
     out: Annotated[
         str, typer.Option(help="Folder for runs: a path, s3://bucket/folder, any fsspec URI.")
@@ -300,7 +301,9 @@ def report(
 
 @app.command()
 def inspect(
-    target: Annotated[str, typer.Argument(help="A run's URI, or a model folder or Hub id.")],
+    target: Annotated[
+        str, typer.Argument(help="A run's URI, or a model folder, its URI or Hub id.")
+    ],
     doc: Annotated[str | None, typer.Option(help="Show this document of a run.")] = None,
     device: Annotated[str | None, typer.Option(help="For a model: cpu, cuda, cuda:1.")] = None,
     quantization: Annotated[

@@ -22,7 +22,7 @@ from typing import Any
 
 from fsspec.core import url_to_fs
 
-from .corpus.locations import redact
+from ..engine.remote import redact
 
 _TEMPORARY = ".tmp-"
 

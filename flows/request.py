@@ -111,7 +111,9 @@ def prepare(request: Request) -> Prepared:
         )
     spec = _make_spec(request)
     root = Folder(request.out, endpoint_options(request.out, request.endpoint_url))
-    model_folder = find_model(request.model)
+    model_folder = find_model(
+        request.model, storage_options=endpoint_options(request.model, request.endpoint_url)
+    )
     facts = inspect_model(model_folder, engine)
     if engine.logits_memory is not None:
         most_rows(facts.vocab_size, facts.device, engine.logits_memory)

@@ -103,7 +103,8 @@ def score_corpus(
     environment (`AWS_ACCESS_KEY_ID`, ...), never from parameters, which the server stores.
 
     Args:
-        model: a model folder in Hugging Face layout, or a Hub id.
+        model: a model folder in Hugging Face layout, the URI of one (`s3://bucket/model/`), or a
+            Hub id.
         corpus: files, a folder or a glob on any fsspec URI (Parquet, JSON lines, text, code), a
             Hugging Face dataset (`datasets:NAME`), or a `CorpusSpec` that also names columns.
         out: the folder that runs are kept in, on any fsspec URI: `runs`, `s3://bucket/runs`.

@@ -153,7 +153,10 @@ def gptq(
     form: str | None = None,
     bias: bool = False,
 ) -> Quantizer:
-    """AutoGPTQ's layout; `form` is `checkpoint_format`, whose first one stores zeros less one."""
+    """GPTQModel's layout; `form` is `checkpoint_format`, whose first one stores zeros less one.
+
+    It takes the ones off eight zeros at once (`convert_gptq_v2_to_v1_format_module`).
+    """
     in_turn = tuple(range(8))
 
     def write(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
@@ -164,10 +167,10 @@ def gptq(
             draw = np.random.default_rng(num_columns)
             order = draw.permutation(np.arange(num_columns) // size)
         codes, zeros, scales, groups = _round_int4(weight.numpy(), size, sym, order)
-        stored = zeros if form == "gptq_v2" else (zeros - 1) & 15
+        packed_zeros = _pack(zeros.T, in_turn)
         tensors = {
             "qweight": _pack(codes, in_turn).t().contiguous(),
-            "qzeros": _pack(stored.T, in_turn),
+            "qzeros": packed_zeros if form == "gptq_v2" else packed_zeros - 0x11111111,
             "scales": torch.from_numpy(scales.T.copy()),
             "g_idx": torch.from_numpy(groups.astype(np.int32)),
         }
@@ -273,7 +276,7 @@ def compressed(
     library = BaseCompressor.load_from_registry(form)
 
     def write(weight: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-        spans = _spans(weight, args)
+        spans = span_weights(weight, args)
         scale, zero = calculate_qparams(spans.amin(-1), spans.amax(-1), args)
         scale = scale.to(scale_dtype)
         state = {"weight": weight, "weight_scale": scale}
@@ -295,7 +298,7 @@ def compressed(
     return Quantizer(json.loads(config.model_dump_json()), write, activations, extra)
 
 
-def _spans(weight: torch.Tensor, args: Any) -> torch.Tensor:
+def span_weights(weight: torch.Tensor, args: Any) -> torch.Tensor:
     """The weights that share a scale, in the last dimension."""
     if args.strategy == "tensor":
         return weight.view(1, -1)

@@ -24,9 +24,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from ...engine.records import Document
+from ...engine.remote import nearest, redact
 from . import hub
 from .documents import FILE, Columns, RowError, id_of, to_document
-from .locations import CorpusError, File, Location, nearest, redact
+from .locations import CorpusError, File, Location
 from .plan import Input, Piece, Plan, Shard, group
 from .readers import READERS, DatasetReader, Reader, Row, format_of
 

@@ -11,7 +11,8 @@ import re
 from functools import lru_cache
 from typing import Any
 
-from .locations import CorpusError, nearest, redact
+from ...engine.remote import nearest, redact
+from .locations import CorpusError
 
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -6,11 +6,9 @@ names the URI and shows no credential: neither `storage_options` nor what a URL 
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import io
 import os
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,8 +16,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import fsspec
-from fsspec.core import url_to_fs
+from ...engine.remote import (
+    SchemeError,
+    Stat,
+    connect,
+    is_io,
+    nearest,
+    protocols,
+    redact,
+    scrub,
+    stat_of,
+)
 
 Codec = Literal["gzip", "zstd", "bz2"]
 CODECS: dict[str, Codec] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
@@ -27,23 +34,10 @@ CODECS: dict[str, Codec] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 _NOT_DATA = {"__pycache__", "_SUCCESS", "_metadata", "_common_metadata"}
 _PARTS_SHOWN = 5
-_HUSHED = "***"
 
 
 class CorpusError(ValueError):
     """The corpus cannot be read as asked. The message names field, value and what would work."""
-
-
-@dataclass(frozen=True)
-class Stat:
-    """What a file system says of a file without reading it."""
-
-    size: int | None
-    """Bytes; None where the server does not say."""
-    etag: str | None
-    """The object's ETag; None where the file system has none (local, memory)."""
-    stamp: str
-    """When it was last written, as the file system says it; "" where it does not."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +49,6 @@ class File:
     path: str
     """What the file system calls it."""
     stat: Stat
-
-
-def redact(text: str) -> str:
-    """`text` without the user:password and the ?query=... of the URLs in it."""
-    text = re.sub(r"://[^/@\s]+@", f"://{_HUSHED}@", text)
-    return re.sub(r"(https?://[^\s'\"?]*)\?[^\s'\"]+", rf"\1?{_HUSHED}", text)
-
-
-def nearest(name: str, names: list[str]) -> str:
-    """ " Did you mean 'x'?" where one of `names` is close to `name`, otherwise ""."""
-    close = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
-    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
 
 
 def codec_of(name: str) -> Codec | None:
@@ -97,34 +79,15 @@ class Location:
     ):
         """Raises CorpusError for a URI that cannot be, and `kind` if it cannot be reached."""
         self.address = redact(uri)
-        self._secrets = sorted(_strings(storage_options), key=len, reverse=True)
+        self._options = storage_options
         with self.plain_errors("opened", kind=kind):
             try:
-                self.fs, path = url_to_fs(uri, **storage_options)
-            except ImportError as error:
-                package = getattr(error.__cause__, "name", None) or error.name or "its package"
-                package = package.split(".")[0]
-                scheme = uri.split(":")[0]
-                raise CorpusError(
-                    f"uri={self.address!r}: {scheme}:// needs a package that is not installed: "
-                    f"pip install {package}"
-                ) from None
-            except ValueError as error:
-                if not str(error).startswith("Protocol not known"):
-                    raise
-                scheme = uri.split(":")[0]
-                near = nearest(scheme, fsspec.available_protocols())
-                raise CorpusError(
-                    f"uri={self.address!r}: no file system is known for {scheme}://.{near}"
-                ) from None
-            # A listing may be cached from before the corpus was written.
-            self.fs.invalidate_cache()
+                self.fs, path = connect(uri, storage_options)
+            except SchemeError as error:
+                raise CorpusError(f"uri={self.address!r}: {error}") from None
             self.path: str = path
-            protocols = (
-                self.fs.protocol if isinstance(self.fs.protocol, tuple) else (self.fs.protocol,)
-            )
-            self.is_local = "file" in protocols
-            self._is_http = bool({"http", "https"} & set(protocols))
+            self.is_local = "file" in protocols(self.fs)
+            self._is_http = bool({"http", "https"} & set(protocols(self.fs)))
             self._info = self._find()
             self.is_file = self._info is not None and self._info["type"] != "directory"
             self.root = self._root()
@@ -153,7 +116,7 @@ class Location:
 
     def stat(self, name: str) -> Stat:
         """Size, ETag and time of the file as it is now. Raises FileNotFoundError."""
-        return _stat(self.fs.info(self.path_of(name)))
+        return stat_of(self.fs.info(self.path_of(name)))
 
     def open(self, name: str, codec: Codec | None = None) -> BinaryIO:
         """The file's bytes, seekable unless a `codec` is given: then they are decompressed."""
@@ -182,10 +145,7 @@ class Location:
 
     def scrub(self, error: BaseException) -> str:
         """One line for an error of a library, without anything from storage_options or a URL."""
-        text = redact(" ".join(str(error).split()))
-        for secret in self._secrets:
-            text = text.replace(secret, _HUSHED)
-        return f"{type(error).__name__}: {text}" if text else type(error).__name__
+        return scrub(error, self._options)
 
     @contextmanager
     def plain_errors(
@@ -198,7 +158,7 @@ class Location:
         try:
             yield
         except Exception as error:
-            if isinstance(error, CorpusError) or not _is_io(error):
+            if isinstance(error, CorpusError) or not (is_io(error) or is_garbled(error)):
                 raise
             what = f"uri={self.address!r}" + (f", file {name!r}" if name else "")
             raise kind(f"{what} cannot be {doing}: {self.scrub(error)}") from None
@@ -235,7 +195,7 @@ class Location:
             name = (path.split("?")[0] if self._is_http else path).rpartition("/")[2]
         else:
             name = path[len(self.root.rstrip("/")) :].lstrip("/")
-        return File(name=name, path=path, stat=_stat(info))
+        return File(name=name, path=path, stat=stat_of(info))
 
     def _followed(self, path: str, info: Mapping[str, Any]) -> Mapping[str, Any]:
         """A local listing says "other" of a link; what counts is what it leads to."""
@@ -293,16 +253,6 @@ def _parent(path: str) -> str:
     return path.rpartition("/")[0] or "/"
 
 
-def _stat(info: Mapping[str, Any]) -> Stat:
-    etag = next((value for key, value in info.items() if key.lower() == "etag" and value), None)
-    stamp = next((info[key] for key in ("mtime", "LastModified", "created") if info.get(key)), "")
-    return Stat(
-        size=info.get("size"),
-        etag=str(etag).strip('"') if etag else None,
-        stamp=str(stamp),
-    )
-
-
 def _digest(fs: Any, path: str) -> tuple[str, int]:
     digest, size = hashlib.sha256(), 0
     with fs.open(path, "rb") as raw:
@@ -317,39 +267,3 @@ def _digest(fs: Any, path: str) -> tuple[str, int]:
 @lru_cache(maxsize=1024)
 def _known_digest(fs: Any, path: str, stat: Stat) -> tuple[str, int]:
     return _digest(fs, path)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """The texts in nested options that may be secrets; shorter ones would shred the message."""
-    if isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, (list, tuple)):
-        for inner in value:
-            yield from _strings(inner)
-    elif isinstance(value, (str, bytes)) and len(value) >= 4:
-        yield value.decode(errors="replace") if isinstance(value, bytes) else value
-
-
-_CLIENTS = {
-    "botocore",
-    "aiobotocore",
-    "aiohttp",
-    "fsspec",
-    "s3fs",
-    "gcsfs",
-    "adlfs",
-    "azure",
-    "google",
-}
-_CLIENTS |= {"requests", "httpx", "huggingface_hub", "paramiko", "zipfile", "tarfile"}
-
-
-def _is_io(error: BaseException) -> bool:
-    """Whether an error is about reaching files; a fault of our own keeps its traceback."""
-    if (
-        isinstance(error, (OSError, ImportError))
-        or type(error).__module__.split(".")[0] in _CLIENTS
-    ):
-        return True
-    return is_garbled(error)

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from ...engine.remote import nearest
 from .documents import FILE, Columns, RowError, kind_of
-from .locations import CorpusError, Location, codec_of, is_garbled, nearest
+from .locations import CorpusError, Location, codec_of, is_garbled
 
 if TYPE_CHECKING:
     import pyarrow as pa

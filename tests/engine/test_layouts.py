@@ -155,7 +155,7 @@ def dense_weights(decoder: Decoder) -> list[torch.Tensor]:
     linears = [
         linear
         for layer in decoder._layers
-        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        for linear in (layer.qkv, layer.output, layer.feed_forward.up, layer.feed_forward.down)
     ]
     assert all(isinstance(linear, Dense) for linear in linears)
     return [linear.weight_NK for linear in linears]
@@ -258,7 +258,7 @@ def test_blocks_of_parts_that_are_not_whole_stay_apart(tmp_path: Path) -> None:
     layer = load(folder)._layers[0]
     assert isinstance(layer.qkv, Parts)
     assert len(layer.qkv.linears) == 3
-    assert isinstance(layer.gate_up, Emulated)
+    assert isinstance(layer.feed_forward.up, Emulated)
 
 
 def test_what_a_checkpoint_left_plain_stays_plain(tmp_path: Path) -> None:
@@ -282,6 +282,19 @@ def test_a_quantized_head_is_dequantized(tmp_path: Path) -> None:
     plain = save(make_model("Llama", small(vocab_size=136), seed=7), tmp_path / "plain")
     folder, meant = quantize_folder(plain, tmp_path / "quantized", quantizers.gptq(32), head=True)
     assert (logits(load(folder)) - reference(meant, "plain")).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("form", [None, "gptq_v2"])
+def test_gptq_keeps_zero_points_of_zero(form: str | None, llama: Path, tmp_path: Path) -> None:
+    """Rows without a negative weight have them, and the first format's borrow from the next row."""
+    plain = Path(shutil.copytree(llama, tmp_path / "plain"))
+    change(plain, lambda t: t[f"{DOWN}.weight"][::3].abs_())
+    quantizer = quantizers.gptq(32, sym=False, form=form)
+    folder, meant = quantize_folder(plain, tmp_path / "quantized", quantizer)
+    for ours, expected in zip(
+        dense_weights(load(folder, "none")), dense_weights(load(meant)), strict=True
+    ):
+        assert torch.equal(ours, expected)
 
 
 def test_a_quantized_cache_leaves_weights_plain() -> None:
@@ -517,7 +530,7 @@ def test_codes_of_four_bits_are_multiplied_exactly(
     for capability, made in ((None, Emulated), (HOPPER, Int4Codes)):
         decoder = load(folder, "int4_fp8_exact", capability=capability)
         layer = decoder._layers[0]
-        for linear in (layer.qkv, layer.output, layer.gate_up, layer.down):
+        for linear in (layer.qkv, layer.output, layer.feed_forward.up, layer.feed_forward.down):
             assert isinstance(linear, made if exact else Int4Groups)
         assert_rows_agree(logits(decoder), expected, activations)
 

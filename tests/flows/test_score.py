@@ -401,6 +401,25 @@ def test_memory_gives_the_same_bytes(score: Score, finished: Run, corpus: Path) 
     np.testing.assert_array_equal(run.logits(name), finished.logits(name))
 
 
+def test_a_model_on_s3_is_the_model(
+    score: Score,
+    corpus: Path,
+    demo_folder: Path,
+    s3: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Wherever it lies, the run's key is the same, and what was scored is not scored again."""
+    import s3fs
+
+    monkeypatch.setenv("LOGITMILL_CACHE", str(tmp_path / "cache"))
+    s3fs.S3FileSystem(endpoint_url=s3).put(f"{demo_folder}/", "bucket/model/", recursive=True)
+    run = score(corpus, model="s3://bucket/model/", endpoint_url=s3)
+    assert run.plan["model"]["name"] == "s3://bucket/model/"
+    assert len(list((tmp_path / "cache/models").glob("model-*/model.safetensors"))) == 1
+    assert score(corpus).uri == run.uri
+
+
 def test_s3_gives_the_same_bytes_and_tells_no_secret(
     score: Score,
     finished: Run,

@@ -1,0 +1,132 @@
+"""File systems by URI: opened, asked what a file is, and their errors said in one line.
+
+No message of this module holds a credential: neither what the options of a file system say nor
+what a URL carries in it. Callers put the field and the URI in front.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+from fsspec.core import url_to_fs
+
+_HUSHED = "***"
+# Packages whose exceptions are about reaching files.
+_CLIENTS = {
+    "botocore",
+    "aiobotocore",
+    "aiohttp",
+    "fsspec",
+    "s3fs",
+    "gcsfs",
+    "adlfs",
+    "azure",
+    "google",
+    "requests",
+    "httpx",
+    "huggingface_hub",
+    "paramiko",
+    "zipfile",
+    "tarfile",
+}
+
+
+class SchemeError(ValueError):
+    """No file system can be had for a URI's scheme."""
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What a file system says of a file without reading it."""
+
+    size: int | None
+    """Bytes; None where the server does not say."""
+    etag: str | None
+    """The object's ETag; None where the file system has none (local, memory)."""
+    stamp: str
+    """When it was last written, as the file system says it; "" where it does not."""
+
+
+def connect(uri: str, options: Mapping[str, Any]) -> tuple[Any, str]:
+    """The file system of a URI, and what it calls the place.
+
+    Raises:
+        SchemeError: if it is not known, or its package is not installed.
+        Exception: what the file system raises.
+    """
+    scheme = uri.split(":")[0]
+    try:
+        fs, path = url_to_fs(uri, **options)
+    except ImportError as error:
+        package = getattr(error.__cause__, "name", None) or error.name or "its package"
+        package = package.split(".")[0]
+        raise SchemeError(
+            f"{scheme}:// needs a package that is not installed: pip install {package}"
+        ) from None
+    except ValueError as error:
+        if not str(error).startswith("Protocol not known"):
+            raise
+        near = nearest(scheme, fsspec.available_protocols())
+        raise SchemeError(f"no file system is known for {scheme}://.{near}") from None
+    # A listing may be cached from before the files were written.
+    fs.invalidate_cache()
+    return fs, path
+
+
+def protocols(fs: Any) -> tuple[str, ...]:
+    """The schemes of a file system."""
+    return fs.protocol if isinstance(fs.protocol, tuple) else (fs.protocol,)
+
+
+def stat_of(info: Mapping[str, Any]) -> Stat:
+    """From what `fs.info` and listings say of a file."""
+    etag = next((value for key, value in info.items() if key.lower() == "etag" and value), None)
+    stamp = next((info[key] for key in ("mtime", "LastModified", "created") if info.get(key)), "")
+    return Stat(
+        size=info.get("size"),
+        etag=str(etag).strip('"') if etag else None,
+        stamp=str(stamp),
+    )
+
+
+def redact(text: str) -> str:
+    """`text` without the user:password and the ?query=... of the URLs in it."""
+    text = re.sub(r"://[^/@\s]+@", f"://{_HUSHED}@", text)
+    return re.sub(r"(https?://[^\s'\"?]*)\?[^\s'\"]+", rf"\1?{_HUSHED}", text)
+
+
+def scrub(error: BaseException, options: Mapping[str, Any]) -> str:
+    """One line for an error of a library, without anything from `options` or a URL."""
+    text = redact(" ".join(str(error).split()))
+    for secret in sorted(_strings(options), key=len, reverse=True):
+        text = text.replace(secret, _HUSHED)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def is_io(error: BaseException) -> bool:
+    """Whether an error is about reaching files; a fault of our own keeps its traceback."""
+    package = type(error).__module__.split(".")[0]
+    return isinstance(error, (OSError, ImportError)) or package in _CLIENTS
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """ " Did you mean 'x'?" where one of `names` is close to `name`, otherwise ""."""
+    close = difflib.get_close_matches(name, names, n=2, cutoff=0.6)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts in nested options that may be secrets; shorter ones would shred the message."""
+    if isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _strings(inner)
+    elif isinstance(value, (str, bytes)) and len(value) >= 4:
+        yield value.decode(errors="replace") if isinstance(value, bytes) else value
