@@ -26,6 +26,8 @@ from .blocks import LEAST, STANDARD, Blocks, agree, powers
 from .experts import SparseExperts
 from .formats import Linear
 from .latent import LatentProjection
+from .placement import Arrangement
+from .residency import Layers, bring
 from .spec import DecoderSpec, Rotary
 from .transfer import to_device
 
@@ -143,14 +145,16 @@ class Decoder:
         spec: DecoderSpec,
         *,
         embedding_VD: torch.Tensor,
-        layers: Sequence[LayerWeights],
+        layers: Layers[LayerWeights],
         positions_PD: torch.Tensor | None,
         final_norm: NormWeights,
         head: Linear,
-        block_rows: int,
+        arrangement: Arrangement | None,
     ) -> None:
-        """`block_rows` bounds the rows of a product; on a CPU they are always `LEAST`."""
+        """On a CPU there is nothing to arrange, and products are of `LEAST` rows."""
         self.spec = spec
+        self.arrangement = arrangement
+        """Where layers live, and how much runs at a time."""
         self.vocab_size = spec.vocab_size
         self.max_positions = spec.max_positions
         self.device = embedding_VD.device
@@ -167,8 +171,8 @@ class Decoder:
             if layer.rotary is not None and layer.rotary not in self._rotaries:
                 self._rotaries.append(layer.rotary)
         self._rates: dict[int, tuple[torch.Tensor, float]] = {}
-        if self.device.type == "cuda":
-            self.blocks = self._agree(_unlike(layers), block_rows)
+        if arrangement is not None:
+            self.blocks = self._agree(_unlike(layers.held), arrangement.block_rows)
 
     def hidden(self, ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Hidden states after the final norm, [T, D].
@@ -288,7 +292,8 @@ class Decoder:
     def _agree(
         self, linears: Sequence[tuple[Linear, int]], most_rows: int, standard: int = STANDARD
     ) -> Blocks:
-        products = [(partial(_multiply, linear), num_columns) for linear, num_columns in linears]
+        multiply = partial(_multiply, self.device)
+        products = [(partial(multiply, linear), num_columns) for linear, num_columns in linears]
         return agree(
             products, powers(most_rows), dtype=self.dtype, device=self.device, standard=standard
         )
@@ -348,5 +353,6 @@ def _unlike(layers: Sequence[LayerWeights]) -> list[tuple[Linear, int]]:
     return list(found.values())
 
 
-def _multiply(linear: Linear, x_MK: torch.Tensor) -> torch.Tensor:
-    return linear(quantize(x_MK, linear.layout))
+def _multiply(device: torch.device, linear: Linear, x_MK: torch.Tensor) -> torch.Tensor:
+    # What is streamed lies in host memory, and its turn in a slot is another one.
+    return bring(linear, device)(quantize(x_MK, linear.layout))

@@ -26,6 +26,8 @@ from .formats import Linear, Scheme, make_head, make_linear
 from .latent import LatentProjection
 from .layouts import Source, is_cache_scale
 from .mxfp4 import BLOCK, dequantize_mxfp4
+from .placement import Arrangement, Room, arrange
+from .residency import Layers, Resident, Streamed, count_bytes
 from .spec import DecoderSpec, Experts, FeedForward, Norm
 from .weights import Plain, Weight, join
 
@@ -45,24 +47,30 @@ def load_decoder(
     *,
     device: torch.device,
     dtype: torch.dtype,
-    block_rows: int,
+    room: Room | None,
     scheme: Scheme,
 ) -> Decoder:
     """Read a checkpoint onto `device`: linears as `scheme` says, everything else in `dtype`.
 
+    On a GPU `room` says what there is; layers that do not fit stay in host memory.
+
     Raises:
-        ValueError: naming the tensor that is missing, misshapen, not finite or left over.
+        ValueError: naming the tensor that is missing, misshapen, not finite or left over, or the
+            memory that is short.
     """
     spec = family.spec(checkpoint.config)
     reader = _Reader(checkpoint, family, spec, scheme, device, dtype)
     d = spec.hidden_size
-    layers = [reader.layer(i) for i in range(spec.num_layers)]
-    final_norm = reader.norm("final_norm", spec.norm, d, 0)
     embedding_VD = reader.table("embedding", spec.vocab_size, d)
     positions_PD = None
     if spec.positions is not None:
         positions_PD = reader.table("positions", spec.positions, d)
     head_VD = embedding_VD if spec.tied_head else reader.table("head", spec.vocab_size, d)
+    head = make_head(head_VD, scheme)
+    fixed_bytes = count_bytes((embedding_VD, positions_PD, head))
+    del head_VD
+    layers, arrangement = _read_layers(reader, spec, fixed_bytes, room, device, dtype)
+    final_norm = reader.norm("final_norm", spec.norm, d, 0)
     checkpoint.finish()
     if scheme.stored.groups and not reader.found_quantized:
         raise ValueError(
@@ -89,9 +97,38 @@ def load_decoder(
         positions_PD=positions_PD,
         layers=layers,
         final_norm=final_norm,
-        head=make_head(head_VD, scheme),
-        block_rows=block_rows,
+        head=head,
+        arrangement=arrangement,
     )
+
+
+def _read_layers(
+    reader: _Reader,
+    spec: DecoderSpec,
+    fixed_bytes: int,
+    room: Room | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Layers[LayerWeights], Arrangement | None]:
+    """All layers where they shall live, and how much may run at a time; a CPU has no choice."""
+    # One of each kind says what all will take.
+    first: dict[FeedForward | Experts, int] = {}
+    for i, layer in enumerate(spec.layers):
+        first.setdefault(layer.feed_forward, i)
+    read = {}
+    arrangement = None
+    if room is not None:
+        read = {i: reader.layer(i) for i in first.values()}
+        sizes = [count_bytes(read[first[layer.feed_forward]]) for layer in spec.layers]
+        arrangement = arrange(spec, sizes, fixed_bytes, room, width=dtype.itemsize)
+    layers: Layers[LayerWeights] = Resident(device)
+    if arrangement is not None and arrangement.placement.is_streamed:
+        layers = Streamed(
+            spec.num_layers, device=device, num_resident=arrangement.placement.num_resident
+        )
+    for i in range(spec.num_layers):
+        layers.add(read.pop(i) if i in read else reader.layer(i))
+    return layers, arrangement
 
 
 def _predicts_ahead(name: str, config: Mapping[str, Any]) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 
 from ..kernels.logits import MAX_K
 from . import metrics
+from .blocks import LEAST
 from .checkpoint import Checkpoint, find_model, read_config
 from .fallback import Fallback, read_sizes
 from .families import FAMILIES, NotNative, find_family
@@ -23,6 +25,7 @@ from .head import Columns, Head, Model
 from .layouts import read_stored
 from .loading import load_decoder
 from .packing import pack, rounds
+from .placement import RESIDENCIES, Room, free_device_memory, free_host_memory
 from .recipes import Recipe, find_recipe
 from .records import Document, DocumentScore
 from .runner import Request, Runner
@@ -30,11 +33,15 @@ from .scorer import BatchSink, LogitsSink, Scorer
 from .tokenization import Tokenizer
 from .transfer import Arrival, on
 
+log = logging.getLogger(__name__)
+
 BLOCK_ROWS = 32768
 """Most rows of a matrix product on a GPU."""
 # Tokens of a packed batch, and bytes that logits may take.
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
 _LOGITS_MEMORY = {"cpu": 256 << 20, "cuda": 2 << 30}
+# What of the free memory is counted on, and the part of it that logits may have where it is short.
+_FREE_SHARE, _LOGITS_SHARE = 0.95, 1 / 12
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,6 +64,11 @@ class EngineSettings:
     logits_memory: int | None = None
     """Bytes that logits and their scratch may take, whatever the length of a document; None is
     256 MB on a CPU and 2 GB on a GPU."""
+    device_memory: int | None = None
+    """Bytes of a GPU's memory that weights and batches may take; None is what is free."""
+    residency: str | None = None
+    """Where layers live: `device`, or `host` to stream them from there; None is `device` for as
+    many as fit."""
     trust_remote_code: bool = False
     """Whether a model folder's own Python code may be run."""
 
@@ -65,6 +77,32 @@ class EngineSettings:
             raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
         if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
             raise ValueError(f"max_batch_tokens: {self.max_batch_tokens} is not at least 1")
+        if self.residency not in (None, *RESIDENCIES):
+            raise ValueError(
+                f"residency: {self.residency!r} is not one of {', '.join(RESIDENCIES)}"
+            )
+
+    def resolve_room(self, vocab_size: int) -> Room | None:
+        """What there is for weights and batches; None on a CPU, where all is host memory."""
+        device = self.resolve_device()
+        if device.type == "cpu":
+            return None
+        device_bytes = self.device_memory or int(_FREE_SHARE * free_device_memory(device))
+        logits_bytes = self.logits_memory
+        if logits_bytes is None:
+            least = vocab_size * LEAST * 4
+            logits_bytes = max(
+                least, min(_LOGITS_MEMORY["cuda"], int(_LOGITS_SHARE * device_bytes))
+            )
+        return Room(
+            device_bytes=device_bytes,
+            host_bytes=int(_FREE_SHARE * free_host_memory()),
+            logits_bytes=logits_bytes,
+            batch_tokens=self.max_batch_tokens or _BATCH_TOKENS["cuda"],
+            block_rows=BLOCK_ROWS,
+            wanted=self.residency,
+            keeps_batch=self.max_batch_tokens is not None,
+        )
 
     def resolve_scheme(self, config: Mapping[str, Any]) -> Scheme:
         """What the checkpoint's linears run as on the device; ValueError if they cannot."""
@@ -105,12 +143,15 @@ def pipeline(
     fp8_head: bool = False,
     max_batch_tokens: int | None = None,
     logits_memory: int | None = None,
+    device_memory: int | None = None,
+    residency: str | None = None,
     trust_remote_code: bool = False,
 ) -> Pipeline:
     """Load a causal language model for scoring.
 
     Args:
-        model: a folder in Hugging Face layout (safetensors), or a Hub id.
+        model: a folder in Hugging Face layout (safetensors), its URI on any file system
+            (`s3://bucket/model/`), or a Hub id.
         revision: branch, tag or commit of a Hub id.
         device: `cpu`, `cuda`, `cuda:1`; the first GPU there is by default.
         dtype: `float32`, `bfloat16` or `float16`; by default float32 on a CPU, on a GPU what the
@@ -123,6 +164,11 @@ def pipeline(
         fp8_head: whether the head is multiplied in fp8 as well.
         max_batch_tokens: tokens of one packed batch. It decides speed and memory, not numbers.
         logits_memory: bytes that logits may take at a time, whatever a document's length.
+        device_memory: bytes of a GPU's memory that weights and batches may take; what is free by
+            default. Layers that do not fit are streamed from host memory, and batches get smaller
+            where even that takes too much. No number depends on it.
+        residency: where layers live: `device`, or `host` to stream all of them from there; by
+            default `device` for as many as fit.
         trust_remote_code: whether the model folder's own Python code may be run.
 
     Raises:
@@ -135,6 +181,8 @@ def pipeline(
         fp8_head=fp8_head,
         max_batch_tokens=max_batch_tokens,
         logits_memory=logits_memory,
+        device_memory=device_memory,
+        residency=residency,
         trust_remote_code=trust_remote_code,
     )
     return load_pipeline(find_model(str(model), revision=revision), settings)
@@ -219,20 +267,36 @@ def build_pipeline(
     Without a tokenizer it scores token ids alone.
     """
     dtype, device = settings.resolve_dtype(checkpoint.config), settings.resolve_device()
+    family = FAMILIES[checkpoint.config["architectures"][0]]
     with on(device):
+        room = settings.resolve_room(family.spec(checkpoint.config).vocab_size)
         model = load_decoder(
             checkpoint,
-            FAMILIES[checkpoint.config["architectures"][0]],
+            family,
             device=device,
             dtype=DTYPES[dtype],
-            block_rows=BLOCK_ROWS,
+            room=room,
             scheme=settings.resolve_scheme(checkpoint.config),
         )
-        return _wrap(model, settings, tokenizer, dtype)
+        if model.arrangement is None or room is None:
+            return _wrap(model, settings, tokenizer, dtype)
+        placement = model.arrangement.placement
+        if placement.is_streamed:
+            log.warning("%s", placement.describe())
+        settings = replace(
+            settings,
+            max_batch_tokens=model.arrangement.batch_tokens,
+            logits_memory=room.logits_bytes,
+        )
+        return _wrap(model, settings, tokenizer, dtype, placement.describe())
 
 
 def _wrap(
-    model: Model, settings: EngineSettings, tokenizer: Tokenizer | None, dtype: str
+    model: Model,
+    settings: EngineSettings,
+    tokenizer: Tokenizer | None,
+    dtype: str,
+    placement: str = "all layers resident",
 ) -> Pipeline:
     kind = settings.resolve_device().type
     return Pipeline(
@@ -241,6 +305,7 @@ def _wrap(
         dtype=dtype,
         max_batch_tokens=settings.max_batch_tokens or _BATCH_TOKENS[kind],
         logits_memory=settings.logits_memory or _LOGITS_MEMORY[kind],
+        placement=placement,
     )
 
 
@@ -255,7 +320,10 @@ class Pipeline:
         dtype: str,
         max_batch_tokens: int,
         logits_memory: int,
+        placement: str,
     ) -> None:
+        self.placement = placement
+        """Where layers live, for people."""
         self.dtype = dtype
         """What the layers compute in; log-probabilities are float32 whatever it is."""
         self.vocab_size = model.vocab_size

@@ -14,17 +14,16 @@ This knows nothing of what a layer is: any tree of tensors will do (`map_tensors
 from __future__ import annotations
 
 import copy
-import math
 import mmap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 
-NUM_SLOTS = 2
-"""Layers that have room on the device at a time: one in use, one on its way."""
+from .placement import NUM_SLOTS, show_gb, spread
+
 # Where tensors may start in a layer's bytes: what kernels and copy engines like, and a multiple of
 # every dtype's size.
 _ALIGNMENT = 256
@@ -365,20 +364,6 @@ class Streamed(Generic[_T]):
                 self._ring.release()
 
 
-def spread(num_layers: int, num_resident: int) -> list[bool]:
-    """Which layers are streamed when so many stay: every so many-th, and the last.
-
-    A copy starts when a slot is released. With the layers that stay side by side, slots would soon
-    be full and the copies stand still while those compute, and then have one layer each to hide
-    behind; evenly spread, each copy has its share of all layers.
-    """
-    num_streamed = num_layers - num_resident
-    return [
-        (i + 1) * num_streamed // num_layers > i * num_streamed // num_layers
-        for i in range(num_layers)
-    ]
-
-
 def _allocate(num_bytes: int, *, pinned: bool) -> torch.Tensor:
     """Host memory, uint8 [num_bytes].
 
@@ -393,8 +378,8 @@ def _allocate(num_bytes: int, *, pinned: bool) -> torch.Tensor:
     status = int(torch.cuda.cudart().cudaHostRegister(room.data_ptr(), len(room), 0))
     if status:
         raise MemoryError(
-            f"host memory: {_gb(len(room), up=True)} more cannot be pinned (CUDA error {status}); "
-            "free some, or stream fewer layers"
+            f"host memory: {show_gb(len(room), up=True)} more cannot be pinned (CUDA error "
+            f"{status}); free some, or stream fewer layers"
         )
     return room[:num_bytes]
 
@@ -404,162 +389,3 @@ def _unpin(sources: Sequence[torch.Tensor], device: torch.device) -> None:
     torch.cuda.synchronize(device)
     for source in sources:
         torch.cuda.cudart().cudaHostUnregister(source.data_ptr())
-
-
-# ---- choosing --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placement:
-    """Where layers live. Made by `place`."""
-
-    num_layers: int
-    num_resident: int
-    """Layers that stay on the device."""
-    resident_bytes: int
-    streamed_bytes: int
-    """Host memory that the other layers take."""
-    num_slots: int = 0
-    slot_bytes: int = 0
-    """Of each slot: the largest layer that is streamed."""
-    reason: str = ""
-    """Why not all layers stay."""
-
-    @property
-    def is_streamed(self) -> bool:
-        return self.num_resident < self.num_layers
-
-    def describe(self) -> str:
-        """One line for people.
-
-        "40 of 64 layers resident, 24 streamed from pinned host memory (23.4 GB), 2 slots of
-        0.98 GB: all would take 80.1 GB of 70.0 GB"
-        """
-        if not self.is_streamed:
-            return f"all {self.num_layers} layers resident ({_gb(self.resident_bytes)})"
-        num_streamed = self.num_layers - self.num_resident
-        return (
-            f"{self.num_resident} of {self.num_layers} layers resident, {num_streamed} streamed "
-            f"from pinned host memory ({_gb(self.streamed_bytes)}), {self.num_slots} slots of "
-            f"{_gb(self.slot_bytes)}: {self.reason}"
-        )
-
-
-def place(
-    layer_bytes: Sequence[int],
-    *,
-    fixed_bytes: int,
-    activation_bytes: int,
-    device_bytes: int,
-    host_bytes: int,
-    wanted: str | None = None,
-    num_slots: int = NUM_SLOTS,
-) -> Placement:
-    """Choose where layers live: on the device if they fit there, else as many as do.
-
-    Args:
-        layer_bytes: of each layer in order, from `count_bytes`.
-        fixed_bytes: what else stays on the device: embedding, head, norms.
-        activation_bytes: what the largest batch takes there, the logits' share included.
-        device_bytes: device memory that may be used.
-        host_bytes: host memory that may be pinned.
-        wanted: `device` keeps every layer there, `host` streams every layer and so takes the
-            least device memory; None chooses.
-        num_slots: layers that have room on the device at a time while others are streamed.
-
-    Raises:
-        ValueError: naming the field, the numbers and what would work.
-    """
-    if wanted not in (None, "device", "host"):
-        raise ValueError(f"residency: {wanted!r} is not one of device, host")
-    num_layers, total = len(layer_bytes), sum(layer_bytes)
-    room = device_bytes - fixed_bytes - activation_bytes
-    all_bytes = fixed_bytes + total + activation_bytes
-    if wanted != "host" and total <= room:
-        return Placement(
-            num_layers=num_layers,
-            num_resident=num_layers,
-            resident_bytes=total,
-            streamed_bytes=0,
-        )
-    if wanted == "device":
-        raise ValueError(
-            f"residency: 'device' takes {_gb(all_bytes, up=True)}, and device_memory is "
-            f"{_gb(device_bytes)}; leave it out to stream what does not fit from host memory"
-        )
-    reason = "as asked for"
-    if wanted is None:
-        reason = f"all would take {_gb(all_bytes, up=True)} of {_gb(device_bytes)}"
-    for num_resident in [0] if wanted == "host" else range(num_layers - 1, -1, -1):
-        is_streamed = spread(num_layers, num_resident)
-        streamed = [n for n, moves in zip(layer_bytes, is_streamed, strict=True) if moves]
-        placement = Placement(
-            num_layers=num_layers,
-            num_resident=num_resident,
-            resident_bytes=total - sum(streamed),
-            streamed_bytes=sum(streamed),
-            num_slots=num_slots,
-            slot_bytes=max(streamed),
-            reason=reason,
-        )
-        if placement.resident_bytes + num_slots * placement.slot_bytes <= room:
-            break
-    else:
-        raise ValueError(
-            _explain_device(layer_bytes, fixed_bytes, activation_bytes, device_bytes, num_slots)
-        )
-    if placement.streamed_bytes > host_bytes:
-        works = "use a smaller max_batch_tokens or"
-        if wanted == "host":
-            works = "leave residency out or use"
-        raise ValueError(
-            f"host_memory: {_gb(host_bytes)} is less than the "
-            f"{_gb(placement.streamed_bytes, up=True)} that {num_layers - placement.num_resident} "
-            f"streamed layers take; give more, {works} a quantization of fewer bits"
-        )
-    return placement
-
-
-def _explain_device(
-    layer_bytes: Sequence[int],
-    fixed_bytes: int,
-    activation_bytes: int,
-    device_bytes: int,
-    num_slots: int,
-) -> str:
-    slots_bytes = num_slots * max(layer_bytes)
-    needed = fixed_bytes + slots_bytes + activation_bytes
-    fits_without_batch = fixed_bytes + slots_bytes < device_bytes
-    works = "smaller max_batch_tokens" if fits_without_batch else "quantization of fewer bits"
-    return (
-        f"device_memory: {_gb(device_bytes)} is less than the {_gb(needed, up=True)} that "
-        f"{num_slots} layers at a time ({_gb(slots_bytes)}), what always stays "
-        f"({_gb(fixed_bytes)}) and a batch ({_gb(activation_bytes)}) take; give more or use a "
-        f"{works}"
-    )
-
-
-def tokens_to_hide(
-    *,
-    layer_bytes: int,
-    layer_flops_per_token: int,
-    copy_bytes_per_second: float,
-    flops_per_second: float,
-) -> int:
-    """Fewest tokens of a batch whose arithmetic takes as long as the copy of a layer.
-
-    tokens * layer_flops_per_token / flops_per_second >= layer_bytes / copy_bytes_per_second
-
-    With bfloat16 weights, a product takes 2 FLOP a token for 2 bytes: at 400 TFLOP/s and 53 GB/s
-    that is 7,548 tokens. Where one layer of n is streamed, an n-th of the tokens will do.
-    """
-    copy_seconds = layer_bytes / copy_bytes_per_second
-    return math.ceil(copy_seconds * flops_per_second / layer_flops_per_token)
-
-
-def _gb(num_bytes: int, *, up: bool = False) -> str:
-    """Gigabytes of 10^9 bytes, never rounded to where what does not fit would seem to."""
-    digits = 1 if num_bytes >= 10**9 else 2
-    unit = 10 ** (9 - digits)
-    count = -(-num_bytes // unit) if up else num_bytes // unit
-    return f"{count / 10**digits:.{digits}f} GB"

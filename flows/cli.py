@@ -87,6 +87,23 @@ _Dtype = Annotated[
     ),
 ]
 _Fp8Head = Annotated[bool, typer.Option("--fp8-head", help=_FP8_HEAD_HELP, rich_help_panel=_ENGINE)]
+_DeviceMemory = Annotated[
+    float | None,
+    typer.Option(
+        "--device-memory",
+        help="GB of the GPU that weights and batches may take; default what is free. Layers that "
+        "do not fit are streamed from host memory.",
+        rich_help_panel=_ENGINE,
+    ),
+]
+_Residency = Annotated[
+    str | None,
+    typer.Option(
+        help="Where layers live: device, or host to stream all of them from there; default device "
+        "for as many as fit.",
+        rich_help_panel=_ENGINE,
+    ),
+]
 _BatchTokens = Annotated[
     int | None, typer.Option(help="Tokens of a packed batch.", rich_help_panel=_ENGINE)
 ]
@@ -181,6 +198,8 @@ def score(
     ] = None,
     fp8_head: _Fp8Head = False,
     batch_tokens: _BatchTokens = None,
+    device_memory: _DeviceMemory = None,
+    residency: _Residency = None,
     logits_memory_mb: Annotated[
         int | None,
         typer.Option(
@@ -258,6 +277,8 @@ def score(
                 fp8_head=fp8_head,
                 max_batch_tokens=batch_tokens,
                 logits_memory=None if logits_memory_mb is None else logits_memory_mb << 20,
+                device_memory=_bytes(device_memory),
+                residency=residency,
                 trust_remote_code=trust_remote_code,
             ),
             logits_dtype=logits_dtype.value,
@@ -387,6 +408,8 @@ def bench(
     ] = None,
     fp8_head: _Fp8Head = False,
     batch_tokens: _BatchTokens = None,
+    device_memory: _DeviceMemory = None,
+    residency: _Residency = None,
     from_disk: Annotated[
         bool,
         typer.Option(
@@ -431,7 +454,12 @@ def bench(
         )
 
         settings = EngineSettings(
-            device=device, dtype=dtype, fp8_head=fp8_head, max_batch_tokens=batch_tokens
+            device=device,
+            dtype=dtype,
+            fp8_head=fp8_head,
+            max_batch_tokens=batch_tokens,
+            device_memory=_bytes(device_memory),
+            residency=residency,
         )
         request = Request(
             target=target,
@@ -559,6 +587,7 @@ _CALLED = {
     "tiers": "--keep",
     "shard_bytes": "--shard-mb",
     "max_batch_tokens": "--batch-tokens",
+    "device_memory": "--device-memory",
     "logits_memory": "--logits-memory-mb",
     "max_logits_bytes": "--max-logits-gb",
     "storage_options": "environment variables",
@@ -572,6 +601,7 @@ _COMPOUNDS = (
     *("text_column", "messages_column", "ids_column", "context_column", "id_column"),
     *("source_column", "language_column", "endpoint_url", "logits_dtype", "fp8_head"),
     *("trust_remote_code", "shard_bytes", "max_batch_tokens", "logits_memory"),
+    *("device_memory", "residency"),
     *("max_logits_bytes", "storage_options", "top_k", "from_disk"),
 )
 # A word is a field where it leads the message, stands alone in brackets or before a value; a
@@ -592,6 +622,10 @@ def _name_options(message: str) -> str:
 
     parts = re.split(r"('[^']*')", message)
     return "".join(part if i % 2 else _FIELD.sub(name, part) for i, part in enumerate(parts))
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * 1e9)
 
 
 def _say_plan(prepared: Prepared) -> None:

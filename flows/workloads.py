@@ -119,6 +119,54 @@ _QWEN_HALF_B = {
     "tie_word_embeddings": True,
     "torch_dtype": "bfloat16",
 }
+_QWEN_32B = {
+    **_QWEN_HALF_B,
+    "vocab_size": 152064,
+    "hidden_size": 5120,
+    "intermediate_size": 27648,
+    "num_hidden_layers": 64,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+_LLAMA_70B = {
+    **_LLAMA_8B,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+}
+_QWEN3_30B_A3B = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+_MIXTRAL_8X7B = {
+    **_LLAMA_8B,
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+    "rope_theta": 1000000.0,
+}
 _DEMO = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -156,6 +204,36 @@ WORKLOADS = {
             text="Qwen2.5-0.5B shape, 600 documents of 16 to 8,192 tokens, mean 740",
             config=_QWEN_HALF_B,
             lengths=_mixed(600, 6.2),
+        ),
+        Workload(
+            name="qwen32b-mixed",
+            text="Qwen2.5-32B shape, 120 documents of 16 to 8,192 tokens, mean 740",
+            config=_QWEN_32B,
+            lengths=_mixed(120, 6.2),
+        ),
+        Workload(
+            name="llama70b-mixed",
+            text="Llama-3.1-70B shape, 120 documents of 16 to 8,192 tokens, mean 740",
+            config=_LLAMA_70B,
+            lengths=_mixed(120, 6.2),
+        ),
+        Workload(
+            name="qwen3-30b-a3b-mixed",
+            text="Qwen3-30B-A3B shape, 8 of 128 experts a token, 600 documents, mean 740",
+            config=_QWEN3_30B_A3B,
+            lengths=_mixed(600, 6.2),
+        ),
+        Workload(
+            name="mixtral-mixed",
+            text="Mixtral-8x7B shape, 2 of 8 experts a token, 300 documents, mean 740",
+            config=_MIXTRAL_8X7B,
+            lengths=_mixed(300, 6.2),
+        ),
+        Workload(
+            name="llama8b-256k",
+            text="Llama-3.1-8B shape, one document of 262,144 tokens in one window",
+            config=_LLAMA_8B | {"max_position_embeddings": 262144},
+            lengths=(262144,),
         ),
         Workload(
             name="demo-mixed",

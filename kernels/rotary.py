@@ -20,9 +20,9 @@ def rotate(
     """Normalise every head, if there are norms, and turn it by the token's angles, in place.
 
     `heads` [T, H, D] holds `num_queries` query heads, then key heads; it may be a view with a row
-    stride of its own. Norms are RMSNorms of a head without bias. `cos` and `sin` float32 [T, R] hold the angles of the 2R <= D leading
-    dimensions: i is paired with i + R, and what lies beyond 2R is not turned. In float32, rounded
-    once.
+    stride of its own. Norms are RMSNorms of a head, without bias. `cos` and `sin` float32 [T, R]
+    hold the angles of the 2R <= D leading dimensions: i is paired with i + R, and what lies beyond
+    2R is not turned. In float32, rounded once.
     """
     if has_triton(heads_THD):
         from .gpu import rotary

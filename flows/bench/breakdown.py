@@ -22,7 +22,8 @@ _PARTS = [
     ("narrowing", r"^_narrow"),
     ("quantize", r"^_quantize"),
     ("expansion", r"^_expand"),
-    (PRODUCT, r"gemm|nvjet|cutlass|cublas|^_int8|^_fp8_blocks"),
+    ("routing", r"^_score|^_list_tiles|^_gather$|^_combine|[Ss]ort|[Ss]oft[Mm]ax|searchsorted"),
+    (PRODUCT, r"gemm|nvjet|cutlass|cublas|^_int8|^_fp8_blocks|^_multiply"),
     ("copies", r""),
 ]
 # Copies between host and device run beside the arithmetic.

@@ -158,6 +158,7 @@ def _measure_case(
         tokens=scored.tokens,
         batch_tokens=engine.batch_tokens,
         weights_bytes=engine.weights_bytes,
+        placement=engine.pipe.placement,
         start=start.moments if start else {},
         passes=[
             _describe(

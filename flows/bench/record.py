@@ -74,6 +74,8 @@ class Record:
     """Share of the time between the first and the last kernel in which one ran."""
     notes: Sequence[str] = ()
     """What was not measured, and why."""
+    placement: str = ""
+    """Where layers live."""
 
     def append(self, path: Path) -> None:
         """Add the record to a file of JSON lines."""
@@ -110,6 +112,8 @@ def show(record: Record) -> None:
     )
     weights = f"; weights {record.weights_bytes / 1e9:.2f} GB" if record.weights_bytes else ""
     say(f"{record.format}; batches of {record.batch_tokens:,} tokens{weights}")
+    if record.placement:
+        say(record.placement)
     if record.start:
         say("from process start: " + ", ".join(f"{k} {v:.1f} s" for k, v in record.start.items()))
     say()

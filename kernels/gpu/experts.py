@@ -229,11 +229,13 @@ def _multiply_tma(
 PLAIN_TMA = Tiles(128, 256, 64, warps=8, stages=4, tma=True)
 BYTES_TMA = Tiles(128, 256, 128, warps=8, stages=4, tma=True)
 BLOCKS_TMA = Tiles(128, 128, 128, warps=8, stages=4, tma=True)
-GROUPS_TMA = Tiles(128, 64, 128, warps=8, stages=4, tma=True)
+GROUPS_TMA = Tiles(64, 128, 128, warps=4, stages=4, tma=True)
 PLAIN = Tiles(128, 128, 64, warps=8, stages=3)
 BYTES = Tiles(128, 128, 128, warps=8, stages=3)
 GROUPS = Tiles(128, 64, 128, warps=8, stages=3)
 WIDE = Tiles(64, 64, 32, warps=4, stages=3)
+# Bytes of a row up to which a program had better begin its next tile while it ends one.
+_SHORT = 2048
 
 
 def choose_tiles(
@@ -253,6 +255,7 @@ def choose_tiles(
         tiles = PLAIN_TMA if has_tma else PLAIN
     else:
         tiles = BYTES_TMA if has_tma else BYTES
+    tiles = tiles._replace(persistent=tiles.tma and x.shape[1] * x.itemsize <= _SHORT)
     # Results of four bytes leave no registers for wide tiles.
     return tiles._replace(columns=128) if dtype == torch.float32 else tiles
 

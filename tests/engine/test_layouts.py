@@ -121,7 +121,7 @@ def load(
         FAMILIES[checkpoint.config["architectures"][0]],
         device=CPU,
         dtype=dtype,
-        block_rows=LEAST,
+        room=None,
         scheme=resolve_scheme(read_stored(checkpoint.config), wanted, capability),
     )
 
@@ -243,9 +243,9 @@ def test_internlm2_is_cut_whatever_packs_it(layout: str, head_dim: int, tmp_path
         assert torch.equal(logits(decoder), logits(load(meant)))
     elif layout == "fp8 blocks" and head_dim == 64:
         # Two heads share 128 rows of the packed tensor, so that rows of a part share no blocks.
-        assert isinstance(decoder._layers[0].qkv, Dense)
+        assert isinstance(decoder._layers.held[0].qkv, Dense)
     else:
-        qkv = decoder._layers[0].qkv
+        qkv = decoder._layers.held[0].qkv
         assert isinstance(qkv, Emulated)
         assert torch.equal(qkv.weight_NK, ours[0])
 
@@ -255,7 +255,7 @@ def test_blocks_of_parts_that_are_not_whole_stay_apart(tmp_path: Path) -> None:
     model = make_model("Llama", small(num_attention_heads=4, num_key_value_heads=1), seed=5)
     plain = save(model, tmp_path / "plain")
     folder, _ = quantize_folder(plain, tmp_path / "quantized", quantizers.fp8_blocks())
-    layer = load(folder)._layers[0]
+    layer = load(folder)._layers.held[0]
     assert isinstance(layer.qkv, Parts)
     assert len(layer.qkv.linears) == 3
     assert isinstance(layer.feed_forward.up, Emulated)
@@ -529,7 +529,7 @@ def test_codes_of_four_bits_are_multiplied_exactly(
     expected = reference(meant, activations)
     for capability, made in ((None, Emulated), (HOPPER, Int4Codes)):
         decoder = load(folder, "int4_fp8_exact", capability=capability)
-        layer = decoder._layers[0]
+        layer = decoder._layers.held[0]
         for linear in (layer.qkv, layer.output, layer.feed_forward.up, layer.feed_forward.down):
             assert isinstance(linear, made if exact else Int4Groups)
         assert_rows_agree(logits(decoder), expected, activations)

@@ -20,17 +20,14 @@ from hypothesis import strategies as st
 from logitmill.engine import formats
 from logitmill.engine.formats import Linear, make_head, make_linear, resolve_scheme
 from logitmill.engine.layouts import Stored, StoredGroup
+from logitmill.engine.placement import Placement, place, spread, tokens_to_hide
 from logitmill.engine.residency import (
     MakeLink,
-    Placement,
     Resident,
     Streamed,
     bring,
     count_bytes,
     map_tensors,
-    place,
-    spread,
-    tokens_to_hide,
 )
 from logitmill.engine.weights import Groups, Plain, Quantization, Weight, round_to
 from logitmill.kernels.linear import lay_out_group_scales

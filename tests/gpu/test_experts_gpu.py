@@ -94,7 +94,8 @@ def allowed(name: str, num_columns: int) -> tuple[float, float]:
         return BF16 + steps * FP8_SUM, 2 * steps * FP8_SUM
     if name in ("fp8_block", "int4_fp8_exact"):
         steps, num_groups = 128 / FP8_STEP, num_columns / 128
-        return BF16 + steps * FP8_SUM, num_groups**0.5 * steps * FP8_SUM
+        # A few columns are far larger than others, and so are the sums of their groups.
+        return BF16 + steps * FP8_SUM, 2 * num_groups**0.5 * steps * FP8_SUM
     return 1.01 * BF16, 1e-4
 
 

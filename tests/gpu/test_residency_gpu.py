@@ -26,6 +26,8 @@ pytestmark = [
 DEVICE = torch.device("cuda")
 WIDTH = 2048
 NUM_LAYERS = 9
+# What the allocator rounds up by.
+SLACK = 4 << 20
 
 Layer = tuple[Linear, Linear]
 
@@ -141,13 +143,13 @@ def test_the_device_holds_slots_and_what_stays_and_little_more() -> None:
         moving = [n for n, moves in zip(sizes, streamed.is_streamed, strict=True) if moves]
         room = 2 * max(moving) + sum(sizes) - sum(moving)
         assert room < sum(sizes)
-        assert free_memory() - before <= room + (1 << 20)
+        assert free_memory() - before <= room + SLACK
         for _ in range(3):
             run(streamed, 16)
         torch.cuda.synchronize()
-        assert torch.cuda.max_memory_allocated() - before <= room + scratch + (1 << 20)
+        assert torch.cuda.max_memory_allocated() - before <= room + scratch + SLACK
         del streamed
-        assert free_memory() - before <= 1 << 20
+        assert free_memory() - before <= SLACK
 
 
 SIZE = 256 << 20
