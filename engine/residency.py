@@ -42,29 +42,32 @@ def map_tensors(tree: _T, change: Callable[[torch.Tensor], torch.Tensor]) -> _T:
     are not made anew: what `__post_init__` checked holds, and what it computed is kept, with its
     tensors changed as well.
     """
-    changed: dict[int, torch.Tensor] = {}
+    return cast(_T, _walk(tree, change, {}))
 
-    def walk(node: Any) -> Any:
-        match node:
-            case torch.Tensor():
-                if id(node) not in changed:
-                    changed[id(node)] = change(node)
-                return changed[id(node)]
-            case tuple() if hasattr(node, "_fields"):
-                return type(node)(*map(walk, node))
-            case tuple() | list():
-                return type(node)(map(walk, node))
-            case dict():
-                return {key: walk(value) for key, value in node.items()}
-        if not is_dataclass(node) or isinstance(node, type):
-            return node
-        made = copy.copy(node)
-        # Cached properties are no fields, and with slots fields are not in a dictionary.
-        for name in {field.name for field in fields(node)} | {*getattr(node, "__dict__", ())}:
-            object.__setattr__(made, name, walk(getattr(node, name)))
-        return made
 
-    return cast(_T, walk(tree))
+def _walk(
+    node: Any, change: Callable[[torch.Tensor], torch.Tensor], changed: dict[int, torch.Tensor]
+) -> Any:
+    """One node of a tree; a function of its own, since one that calls itself from within another
+    would keep what was changed, gigabytes of it, until garbage is collected."""
+    match node:
+        case torch.Tensor():
+            if id(node) not in changed:
+                changed[id(node)] = change(node)
+            return changed[id(node)]
+        case tuple() if hasattr(node, "_fields"):
+            return type(node)(*(_walk(part, change, changed) for part in node))
+        case tuple() | list():
+            return type(node)(_walk(part, change, changed) for part in node)
+        case dict():
+            return {key: _walk(value, change, changed) for key, value in node.items()}
+    if not is_dataclass(node) or isinstance(node, type):
+        return node
+    made = copy.copy(node)
+    # Cached properties are no fields, and with slots fields are not in a dictionary.
+    for name in {field.name for field in fields(node)} | {*getattr(node, "__dict__", ())}:
+        object.__setattr__(made, name, _walk(getattr(node, name), change, changed))
+    return made
 
 
 def bring(tree: _T, device: torch.device) -> _T:

@@ -6,7 +6,9 @@ an order as a GPU might; `tests/gpu/test_residency_gpu.py` asks a GPU.
 
 from __future__ import annotations
 
+import gc
 import random
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
@@ -39,6 +41,20 @@ CPU = torch.device("cpu")
 HOPPER = (9, 0)
 
 # ---- trees -----------------------------------------------------------------------------------
+
+
+def test_a_tree_that_is_let_go_is_gone_at_once() -> None:
+    """Not only when garbage is collected: layers are gigabytes."""
+    tree = [torch.zeros(3), (torch.ones(2),)]
+    gc.disable()
+    try:
+        made = map_tensors(tree, lambda x: x + 1)
+        watched = [weakref.ref(made[0]), weakref.ref(tree[0])]
+        count_bytes(tree)
+        del made, tree
+        assert all(ref() is None for ref in watched)
+    finally:
+        gc.enable()
 
 
 class Pair(NamedTuple):
