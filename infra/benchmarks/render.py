@@ -156,10 +156,12 @@ def describe_fidelity(fidelity: Fidelity) -> str:
 
 
 def name_case(record: Record) -> str:
-    """What the linears are multiplied as, in a word or two."""
-    if record.case in ("stored", "none"):
-        return record.passes[0].unit
-    return record.case
+    """What the linears are multiplied as, in a word or two, and how many layers are streamed."""
+    case = record.passes[0].unit if record.case in ("stored", "none") else record.case
+    if "streamed" not in record.placement:
+        return case
+    resident, _, budget = record.placement.partition(", ")
+    return f"{case}, {resident.replace(' layers', '')} within {budget.rpartition(' of ')[2]}"
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

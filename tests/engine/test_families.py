@@ -659,6 +659,28 @@ def test_internlm2_is_the_llama_whose_tensors_it_packs(
     assert_agrees(folder, oracle=llama)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_internlm3_is_a_llama_with_biases_of_its_own(bias: bool, tmp_path: Path) -> None:
+    settings = shape(attention_bias=bias, mlp_bias=bias, **rope(rope_type="dynamic", factor=6.0))
+    llama = save(make_model("Llama", settings, seed=9), tmp_path / "llama")
+    config = json.loads((llama / "config.json").read_text())
+    for name in ("attention_bias", "mlp_bias", "rope_parameters"):
+        del config[name]
+    config |= {
+        "architectures": ["InternLM3ForCausalLM"],
+        "model_type": "internlm3",
+        "bias": bias,
+        "qkv_bias": bias,
+        "rope_scaling": {"factor": 6.0, "rope_type": "dynamic"},
+        "rope_theta": 10000,
+    }
+    folder = tmp_path / "internlm3"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").write_bytes((llama / "model.safetensors").read_bytes())
+    assert_agrees(folder, oracle=llama)
+
+
 # ---- settings the decoder does not have ------------------------------------------------------
 
 

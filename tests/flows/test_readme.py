@@ -79,3 +79,10 @@ def test_files_that_contributing_names_exist() -> None:
     assert named
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+def test_every_family_is_named() -> None:
+    from logitmill.engine.families import FAMILIES
+
+    missing = [architecture for architecture in FAMILIES if f"`{architecture}`" not in README]
+    assert not missing
