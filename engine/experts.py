@@ -107,25 +107,22 @@ class SparseExperts:
         rows = experts.gather(quantize(x_TD, self.gate_up.layout), order.tokens_R)
         gate_up_RF = self.gate_up(rows, order.offsets)
         del rows
-        mixed = activate(gate_up_RF, spec.expert, self.down.layout)
+        mixed = _gate(gate_up_RF, spec.expert, self.down.layout)
         del gate_up_RF
         y_RD = self.down(mixed, order.offsets)
         shared_TD = gate_T = None
         if self.shared is not None:
             assert spec.shared is not None
             gate_up, down = self.shared
-            mixed = activate(gate_up(quantize(x_TD, gate_up.layout)), spec.shared, down.layout)
+            mixed = _gate(gate_up(quantize(x_TD, gate_up.layout)), spec.shared, down.layout)
             shared_TD = down(mixed)
         if self.shared_gate_1D is not None:
             gate_T = experts.score(x_TD, self.shared_gate_1D)[:, 0].sigmoid()
         return experts.combine(y_RD, order.rows_TK, weights_TK, shared_TD, gate_T)
 
 
-def activate(gate_up_TF: torch.Tensor, spec: FeedForward, layout: Layout) -> Activations:
-    """The columns between two products as the second takes them."""
-    if spec.activation == "swiglu_clamped":
-        return experts.gate_clamped(gate_up_TF, layout)
-    return gate(gate_up_TF, spec.activation, layout, gated=spec.gated)
+def _gate(gate_up_TF: torch.Tensor, shape: FeedForward, layout: Layout) -> Activations:
+    return gate(gate_up_TF, shape.activation, layout, gated=shape.gated)
 
 
 # ---- formats ---------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..kernels.activations import SWIGLU_CLAMPED
 from .spec import (
     DecoderSpec,
     Experts,
@@ -652,7 +653,7 @@ def _gpt_oss(config: Mapping[str, Any]) -> DecoderSpec:
             bias=True,
         ),
         expert=FeedForward(
-            size=c.intermediate_size, activation="swiglu_clamped", up_bias=True, down_bias=True
+            size=c.intermediate_size, activation=SWIGLU_CLAMPED, up_bias=True, down_bias=True
         ),
     )
     return _spec(

@@ -97,7 +97,7 @@ class FeedForward:
     size: int
     """Columns in between."""
     activation: str = "silu"
-    """A name of `kernels.activations.ACTIVATIONS`."""
+    """A name of `kernels.activations.ACTIVATIONS`, or `SWIGLU_CLAMPED`."""
     gated: bool = True
     up_bias: bool = False
     down_bias: bool = False

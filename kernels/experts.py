@@ -17,10 +17,7 @@ import torch
 
 from . import linear
 from .choice import has_triton
-from .quantize import GROUP, Activations, Layout, dequantize, quantize
-
-SWIGLU_LIMIT = 7.0
-SWIGLU_ALPHA = 1.702
+from .quantize import GROUP, Activations, dequantize
 
 
 class Order(NamedTuple):
@@ -90,22 +87,6 @@ def combine(
         wide_TD = shared_TD.float()
         total_TD += wide_TD if gate_T is None else wide_TD * gate_T[:, None]
     return total_TD.to(y_RD.dtype)
-
-
-def gate_clamped(gate_up_TF: torch.Tensor, layout: Layout) -> Activations:
-    """gpt-oss's gated activation, (up + 1) * gate * sigmoid(1.702 gate); [T, F].
-
-    The gate is at most 7, and up within +-7. `gate_up` [T, 2F] holds both halves side by side. In
-    float32, rounded once.
-    """
-    if has_triton(gate_up_TF):
-        from .gpu import experts as gpu
-
-        return gpu.gate_clamped(gate_up_TF, layout)
-    first, up = gate_up_TF.float().chunk(2, dim=-1)
-    first, up = first.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-    mixed = (up + 1) * (first * torch.sigmoid(SWIGLU_ALPHA * first))
-    return quantize(mixed if layout != Layout.PLAIN else mixed.to(gate_up_TF.dtype), layout)
 
 
 # ---- products --------------------------------------------------------------------------------

@@ -6,14 +6,17 @@ import torch
 import triton
 import triton.language as tl
 
+from ..activations import SWIGLU_ALPHA, SWIGLU_CLAMPED, SWIGLU_LIMIT
 from ..quantize import Activations, Layout
 from .quantize import LAYOUTS, empty_activations, shape_program, store_rows
 
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4}
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, SWIGLU_CLAMPED: 5}
 _GELU = tl.constexpr(1)
 _GELU_TANH = tl.constexpr(2)
 _RELU = tl.constexpr(3)
 _RELU2 = tl.constexpr(4)
+_SWIGLU_CLAMPED = tl.constexpr(5)
+_LIMIT, _ALPHA = tl.constexpr(SWIGLU_LIMIT), tl.constexpr(SWIGLU_ALPHA)
 
 
 @triton.jit
@@ -50,9 +53,18 @@ def _gate(
     stride: tl.constexpr = 2 * num_columns if GATED else num_columns
     at = row[:, None].to(tl.int64) * stride + column[None, :]
     first = tl.load(gate_up + at, mask=seen, other=0.0).to(tl.float32)
-    y = _activate(first, ACTIVATION)
     if GATED:
-        y *= tl.load(gate_up + at + num_columns, mask=seen, other=0.0).to(tl.float32)
+        up = tl.load(gate_up + at + num_columns, mask=seen, other=0.0).to(tl.float32)
+        if ACTIVATION == _SWIGLU_CLAMPED:
+            # Comparisons leave NaN as it is.
+            first = tl.where(first > _LIMIT, _LIMIT, first)
+            up = tl.where(up > _LIMIT, _LIMIT, tl.where(up < -_LIMIT, -_LIMIT, up)) + 1.0
+            # Rows beyond the last one count for nothing in a row's largest number.
+            y = tl.where(seen, up * (first / (1.0 + tl.exp(first * -_ALPHA))), 0.0)
+        else:
+            y = _activate(first, ACTIVATION) * up
+    else:
+        y = _activate(first, ACTIVATION)
     store_rows(y, row, column, seen, values, scales, num_rows, num_columns, LAYOUT, ROWS, BLOCK)
 
 

@@ -1,7 +1,7 @@
 """Products of rows sorted by expert, and what moves the rows there and back.
 
 Legend: T tokens, k choices of a token, R = T * k rows sorted by expert, E experts, N outputs, K
-inputs, D hidden size, F columns between the two products.
+inputs, D hidden size.
 
 Each expert's rows are cut into tiles of their own, listed on the device. A tile's sums run over all
 of K in one order, so a row's bits come from that row and its expert's weight alone.
@@ -14,14 +14,10 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..experts import SWIGLU_ALPHA, SWIGLU_LIMIT
-from ..quantize import GROUP, Activations, Layout
+from ..quantize import GROUP, Activations
 from .linear import Tiles, _capability, _num_programs, _place
-from .quantize import LAYOUTS, empty_activations, shape_program, store_rows
 
 _GROUP = tl.constexpr(GROUP)
-_LIMIT = tl.constexpr(SWIGLU_LIMIT)
-_ALPHA = tl.constexpr(SWIGLU_ALPHA)
 # Which scales the operands have: none; one a row; those of `x` per 128 columns, with the weight's
 # one a block of 128 x 128 or one for each of its rows.
 _PLAIN, _ROWS, _BLOCKS, _GROUPS = (tl.constexpr(i) for i in range(4))
@@ -471,51 +467,6 @@ def combine(
         HAS_GATE=gate_T is not None,
         BLOCK=_MOVED,
         num_warps=4,
-        enable_fp_fusion=False,
-    )
-    return out
-
-
-@triton.jit(do_not_specialize=["num_rows"])
-def _gate_clamped(
-    gate_up,
-    values,
-    scales,
-    num_rows,
-    num_columns: tl.constexpr,
-    LAYOUT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, BLOCK)
-    seen = (row[:, None] < num_rows) & (column[None, :] < num_columns)
-    at = row[:, None].to(tl.int64) * (2 * num_columns) + column[None, :]
-    first = tl.load(gate_up + at, mask=seen, other=0.0).to(tl.float32)
-    up = tl.load(gate_up + at + num_columns, mask=seen, other=0.0).to(tl.float32)
-    # Comparisons leave NaN as it is.
-    first = tl.where(first > _LIMIT, _LIMIT, first)
-    up = tl.where(up > _LIMIT, _LIMIT, tl.where(up < -_LIMIT, -_LIMIT, up))
-    y = (up + 1.0) * (first / (1.0 + tl.exp(first * -_ALPHA)))
-    y = tl.where(seen, y, 0.0)
-    store_rows(y, row, column, seen, values, scales, num_rows, num_columns, LAYOUT, ROWS, BLOCK)
-
-
-def gate_clamped(gate_up_TF: torch.Tensor, layout: Layout) -> Activations:
-    """`kernels.experts.gate_clamped`; `gate_up` is contiguous."""
-    num_rows, num_columns = gate_up_TF.shape[0], gate_up_TF.shape[1] // 2
-    out = empty_activations(num_rows, num_columns, layout, gate_up_TF.dtype, gate_up_TF.device)
-    block, rows, warps = shape_program(num_columns)
-    _gate_clamped[(triton.cdiv(num_rows, rows),)](
-        gate_up_TF,
-        out.values_TK,
-        out.scales if out.scales is not None else gate_up_TF,
-        num_rows,
-        num_columns,
-        LAYOUT=LAYOUTS[layout],
-        ROWS=rows,
-        BLOCK=block,
-        num_warps=warps,
         enable_fp_fusion=False,
     )
     return out

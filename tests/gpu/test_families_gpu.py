@@ -16,7 +16,7 @@ from oracles import save
 
 sys.path.append(str(Path(__file__).parent.parent / "engine"))
 
-from test_families import CASES, make_model  # noqa: E402
+from test_families import CASES, make_model
 
 pytestmark = [
     pytest.mark.gpu,

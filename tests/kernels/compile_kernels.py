@@ -335,7 +335,10 @@ CASES = [
     _move_rows(scales=True),
     _combine(shared=False),
     _combine(shared=True),
-    *(_by_rows(experts._gate_clamped, {"gate_up": "*bf16"}, layout, 2944) for layout in Layout),
+    *(
+        _by_rows(activations._gate, {"gate_up": "*bf16"}, layout, 2944, GATED=True, ACTIVATION=5)
+        for layout in Layout
+    ),
     *(_by_rows(norms._add_norm, NORM, layout, 4096, **RMS) for layout in Layout),
     _by_rows(norms._add_norm, NORM, Layout.FP8_ROWS, 8192, **RMS),
     _by_rows(norms._add_norm, NORM, Layout.PLAIN, 8192, **LAYER),

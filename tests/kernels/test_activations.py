@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from by_rows import DTYPES, LAYOUTS, SHAPES, assert_near_activations, poison, takes
-from logitmill.kernels.activations import ACTIVATIONS, gate
+from logitmill.kernels.activations import ACTIVATIONS, SWIGLU_CLAMPED, gate
 from logitmill.kernels.quantize import Layout, dequantize
 
 gpu = pytest.importorskip("logitmill.kernels.gpu.activations")
@@ -110,3 +110,27 @@ def test_the_kernel_far_from_zero(device: torch.device, name: str) -> None:
     out = gpu.gate(x, name, Layout.PLAIN).values_TK.cpu()[0]
     expected = far.clamp_min(0.0) ** (2 if name == "relu2" else 1)
     torch.testing.assert_close(out, expected, atol=1e-30, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_kernel_gates_clamped(
+    device: torch.device, layout: Layout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gate_up = (6 * torch.randn(13, 2 * 384, generator=generator)).bfloat16()
+    gate_up[2] = 0
+    expected = gate(gate_up, SWIGLU_CLAMPED, layout)
+    poison(monkeypatch)
+    out = gpu.gate(gate_up.to(device), SWIGLU_CLAMPED, layout)
+    monkeypatch.undo()
+    assert_near_activations(out, expected, atol=1e-6)
+
+
+def test_a_clamped_gate_that_is_no_number_stays_none(device: torch.device) -> None:
+    gate_up = torch.ones(2, 256)
+    gate_up[0, 3] = gate_up[1, 128 + 3] = torch.nan
+    for made in (
+        gate(gate_up, SWIGLU_CLAMPED, Layout.PLAIN),
+        gpu.gate(gate_up.to(device), SWIGLU_CLAMPED, Layout.PLAIN),
+    ):
+        assert made.values_TK.isnan().cpu().nonzero().tolist() == [[0, 3], [1, 3]]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from by_rows import LAYOUTS, assert_near_activations, assert_same_bits, poison, takes
+from by_rows import LAYOUTS, assert_same_bits, poison, takes
 from logitmill.kernels import experts
 from logitmill.kernels.quantize import Activations, Layout, dequantize, quantize
 
@@ -369,27 +369,3 @@ def test_the_kernel_combines_to_the_same_bits(
         expected = experts.combine(y, rows, weights, *more)
         there = [None if part is None else part.to(device) for part in (y, rows, weights, *more)]
         assert_same_bits(gpu.combine(*there), expected)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_the_kernel_gates_clamped(
-    device: torch.device, layout: Layout, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    gate_up = (6 * torch.randn(13, 2 * 384, generator=generator)).bfloat16()
-    gate_up[2] = 0
-    expected = experts.gate_clamped(gate_up, layout)
-    poison(monkeypatch)
-    out = gpu.gate_clamped(gate_up.to(device), layout)
-    monkeypatch.undo()
-    assert_near_activations(out, expected, atol=1e-6)
-
-
-def test_a_gate_that_is_no_number_stays_none(device: torch.device) -> None:
-    gate_up = torch.ones(2, 256)
-    gate_up[0, 3] = gate_up[1, 128 + 3] = torch.nan
-    for made in (
-        experts.gate_clamped(gate_up, Layout.PLAIN),
-        gpu.gate_clamped(gate_up.to(device), Layout.PLAIN),
-    ):
-        assert made.values_TK.isnan().cpu().nonzero().tolist() == [[0, 3], [1, 3]]
