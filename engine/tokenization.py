@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -11,10 +12,17 @@ from typing import Any
 
 import numpy as np
 
-_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tiktoken.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 # Classes that a folder brings as Python code, though all they do is what its files say.
-_NEEDLESS_CODE = ("InternLM2Tokenizer", "InternLM2TokenizerFast")
+_NEEDLESS_CODE = ("InternLM2Tokenizer", "InternLM2TokenizerFast", "InternLM3Tokenizer")
 
 
 @dataclass(frozen=True)
@@ -32,9 +40,16 @@ class Encoding:
 class Tokenizer:
     """A model's tokenizer as scoring needs it: nothing added, special tokens in text as text."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(
+        self, tokenizer: Any, backend: Any = None, *, adds_bos: bool | None = None
+    ) -> None:
+        """Of transformers' `tokenizer`, which knows names and chat template.
+
+        `backend`, of the tokenizers library, makes the ids; where it is left out, the tokenizer's
+        own does. `adds_bos` left out is as the backend does it.
+        """
         self._hf = tokenizer
-        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._backend: Any = backend or getattr(tokenizer, "backend_tokenizer", None)
         if self._backend is None:
             raise ValueError(
                 f"tokenizer: {type(tokenizer).__name__} gives no offsets; "
@@ -43,13 +58,20 @@ class Tokenizer:
         # A stored tokenizer may carry the cut or the padding of whoever saved it.
         self._backend.no_truncation()
         self._backend.no_padding()
-        self.bos_id: int | None = tokenizer.bos_token_id
-        self.eos_id: int | None = tokenizer.eos_token_id
-        first = self._backend.encode("").ids[:1]
-        self.adds_bos = self.bos_id is not None and first == [self.bos_id]
+        self._mark_special()
+        opening = self._opening()
+        self.bos_id: int | None = self._id_of(tokenizer.bos_token)
+        self.eos_id: int | None = self._id_of(tokenizer.eos_token)
+        if self.bos_id is None and len(opening) == 1:
+            self.bos_id = opening[0]  # named or not, it is what texts begin with
+        if adds_bos is None:
+            adds_bos = opening[:1] == [self.bos_id]
+        self.adds_bos = adds_bos and self.bos_id is not None
         """Whether the tokenizer itself puts BOS in front."""
         self.has_template = bool(tokenizer.chat_template)
         """Whether chat messages can be rendered."""
+        # It adds nothing here, but it would trim spaces off the offsets.
+        self._backend.post_processor = None
         self._normalizer = self._backend.normalizer
         self._token_bytes = self._byte_lengths()
 
@@ -57,27 +79,30 @@ class Tokenizer:
     def load(cls, folder: Path, *, trust_remote_code: bool = False) -> Tokenizer | None:
         """The tokenizer of a model folder, None where there is none.
 
+        A tokenizer.json decides alone, then a sentencepiece tokenizer.model; code that a folder
+        brings is run for other files only.
+
         Raises:
-            ValueError: if there are tokenizer files that transformers cannot load.
+            ValueError: if there are tokenizer files that cannot be loaded.
         """
         if not any((folder / name).is_file() for name in _FILES):
             return None
-        has_json = (folder / "tokenizer.json").is_file()
-        has_model = (folder / "tokenizer.model").is_file()
-        if has_model and not has_json and not (find_spec("sentencepiece") and find_spec("google")):
-            raise ValueError(
-                f"tokenizer: {folder / 'tokenizer.model'} needs the sentencepiece library; "
-                "pip install 'logitmill[sentencepiece]'"
-            )
-        from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
         try:
-            config = _read_config(folder)
-            if config.get("tokenizer_class") in _NEEDLESS_CODE and not trust_remote_code:
-                if has_json:
-                    return cls(PreTrainedTokenizerFast.from_pretrained(folder))
-                if has_model:
-                    return cls(_from_sentencepiece(folder / "tokenizer.model", config))
+            config = _read_json(folder / "tokenizer_config.json")
+            if (folder / "tokenizer.json").is_file():
+                return _from_json(folder, config)
+            needs_code = (
+                "auto_map" in config and config.get("tokenizer_class") not in _NEEDLESS_CODE
+            )
+            if (folder / "tokenizer.model").is_file() and not needs_code:
+                return _from_sentencepiece(folder, config)
+            if (folder / "tiktoken.model").is_file():
+                raise ValueError(
+                    "tiktoken.model does not say how text is cut before it is merged, and the code "
+                    "beside it gives no offsets; a tokenizer.json is needed"
+                )
+            from transformers import AutoTokenizer
+
             return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
         except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
             raise ValueError(f"tokenizer: {folder} cannot be loaded: {error}") from error
@@ -109,6 +134,23 @@ class Tokenizer:
         except (TemplateError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"messages: the chat template refuses them: {error}") from None
 
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._backend.token_to_id(token)
+
+    def _mark_special(self) -> None:
+        """Make special what the folder names so, or it would be found in plain text."""
+        named = set(self._hf.all_special_tokens)
+        for token in self._backend.get_added_tokens_decoder().values():
+            if token.content in named and not token.special:
+                token.special = True
+                self._backend.add_special_tokens([token])
+
+    def _opening(self) -> list[int]:
+        """What the tokenizer puts in front of a text by itself."""
+        encoded = self._backend.encode("a")
+        added = encoded.special_tokens_mask
+        return encoded.ids[: added.index(0)] if 0 in added else []
+
     def _byte_lengths(self) -> np.ndarray | None:
         """Bytes of every token of a byte-level vocabulary, None for any other kind."""
         decoder = self._backend.decoder
@@ -134,42 +176,134 @@ class Tokenizer:
         return Encoding(ids, *_tile(text, num_bytes, encoded.offsets))
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
+def _read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def _from_sentencepiece(path: Path, config: Mapping[str, Any]) -> Any:
-    """A sentencepiece BPE model as a transformers tokenizer with offsets.
+def _from_json(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a tokenizer.json, with names and chat template from the files beside it.
 
-    `config` is tokenizer_config.json: its `added_tokens_decoder` names reserved pieces, and BOS
-    stands in front unless its `add_bos_token` is false.
+    The class that `config`, tokenizer_config.json, names is left alone: transformers 5 rebuilds
+    many from their vocabulary, with a pre-tokenizer and a normalizer of the class's own
+    (huggingface/transformers#45920).
     """
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2 as model_pb2
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, processors
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import __version__ as version
     from transformers import PreTrainedTokenizerFast
 
     try:
-        proto: Any = model_pb2.ModelProto.FromString(path.read_bytes())  # type: ignore[attr-defined]
-    except DecodeError as error:
-        raise ValueError(f"{path.name} is not a sentencepiece model: {error}") from None
-    if proto.trainer_spec.model_type != proto.trainer_spec.BPE:
-        raise ValueError(f"{path.name} is not a BPE model")
+        backend: Any = Backend.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # the library raises no class of its own
+        raise ValueError(f"tokenizer.json: tokenizers {version} cannot read it: {error}") from None
+    tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(folder)
+    if tokenizer.bos_token is None and tokenizer.eos_token is None:
+        # As in GPT-2's folder, whose config.json alone tells them, as ids.
+        model = _read_json(folder / "config.json")
+        for name in ("bos_token", "eos_token"):
+            if isinstance(model.get(f"{name}_id"), int):
+                setattr(tokenizer, name, backend.id_to_token(model[f"{name}_id"]))
+    return Tokenizer(tokenizer, backend, adds_bos=config.get("add_bos_token"))
+
+
+def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a sentencepiece tokenizer.model, BPE or unigram, whose ids it gives.
+
+    `config` is tokenizer_config.json: its `added_tokens_decoder` names reserved pieces and those
+    after the model's own, and BOS stands in front unless its `add_bos_token` is false.
+
+    Ids are sentencepiece's, but for two things: unigram segmentations of the very same score, and
+    marks that combine with a character that a precompiled normalization (NFKC) changes.
+    """
+    if not (find_spec("sentencepiece") and find_spec("google")):
+        raise ValueError(
+            "tokenizer.model needs the sentencepiece library; "
+            "pip install 'logitmill[sentencepiece]'"
+        )
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as model_pb2
+    from tokenizers import AddedToken, decoders
+    from tokenizers import Tokenizer as Backend
+    from transformers import PreTrainedTokenizerFast
+
+    data = (folder / "tokenizer.model").read_bytes()
+    try:
+        proto: Any = model_pb2.ModelProto.FromString(data)  # type: ignore[attr-defined]
+    except DecodeError:
+        proto = None
+    if proto is None or not proto.pieces:
+        raise ValueError(
+            "tokenizer.model is not a sentencepiece model; a tiktoken vocabulary of that name "
+            "needs a tokenizer.json beside it"
+        )
+    rules = proto.trainer_spec
+    if rules.model_type not in (rules.BPE, rules.UNIGRAM) or rules.treat_whitespace_as_suffix:
+        raise ValueError(
+            "tokenizer.model is neither BPE nor unigram with spaces in front of words; "
+            "a tokenizer.json is needed"
+        )
     added = {
         int(i): AddedToken(t["content"], special=t.get("special", False), normalized=False)
         for i, t in config.get("added_tokens_decoder", {}).items()
     }
     piece = proto.SentencePiece
+    symbols: list[str] = []
     for i, p in enumerate(proto.pieces):
         if p.type in (piece.CONTROL, piece.UNKNOWN):
             added.setdefault(i, AddedToken(p.piece, special=True, normalized=False))
+        elif i in added and added[i].content == p.piece and not added[i].special:
+            del added[i]  # as Gemma's runs of spaces, which the model finds better by itself
+        if p.type == piece.USER_DEFINED and i not in added and rules.model_type == rules.BPE:
+            symbols.append(p.piece)
     names = [added[i].content if i in added else p.piece for i, p in enumerate(proto.pieces)]
-    vocabulary = {name: i for i, name in enumerate(names)}
+    backend: Any = Backend(_model(proto, names, added))
+    backend.normalizer = _normalizer(proto, symbols)
+    backend.pre_tokenizer = _guard(proto, names, added)
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    backend.add_tokens([AddedToken(s, special=False, normalized=True) for s in symbols])
+    backend.add_tokens([added[i] for i in sorted(added)])
+    for i, token in added.items():
+        if backend.token_to_id(token.content) != i:
+            raise ValueError(
+                f"added_tokens_decoder: {token.content!r} cannot have id {i} after the "
+                f"{len(names)} pieces of tokenizer.model; a tokenizer.json is needed"
+            )
+    named = {
+        f"{name}_token": names[i]
+        for name in ("bos", "eos", "unk")
+        if (i := getattr(rules, f"{name}_id")) >= 0
+    }
+    for name in (*named, "pad_token"):
+        if name in config:
+            token = config[name]
+            named[name] = token["content"] if isinstance(token, Mapping) else token
+    template = folder / "chat_template.jinja"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        chat_template=template.read_text(encoding="utf-8")
+        if template.is_file()
+        else config.get("chat_template"),
+        **named,
+    )
+    return Tokenizer(tokenizer, backend, adds_bos=config.get("add_bos_token", True))
+
+
+def _model(proto: Any, names: Sequence[str], added: Mapping[int, Any]) -> Any:
+    """The model of the tokenizers library that segments as a sentencepiece model does."""
+    from tokenizers import models
+
+    rules, piece = proto.trainer_spec, proto.SentencePiece
+    if rules.model_type == rules.UNIGRAM:
+        # A user-defined symbol wins over anything trained, whatever score is stored.
+        scores = [-0.1 if p.type == piece.USER_DEFINED else p.score for p in proto.pieces]
+        return models.Unigram(
+            list(zip(names, scores, strict=True)), rules.unk_id, rules.byte_fallback
+        )
     mergeable = {
         p.piece: p.score
         for i, p in enumerate(proto.pieces)
-        if i not in added and p.type in (piece.NORMAL, piece.USER_DEFINED)
+        if i not in added and p.type == piece.NORMAL
     }
     # The best score merges first; which two pieces make it up decides nothing but the order.
     merges = [
@@ -178,15 +312,19 @@ def _from_sentencepiece(path: Path, config: Mapping[str, Any]) -> Any:
         for cut in range(1, len(name))
         if name[:cut] in mergeable and name[cut:] in mergeable
     ]
-    backend = Tokenizer(
-        models.BPE(
-            vocabulary,
-            [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
-            unk_token=names[proto.trainer_spec.unk_id],
-            fuse_unk=True,
-            byte_fallback=proto.trainer_spec.byte_fallback,
-        )
+    return models.BPE(
+        {name: i for i, name in enumerate(names)},
+        [pair for _, pair in sorted(merges, key=lambda merge: merge[0])],
+        unk_token=names[rules.unk_id],
+        fuse_unk=True,
+        byte_fallback=rules.byte_fallback,
     )
+
+
+def _normalizer(proto: Any, symbols: Sequence[str]) -> Any:
+    """What a sentencepiece model does to a text before it segments it."""
+    from tokenizers import Regex, normalizers
+
     rules = proto.normalizer_spec
     steps: list[Any] = []
     if rules.precompiled_charsmap:
@@ -196,27 +334,35 @@ def _from_sentencepiece(path: Path, config: Mapping[str, Any]) -> Any:
             normalizers.Replace(Regex(r"\A +| +\z"), ""),
             normalizers.Replace(Regex(" {2,}"), " "),
         ]
-    if rules.add_dummy_prefix:
-        steps.append(normalizers.Prepend("▁"))
     steps.append(normalizers.Replace(" ", "▁"))
-    backend.normalizer = normalizers.Sequence(steps)
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    backend.add_tokens([added[i] for i in sorted(added)])
-    named = {
-        name: config[name]["content"] if isinstance(config[name], Mapping) else config[name]
-        for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        if config.get(name)
-    }
-    bos = named.get("bos_token")
-    if bos is not None and config.get("add_bos_token", True):
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend, chat_template=config.get("chat_template"), **named
-    )
+    if rules.add_dummy_prefix and symbols:
+        # The library looks for a symbol as the normalizer leaves it, so it must leave symbols as
+        # they are; the price is the prefix of a text that is one symbol and nothing else.
+        alone = "|".join(re.escape(symbol) for symbol in symbols)
+        steps.append(normalizers.Replace(Regex(rf"\A(?!(?:{alone})\z)"), "▁"))
+    elif rules.add_dummy_prefix:
+        steps.append(normalizers.Prepend("▁"))
+    return normalizers.Sequence(steps)
+
+
+def _guard(proto: Any, names: Sequence[str], added: Mapping[int, Any]) -> Any:
+    """A cut inside every reserved name in a text, before its first word; None for BPE.
+
+    The unigram model of the tokenizers library takes any piece that it sees spelled out, `<s>` and
+    `<0x0A>` too; sentencepiece's and BPE do not.
+    """
+    from tokenizers import Regex, pre_tokenizers
+
+    if proto.trainer_spec.model_type != proto.trainer_spec.UNIGRAM:
+        return None
+    reserved = [
+        name
+        for i, (name, p) in enumerate(zip(names, proto.pieces, strict=True))
+        if i in added or p.type == proto.SentencePiece.BYTE
+    ]
+    halves = [re.fullmatch(r"(.\W*)(.*)", name, re.DOTALL) for name in reserved]
+    spelled = "|".join(f"{re.escape(h[1])}(?={re.escape(h[2])})" for h in halves if h and h[2])
+    return pre_tokenizers.Split(Regex(spelled), "merged_with_previous")
 
 
 def _tile(

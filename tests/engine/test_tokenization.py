@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from logitmill.engine import pipeline
+from logitmill.engine import Document, pipeline
+from logitmill.engine.intake import Intake, Work, prefix_token
+from logitmill.engine.recipes import find_recipe
 from logitmill.engine.tokenization import Encoding, Tokenizer
 from oracles import assert_spans_tile, byte_tokenizer, constant_model
 
@@ -342,3 +344,433 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     pipe = pipeline(constant_model(tmp_path, np.zeros(100), tokenizer=byte_tokenizer()))
     with pytest.raises(ValueError, match="model and tokenizer do not belong together"):
         list(pipe.score(["zzz"], prefix="none"))
+
+
+# ---- tokenizer.json, whatever class its folder names ------------------------------------------
+
+
+def byte_level(pre_tokenizer: Any = None, normalizer: Any = None, *, opening: str = "") -> Any:
+    """A small byte-level BPE: GPT-2's, or Llama 3's, Qwen's, SmolLM's by its pre-tokenizer."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Backend(models.BPE())
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre_tokenizer is None)
+    steps = [bytes_] if pre_tokenizer is None else [pre_tokenizer, bytes_]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    backend.normalizer = normalizer
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<s>", "</s>", "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*CORPUS, *["2023 and 650841823, we'll see"] * 5], trainer)
+    after: list[Any] = [processors.ByteLevel(trim_offsets=True)]
+    if opening:
+        ids = [(opening, backend.token_to_id(opening))]
+        after.append(processors.TemplateProcessing(single=f"{opening} $A", special_tokens=ids))
+    backend.post_processor = processors.Sequence(after)
+    return backend
+
+
+def spelled_spaces(normalizer: Any, *, opening: str = "<s>") -> Any:
+    """A small BPE with bytes for what it does not know: Llama 2's and Gemma's kind."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, processors, trainers
+
+    backend = Backend(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    backend.normalizer = normalizer
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=450, special_tokens=names, show_progress=False)
+    backend.train_from_iterator(CORPUS, trainer)
+    # The trainer makes every name special; bytes are ordinary pieces.
+    state = json.loads(backend.to_str())
+    state["added_tokens"] = state["added_tokens"][:3]
+    backend = Backend.from_str(json.dumps(state))
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    if opening:
+        ids = [(opening, backend.token_to_id(opening))]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{opening} $A", special_tokens=ids
+        )
+    return backend
+
+
+def make_kind(kind: str) -> Any:
+    from tokenizers import Regex, normalizers, pre_tokenizers
+
+    words = Regex(r"\p{N}{1,3}| ?\p{L}+|[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    match kind:
+        case "gpt2":
+            return byte_level()
+        case "llama3":
+            return byte_level(pre_tokenizers.Split(words, "isolated"), opening="<s>")
+        case "smollm":
+            digits = pre_tokenizers.Digits(individual_digits=True)
+            return byte_level(pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(False)]))
+        case "qwen":
+            return byte_level(pre_tokenizers.Split(words, "isolated"), normalizers.NFC())
+        case "lowercase":
+            return byte_level(None, normalizers.Sequence([normalizers.Lowercase()]))
+        case "llama2":
+            both = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+            return spelled_spaces(normalizers.Sequence(both))
+        case _:
+            return spelled_spaces(normalizers.Replace(" ", "▁"))
+
+
+KINDS = ("gpt2", "llama3", "smollm", "qwen", "lowercase", "llama2", "gemma")
+CLASSES = (
+    None,
+    "LlamaTokenizer",
+    "LlamaTokenizerFast",
+    "GemmaTokenizer",
+    "Qwen2Tokenizer",
+    "GPT2Tokenizer",
+    "GPTNeoXTokenizerFast",
+    "CohereTokenizer",
+    "PreTrainedTokenizerFast",
+    "TokenizersBackend",
+    "OwnTokenizer",
+)
+
+
+def write_folder(folder: Path, backend: Any, model_type: str = "llama", **config: Any) -> Path:
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kinds() -> dict[str, Any]:
+    return {kind: make_kind(kind) for kind in KINDS}
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_ids_are_those_of_tokenizer_json_whatever_class_is_named(
+    kinds: dict[str, Any], tmp_path: Path, kind: str, class_name: str | None
+) -> None:
+    """transformers 5 rebuilds some classes from their vocabulary (transformers#45920, #45488)."""
+    from tokenizers import Tokenizer as Backend
+
+    named = {} if class_name is None else {"tokenizer_class": class_name}
+    tokenizer = load(write_folder(tmp_path, kinds[kind], bos_token="<s>", **named))
+    file = Backend.from_file(str(tmp_path / "tokenizer.json"))
+    file.encode_special_tokens = True
+    for text in [*CORPUS[:5], *TEXTS, "2023 and 650841823, we'll see", " a  b\n\n c"]:
+        encoding = assert_tiles(tokenizer, text)
+        assert encoding.ids.tolist() == file.encode(text, add_special_tokens=False).ids
+    assert tokenizer.bos_id == file.token_to_id("<s>")
+    assert tokenizer.adds_bos == (kind in ("llama3", "llama2", "gemma"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_specials_are_text_unless_parsed(kinds: dict[str, Any], tmp_path: Path, kind: str) -> None:
+    tokenizer = load(write_folder(tmp_path, kinds[kind], bos_token="<s>", eos_token="</s>"))
+    specials = {tokenizer.bos_id, tokenizer.eos_id}
+    assert None not in specials
+    for text in ("<s>", "<s>the fox</s>", "a <s> b </s>", "漢<s>字"):
+        assert not specials & set(assert_tiles(tokenizer, text).ids.tolist())
+        parsed = encode(tokenizer, text, parse_special=True)
+        assert specials & set(parsed.ids.tolist())
+        assert_spans_tile(text, parsed.byte_start.tolist(), parsed.byte_end.tolist())
+
+
+def test_a_named_special_token_is_special_even_where_tokenizer_json_forgot(
+    tmp_path: Path,
+) -> None:
+    from tokenizers import Tokenizer as Backend
+
+    state = json.loads(make_kind("gpt2").to_str())
+    for token in state["added_tokens"]:
+        token["special"] = False
+    backend = Backend.from_str(json.dumps(state))
+    tokenizer = load(write_folder(tmp_path, backend, bos_token="<s>", eos_token="</s>"))
+    assert not {tokenizer.bos_id, tokenizer.eos_id} & set(encode(tokenizer, "<s></s>").ids.tolist())
+    assert encode(tokenizer, "<s>", parse_special=True).ids.tolist() == [tokenizer.bos_id]
+
+
+def test_code_is_not_needed_beside_a_tokenizer_json(tmp_path: Path) -> None:
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", "own.OwnFast"]}}
+    write_folder(tmp_path, make_kind("qwen"), **own)
+    (tmp_path / "own.py").write_text("raise SystemExit('was run')")
+    for trust in (False, True):
+        tokenizer = Tokenizer.load(tmp_path, trust_remote_code=trust)
+        assert tokenizer is not None
+        assert_tiles(tokenizer, "the fox")
+
+
+def test_gpt2_names_its_tokens_in_the_models_config(tmp_path: Path) -> None:
+    """Its tokenizer_config.json holds a length and nothing else."""
+    write_folder(tmp_path, make_kind("gpt2"), model_max_length=1024)
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gpt2", "bos_token_id": 0, "eos_token_id": 0})
+    )
+    tokenizer = load(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (0, 0, False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "bos_id", "adds_bos"),
+    [
+        ("llama3", {"bos_token": "<s>"}, 1, True),
+        ("llama3", {"bos_token": "<s>", "add_bos_token": False}, 1, False),
+        ("llama3", {"bos_token": None}, 1, True),
+        ("gpt2", {"bos_token": "<s>", "add_bos_token": True}, 1, True),
+        ("gpt2", {"bos_token": None, "add_bos_token": True}, None, False),
+        ("gpt2", {"bos_token": None}, None, False),
+        ("gpt2", {"bos_token": "<absent>"}, None, False),
+    ],
+)
+def test_bos_and_the_prefix_are_as_the_folder_says(
+    kinds: dict[str, Any],
+    tmp_path: Path,
+    kind: str,
+    config: dict[str, Any],
+    bos_id: int | None,
+    adds_bos: bool,
+) -> None:
+    tokenizer = load(write_folder(tmp_path, kinds[kind], eos_token="</s>", **config))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (bos_id, 2)
+    assert tokenizer.adds_bos == adds_bos
+    assert prefix_token(find_recipe("rolling"), tokenizer) == (2 if bos_id is None else bos_id)
+    assert prefix_token(find_recipe("disjoint"), tokenizer) == (bos_id if adds_bos else None)
+
+
+def test_two_tokens_in_front_are_no_bos(tmp_path: Path) -> None:
+    """GLM-4 begins with [gMASK]<sop>, more than a prefix token can say."""
+    from tokenizers import processors
+
+    backend = make_kind("gpt2")
+    pair = [("<s>", 1), ("<unk>", 3)]
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> <unk> $A", special_tokens=pair
+    )
+    tokenizer = load(write_folder(tmp_path, backend, eos_token="</s>"))
+    assert (tokenizer.bos_id, tokenizer.adds_bos) == (None, False)
+    assert not {1, 3} & set(encode(tokenizer, "the fox").ids.tolist())
+
+
+def test_a_vocabulary_and_merges_alone_are_gpt2s(kinds: dict[str, Any], tmp_path: Path) -> None:
+    kinds["gpt2"].model.save(str(tmp_path))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    tokenizer = load(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (0, 0, False)
+    for text in [*CORPUS[:5], *TEXTS[:6]]:
+        expected = kinds["gpt2"].encode(text, add_special_tokens=False).ids
+        assert assert_tiles(tokenizer, text).ids.tolist() == expected
+
+
+def test_a_token_put_behind_is_no_bos(tmp_path: Path) -> None:
+    """Qwen3's embedders end in the token that others begin with."""
+    from tokenizers import processors
+
+    backend = make_kind("gpt2")
+    end = "<|endoftext|>"
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"$A {end}", special_tokens=[(end, 0)]
+    )
+    tokenizer = load(write_folder(tmp_path, backend, bos_token=end, eos_token=end))
+    assert (tokenizer.bos_id, tokenizer.adds_bos) == (0, False)
+
+
+@pytest.mark.parametrize("kind", ["llama3", "llama2", "gemma", "gpt2"])
+@pytest.mark.parametrize("writes_bos", [True, False])
+def test_a_scored_chat_has_one_bos(
+    kinds: dict[str, Any], tmp_path: Path, kind: str, writes_bos: bool
+) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    write_folder(
+        constant_model(tmp_path, np.zeros(500)),
+        kinds[kind],
+        bos_token="<s>",
+        eos_token="</s>",
+        chat_template=("{{ bos_token }}" if writes_bos else "") + template,
+    )
+    tokenizer = load(tmp_path)
+    intake = Intake(find_recipe("rolling").resolve(64), tokenizer, vocab_size=500)
+    messages = [{"role": "user", "content": "the quick fox"}]
+    (work,) = intake.take([Document(doc_id="chat", messages=messages)])
+    assert isinstance(work, Work)
+    assert work.sequence.tolist().count(tokenizer.bos_id) == 1
+    assert work.sequence[0] == tokenizer.bos_id
+    (text,) = intake.take([Document(doc_id="text", text="<s>the fox")])
+    assert isinstance(text, Work)
+    assert text.sequence.tolist().count(tokenizer.bos_id) == 1
+
+
+def test_a_changed_text_leaves_a_space_with_the_word_that_holds_it(tmp_path: Path) -> None:
+    """ByteLevel's post-processor trims spaces off the offsets."""
+    tokenizer = load(write_folder(tmp_path, make_kind("qwen")))
+    text = "cafe\u0301 the fox"
+    encoding = assert_tiles(tokenizer, text)
+    data = text.encode()
+    spans = zip(encoding.byte_start.tolist(), encoding.byte_end.tolist(), strict=True)
+    assert b" the" in [data[a:b] for a, b in spans]
+
+
+def test_a_tokenizer_json_of_an_unknown_kind_is_named(tmp_path: Path) -> None:
+    state = json.loads(make_kind("gpt2").to_str())
+    state["model"]["type"] = "Unheard"
+    write_folder(tmp_path, make_kind("gpt2"))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match=r"cannot be loaded: tokenizer\.json: tokenizers"):
+        Tokenizer.load(tmp_path)
+
+
+# ---- a tokenizer.model and nothing else -------------------------------------------------------
+
+SYMBOLS = ["▁▁", "▁▁▁", "▁▁▁▁", "\n\n", "<table>", "<start_of_turn>"]
+MODELS: dict[str, dict[str, Any]] = {
+    "llama2": {"model_type": "bpe", "byte_fallback": True},
+    "gemma": {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "add_dummy_prefix": False,
+        "user_defined_symbols": SYMBOLS,
+    },
+    "symbols after a prefix": {
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "user_defined_symbols": SYMBOLS,
+    },
+    "unigram": {"model_type": "unigram", "byte_fallback": True},
+    "unigram with symbols": {
+        "model_type": "unigram",
+        "byte_fallback": True,
+        "add_dummy_prefix": False,
+        "user_defined_symbols": SYMBOLS,
+    },
+    "t5": {
+        "model_type": "unigram",
+        "normalization_rule_name": "nmt_nfkc",
+        "remove_extra_whitespaces": True,
+    },
+    "nfkc": {"model_type": "bpe", "normalization_rule_name": "nfkc"},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def model_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder = tmp_path_factory.mktemp("model")
+    settings = {
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+        "allow_whitespace_only_pieces": True,
+        **MODELS[request.param],
+    }
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(CORPUS),
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=420 if settings.get("byte_fallback") else 120,
+        hard_vocab_limit=False,
+        minloglevel=2,
+        **settings,
+    )
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}))
+    return folder
+
+
+HARD = ["the<table>fox", "<table> ", "a\n\n\nb", "     x", "<s>the</s>", "<0x0A>", "▁a▁▁b", "ﬁ Å ①"]
+
+
+@pytest.mark.parametrize("text", [*CORPUS[:5], *TEXTS, *HARD, "  two  gaps  "])
+def test_ids_of_a_tokenizer_model_are_sentencepieces_own(model_folder: Path, text: str) -> None:
+    import sentencepiece
+
+    reference = sentencepiece.SentencePieceProcessor(
+        model_file=str(model_folder / "tokenizer.model")
+    )
+    encoding = encode(load(model_folder), text)
+    assert encoding.ids.tolist() == reference.encode(text)
+    assert_spans_tile(text, encoding.byte_start.tolist(), encoding.byte_end.tolist())
+
+
+def test_ids_of_a_tokenizer_model_for_any_text(model_folder: Path) -> None:
+    import sentencepiece
+
+    reference = sentencepiece.SentencePieceProcessor(
+        model_file=str(model_folder / "tokenizer.model")
+    )
+    tokenizer = load(model_folder)
+    words = st.sampled_from([*"abcdefthe quick 漢é😀\n\t\u0301", "  ", "<table>", "the ", "<s>"])
+
+    @given(st.lists(words, min_size=1, max_size=40).map("".join))
+    def agrees(text: str) -> None:
+        if text.replace(" ", "▁") not in SYMBOLS:  # alone, it goes without a dummy prefix
+            assert encode(tokenizer, text).ids.tolist() == reference.encode(text)
+
+    agrees()
+
+
+def test_a_tokenizer_model_names_its_own_bos(model_folder: Path) -> None:
+    tokenizer = load(model_folder)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, 2, True)
+    assert encode(tokenizer, "<s>", parse_special=True).ids.tolist() == [1]
+
+
+def test_pieces_that_the_folder_lists_again_stay_pieces(model_folder: Path, tmp_path: Path) -> None:
+    """Gemma's tokenizer_config.json lists its runs of spaces, as no text spells them."""
+    import sentencepiece
+
+    shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    pieces = [reference.id_to_piece(i) for i in range(reference.get_piece_size())]
+    listed = {str(i): {"content": p} for i, p in enumerate(pieces) if set(p) <= {"▁", "\n"}}
+    config = {"tokenizer_class": "GemmaTokenizer", "added_tokens_decoder": listed}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load(tmp_path)
+    for text in ("a  b", "     x", "a\n\n\nb    ", "▁▁ x"):
+        assert assert_tiles(tokenizer, text).ids.tolist() == reference.encode(text)
+
+
+def test_a_template_and_tokens_beside_a_tokenizer_model(model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path, dirs_exist_ok=True)
+    config: dict[str, Any] = {
+        "tokenizer_class": "InternLM3Tokenizer",
+        "auto_map": {"AutoTokenizer": ["own.InternLM3Tokenizer", None]},
+        "add_bos_token": False,
+        "eos_token": {"content": "<|end|>"},
+    }
+    (tmp_path / "own.py").write_text("raise SystemExit('was run')")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] + eos_token }}")
+    num_pieces = load(model_folder)._backend.get_vocab_size()
+    token = {"content": "<|end|>", "special": True}
+    for at in (num_pieces, num_pieces + 1):
+        config["added_tokens_decoder"] = {str(at): token}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        if at > num_pieces:
+            with pytest.raises(ValueError, match=rf"'<\|end\|>' cannot have id {at} after the"):
+                Tokenizer.load(tmp_path)
+            continue
+        tokenizer = load(tmp_path)
+        assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (1, at, False)
+        text = tokenizer.render([{"role": "user", "content": "the fox"}])
+        assert text == "the fox<|end|>"
+        assert encode(tokenizer, text, parse_special=True).ids.tolist()[-1] == at
+        assert at not in encode(tokenizer, text).ids.tolist()
+
+
+@pytest.mark.parametrize("name", ["tiktoken.model", "tokenizer.model"])
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_a_tiktoken_vocabulary_asks_for_a_tokenizer_json(
+    tmp_path: Path, name: str, model_type: str
+) -> None:
+    """Kimi's and Llama 3's own files. What text is cut into first stands in code alone."""
+    (tmp_path / name).write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    if name == "tiktoken.model":
+        own = {"auto_map": {"AutoTokenizer": ["own.TikTokenTokenizer", None]}}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+        (tmp_path / "own.py").write_text("raise SystemExit('was run')")
+    for trust in (False, True):
+        with pytest.raises(ValueError, match=r"needs? a tokenizer\.json|tokenizer\.json is needed"):
+            Tokenizer.load(tmp_path, trust_remote_code=trust)
