@@ -19,6 +19,7 @@ import torch
 
 from ..kernels import experts, linear
 from ..kernels.activations import gate
+from ..kernels.elementwise import apply
 from ..kernels.linear import Int4
 from ..kernels.quantize import Activations, Layout, dequantize, quantize
 from .formats import Linear, Scheme, fp8_scale, held_as
@@ -50,7 +51,7 @@ def route(
     if router.scores == "softmax":
         scores_TE = scores_TE.softmax(-1)
     elif router.scores == "sigmoid":
-        scores_TE = scores_TE.sigmoid()
+        scores_TE = apply(torch.sigmoid, scores_TE)
     chosen_by_TE = scores_TE if correction_E is None else scores_TE + correction_E.float()
     if router.top_groups < router.num_groups:
         chosen_by_TE = _of_best_groups(chosen_by_TE, router)
@@ -117,7 +118,7 @@ class SparseExperts:
             mixed = _gate(gate_up(quantize(x_TD, gate_up.layout)), spec.shared, down.layout)
             shared_TD = down(mixed)
         if self.shared_gate_1D is not None:
-            gate_T = experts.score(x_TD, self.shared_gate_1D)[:, 0].sigmoid()
+            gate_T = apply(torch.sigmoid, experts.score(x_TD, self.shared_gate_1D))[:, 0]
         return experts.combine(y_RD, order.rows_TK, weights_TK, shared_TD, gate_T)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..kernels.activations import SWIGLU_CLAMPED
+from ..kernels.activations import SWIGLU_CLAMPED, SWIGLU_LIMIT
 from .spec import (
     DecoderSpec,
     Experts,
@@ -21,13 +21,10 @@ from .spec import (
     Latent,
     Layer,
     Norm,
+    NotNative,
     Rotary,
     Router,
 )
-
-
-class NotNative(ValueError):
-    """A setting that the decoder does not have: transformers has to run the model."""
 
 
 @dataclass(frozen=True)
@@ -233,12 +230,28 @@ _ACTIVATIONS = {
 }
 
 
+_COUNTS = (
+    *("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "n_embd", "n_layer", "n_head", "num_kv_heads"),
+)
+
+
 def _read(config: Mapping[str, Any], model_type: str) -> Any:
     """The config as transformers reads it: defaults filled in, rotary settings standardised."""
     from transformers import AutoConfig
 
     fields = {k: v for k, v in config.items() if k not in ("model_type", "auto_map")}
-    return AutoConfig.for_model(model_type, **fields)
+    for name in _COUNTS:
+        if isinstance(fields.get(name), int) and fields[name] < 1:
+            raise ValueError(
+                f"model: config.json says {name} {fields[name]}, which is not at least 1"
+            )
+    try:
+        return AutoConfig.for_model(model_type, **fields)
+    except Exception as error:
+        # transformers checks with exceptions of several libraries, some of many lines.
+        said = " ".join(str(error).split())
+        raise ValueError(f"model: config.json does not read as {model_type}: {said}") from None
 
 
 def _activation(field: str, name: str) -> str:
@@ -281,12 +294,20 @@ def _expert(config: Any, size: int) -> FeedForward:
 def _rotary(config: Any, parameters: Mapping[str, Any], interleaved: bool) -> Rotary:
     rest = dict(parameters)
     factor = rest.pop("partial_rotary_factor", None)
-    return Rotary(
+    rotary = Rotary(
         dim=int(_head_dim(config) * (1.0 if factor is None else factor)),
         max_positions=config.max_position_embeddings,
         parameters=rest,
         interleaved=interleaved,
     )
+    try:
+        rotary.frequencies(1)
+    except KeyError as error:
+        raise ValueError(
+            f"rope_parameters: {rest['rope_type']!r} needs {error.args[0]!r}, which config.json "
+            "does not give"
+        ) from None
+    return rotary
 
 
 def _layers(
@@ -307,6 +328,8 @@ def _layers(
     kinds = ["sliding_attention" if sliding else "full_attention"] * count
     if windows == "typed":
         kinds = config.layer_types
+        if len(kinds) != count:
+            raise ValueError(f"layer_types: {len(kinds)} layers, but num_hidden_layers is {count}")
     unknown = set(kinds) - {"sliding_attention", "full_attention"}
     if unknown:
         raise NotNative(f"layer_types: {min(unknown)!r} is not sliding_attention or full_attention")
@@ -330,8 +353,8 @@ def _layers(
 
 def _spec(config: Any, layers: tuple[Layer, ...], norm: Norm, **own: Any) -> DecoderSpec:
     """The spec of a config object with the usual names; `own` are fields that differ."""
-    head_dim = _head_dim(config)
     heads = config.num_attention_heads
+    head_dim = _head_dim(config)
     usual = {
         "head_dim": head_dim,
         "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
@@ -457,6 +480,11 @@ def _olmo3(config: Mapping[str, Any]) -> DecoderSpec:
 
 def _smollm3(config: Mapping[str, Any]) -> DecoderSpec:
     c = _read(config, "smollm3")
+    if len(c.no_rope_layers) != c.num_hidden_layers:
+        raise ValueError(
+            f"no_rope_layers: {len(c.no_rope_layers)} layers, but num_hidden_layers is "
+            f"{c.num_hidden_layers}"
+        )
     bias = bool(c.attention_bias)
     layers = _layers(
         c,
@@ -644,6 +672,9 @@ def _olmoe(config: Mapping[str, Any]) -> DecoderSpec:
 
 def _gpt_oss(config: Mapping[str, Any]) -> DecoderSpec:
     c = _read(config, "gpt_oss")
+    limit = getattr(c, "swiglu_limit", SWIGLU_LIMIT)
+    if limit != SWIGLU_LIMIT:
+        raise NotNative(f"swiglu_limit: {limit} is not {SWIGLU_LIMIT}")
     bias = bool(c.attention_bias)
     experts = Experts(
         router=Router(

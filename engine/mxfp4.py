@@ -35,7 +35,17 @@ def dequantize_mxfp4(
             f"together; they have to be [..., B, {BLOCK // 2}] and [..., B]"
         )
     table = torch.tensor(_VALUES, dtype=dtype, device=blocks.device)
-    codes = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
-    values = table[codes.int()]
-    exponents = scales.to(torch.int32)[..., None] - _EXPONENT_BIAS
-    return torch.ldexp(values, exponents).to(dtype).flatten(-2)
+    out = torch.empty(*scales.shape, BLOCK, dtype=dtype, device=blocks.device)
+    # A matrix at a time: indices take four times what they stand for.
+    matrix = scales.shape[-2:]
+    for whole, codes, exponents in zip(
+        out.view(-1, *matrix, BLOCK),
+        blocks.reshape(-1, *matrix, BLOCK // 2),
+        scales.reshape(-1, *matrix),
+        strict=True,
+    ):
+        ones = torch.ones(matrix, device=blocks.device)
+        powers = torch.ldexp(ones, exponents.int() - _EXPONENT_BIAS)[..., None]
+        whole[..., 0::2] = table[(codes & 15).int()] * powers
+        whole[..., 1::2] = table[(codes >> 4).int()] * powers
+    return out.flatten(-2)

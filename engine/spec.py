@@ -10,6 +10,10 @@ from typing import Any
 import torch
 
 
+class NotNative(ValueError):
+    """A setting that the decoder does not have: transformers has to run the model."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rotary:
     """Rotary positions: which dimensions turn, and how fast."""
@@ -66,7 +70,7 @@ def _frequencies(
 
     if kind not in ROPE_INIT_FUNCTIONS:
         known = ", ".join(["default", *ROPE_INIT_FUNCTIONS])
-        raise ValueError(f"rope_type: {kind!r} is not one of {known}")
+        raise NotNative(f"rope_type: {kind!r} is not one of {known}")
     config = LlamaConfig(
         hidden_size=dim,
         num_attention_heads=1,
@@ -123,6 +127,12 @@ class Router:
     """Groups of neighbouring experts; the best `top_groups` by the sum of their two best scores
     may be chosen from."""
     top_groups: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.top_k <= self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok: {self.top_k} is not from 1 to the {self.num_experts} experts"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .choice import has_triton
+from .elementwise import apply
 from .quantize import Activations, Layout, quantize
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -27,7 +28,7 @@ SWIGLU_LIMIT, SWIGLU_ALPHA = 7.0, 1.702
 
 def _clamp_and_gate(first: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     first, up = first.clamp(max=SWIGLU_LIMIT), up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT)
-    return (up + 1) * (first * torch.sigmoid(SWIGLU_ALPHA * first))
+    return (up + 1) * (first * apply(torch.sigmoid, SWIGLU_ALPHA * first))
 
 
 def gate(
@@ -47,7 +48,9 @@ def gate(
     if gated:
         first, up = wide.chunk(2, dim=-1)
         clamped = activation == SWIGLU_CLAMPED
-        mixed = _clamp_and_gate(first, up) if clamped else ACTIVATIONS[activation](first) * up
+        mixed = (
+            _clamp_and_gate(first, up) if clamped else apply(ACTIVATIONS[activation], first) * up
+        )
     else:
-        mixed = ACTIVATIONS[activation](wide)
+        mixed = apply(ACTIVATIONS[activation], wide)
     return quantize(mixed if layout != Layout.PLAIN else mixed.to(gate_up_TF.dtype), layout)

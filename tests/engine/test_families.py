@@ -715,3 +715,35 @@ def test_a_setting_the_decoder_lacks_runs_through_transformers(
     assert_agrees(tmp_path)
     with pytest.raises(ValueError, match="quantization: 'int8' needs a model"):
         pipeline(tmp_path, device="cpu", quantization="int8")
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("Llama", {"hidden_size": "abc"}, "hidden_size"),
+    ("Llama", {"num_hidden_layers": None}, "num_hidden_layers"),
+    ("Llama", {"num_attention_heads": 0}, "num_attention_heads"),
+    ("Llama", {"rope_parameters": {"rope_type": "yarn"}}, "factor"),
+    ("Qwen3", {"layer_types": [FULL]}, "layer"),
+    ("SmolLM3", {"no_rope_layers": [1]}, "no_rope_layers: 1 layers"),
+    ("Mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok: 9 is not from 1 to the 8"),
+]
+
+
+@pytest.mark.parametrize(("family", "change", "said"), WRONG)
+def test_a_config_that_is_wrong_is_one_line(
+    family: str, change: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    save(make_model(family, shape(hidden_size=384), seed=1), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=said) as caught:
+        inspect_model(tmp_path, EngineSettings(device="cpu"))
+    assert "\n" not in str(caught.value)
+
+
+def test_positions_that_the_decoder_does_not_know_are_told_before_it_loads(tmp_path: Path) -> None:
+    save(make_model("Llama", shape(), seed=1), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "spiral", "rope_theta": 1e4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="spiral"):
+        inspect_model(tmp_path, EngineSettings(device="cpu", quantization="int8"))
