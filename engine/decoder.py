@@ -19,7 +19,7 @@ import torch
 
 from ..kernels.activations import gate
 from ..kernels.attention import attend
-from ..kernels.norms import NormWeights, add_norm, normalise
+from ..kernels.norms import NormWeights, add_norm
 from ..kernels.quantize import Activations, Layout, quantize
 from ..kernels.rotary import rotate
 from .blocks import LEAST, STANDARD, Blocks, agree, powers
@@ -151,7 +151,7 @@ class Decoder:
         head: Linear,
         arrangement: Arrangement | None,
     ) -> None:
-        """On a CPU there is nothing to arrange, and products are of `LEAST` rows."""
+        """On a CPU products are of `LEAST` rows, whatever else is arranged."""
         self.spec = spec
         self.arrangement = arrangement
         """Where layers live, and how much runs at a time."""
@@ -171,7 +171,7 @@ class Decoder:
             if layer.rotary is not None and layer.rotary not in self._rotaries:
                 self._rotaries.append(layer.rotary)
         self._rates: dict[int, tuple[torch.Tensor, float]] = {}
-        if arrangement is not None:
+        if arrangement is not None and self.device.type != "cpu":
             self.blocks = self._agree(_unlike(layers.held), arrangement.block_rows)
 
     def hidden(self, ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -238,7 +238,8 @@ class Decoder:
                 (heads_THD[:, num_queries:num_turned], k_norm),
             ):
                 assert norm is not None
-                part.copy_(normalise(part.flatten(1), norm).view(part.shape))
+                normed = add_norm(part.flatten(1).contiguous(), None, norm, Layout.PLAIN)
+                part.copy_(normed.values_TK.view(part.shape))
             q_norm = k_norm = None
         if rotary is not None or q_norm is not None:
             if rotary is None:

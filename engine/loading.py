@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,8 +26,9 @@ from .formats import Linear, Scheme, make_head, make_linear
 from .latent import LatentProjection
 from .layouts import Source, is_cache_scale
 from .mxfp4 import BLOCK, dequantize_mxfp4
-from .placement import Arrangement, Room, arrange
+from .placement import Arrangement, Disk, Room, arrange
 from .residency import Layers, Resident, Streamed, count_bytes
+from .scratch import Scratch
 from .spec import DecoderSpec, Experts, FeedForward, Norm
 from .weights import Plain, Weight, join
 
@@ -52,7 +53,8 @@ def load_decoder(
 ) -> Decoder:
     """Read a checkpoint onto `device`: linears as `scheme` says, everything else in `dtype`.
 
-    On a GPU `room` says what there is; layers that do not fit stay in host memory.
+    `room` says what there is; layers that do not fit stay in host memory or on disk. None keeps
+    all of them on the device.
 
     Raises:
         ValueError: naming the tensor that is missing, misshapen, not finite or left over, or the
@@ -110,7 +112,7 @@ def _read_layers(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Layers[LayerWeights], Arrangement | None]:
-    """All layers where they shall live, and how much may run at a time; a CPU has no choice."""
+    """All layers where they shall live, and how much may run at a time, if `room` says."""
     # One of each kind says what all will take.
     first: dict[FeedForward | Experts, int] = {}
     for i, layer in enumerate(spec.layers):
@@ -122,12 +124,22 @@ def _read_layers(
         sizes = [count_bytes(read[first[layer.feed_forward]]) for layer in spec.layers]
         arrangement = arrange(spec, sizes, fixed_bytes, room, width=dtype.itemsize)
     layers: Layers[LayerWeights] = Resident(device)
+    scratch = None
     if arrangement is not None and arrangement.placement.is_streamed:
+        placement = arrangement.placement
+        if placement.source == "disk":
+            scratch = Scratch(placement.streamed_bytes)
         layers = Streamed(
-            spec.num_layers, device=device, num_resident=arrangement.placement.num_resident
+            spec.num_layers,
+            device=device,
+            num_resident=placement.num_resident,
+            scratch=scratch,
         )
     for i in range(spec.num_layers):
         layers.add(read.pop(i) if i in read else reader.layer(i))
+    if arrangement is not None and scratch is not None:
+        disk = Disk(str(scratch.folder), scratch.measure())
+        arrangement = replace(arrangement, placement=replace(arrangement.placement, disk=disk))
     return layers, arrangement
 
 
@@ -159,8 +171,8 @@ class _Reader:
         self._dtype = dtype
         self.found_quantized = False
         """Whether any tensor was stored as the config says."""
-        # A packed tensor is asked for part by part.
-        self._packed = lru_cache(maxsize=1)(self._read)
+        self._last: tuple[str, Weight] | None = None
+        """The last packed tensor, which is asked for part by part."""
         for prefix in family.prefixes:
             self._prefix = (family.prefixes[0], prefix)
             if f"{self.name('embedding', 0)}.weight" in self._source:
@@ -229,12 +241,12 @@ class _Reader:
     def _experts(self, i: int, shape: Experts) -> SparseExperts:
         d, router = self._spec.hidden_size, shape.router
         rows = {"router": router.num_experts}
-        router_ED = self._plain(f"{self.name('router', i)}.weight", (router.num_experts, d))
+        router_ED = self._wide(f"{self.name('router', i)}.weight", (router.num_experts, d))
         shared = shared_gate_1D = None
         if shape.shared is not None:
             shared = self._up_down(i, shape.shared, "shared_")
         if shape.shared_gate:
-            shared_gate_1D = self._plain(f"{self.name('shared_expert_gate', i)}.weight", (1, d))
+            shared_gate_1D = self._wide(f"{self.name('shared_expert_gate', i)}.weight", (1, d))
         correction_E = None
         if router.correction:
             correction_E = self._plain(self.name("correction", i), (router.num_experts,)).float()
@@ -256,17 +268,40 @@ class _Reader:
     ) -> tuple[GroupedLinear, GroupedLinear]:
         """Experts whose linears are stored one by one."""
         d, f = self._spec.hidden_size, shape.size
-        ups, downs = [], []
+        roles = [f"expert_{role}" for role in _roles(shape)]
+        up = self._group(i, num_experts, roles, (f, d))
+        return up, self._group(i, num_experts, ["expert_down"], (d, f))
+
+    def _group(
+        self, i: int, num_experts: int, roles: Sequence[str], shape: tuple[int, int]
+    ) -> GroupedLinear:
+        """One linear of every expert, of roles whose outputs lie side by side."""
+        weights, biases = [], []
         for expert in range(num_experts):
-            parts = [
-                self._read(self.name(f"expert_{role}", i, expert), (f, d)) for role in _roles(shape)
+            names = [self.name(role, i, expert) for role in roles]
+            parts = [self._read(name, shape) for name in names]
+            joined = join(parts) if len({part.kind for part in parts}) == 1 else None
+            weights.append(joined or Plain(torch.cat([part.dense(self._dtype) for part in parts])))
+            # Some quantizers give every linear a bias, be it of zeros.
+            given = [
+                self._plain(f"{name}.bias", shape[:1])
+                for name, part in zip(names, parts, strict=True)
+                if not isinstance(part, Plain) and f"{name}.bias" in self._source
             ]
-            alike = len({part.kind for part in parts}) == 1
-            joined = join(parts) if alike else None
-            ups.append(joined or Plain(torch.cat([part.dense(self._dtype) for part in parts])))
-            downs.append(self._read(self.name("expert_down", i, expert), (d, f)))
-        make = partial(make_grouped, bias_EN=None, scheme=self._scheme, dtype=self._dtype)
-        return make(ups), make(downs)
+            if given and len(given) < len(names):
+                raise ValueError(
+                    f"model: of {', '.join(names)} in {self._source.checkpoint.folder} some have "
+                    "biases and some have none"
+                )
+            if given:
+                biases.append(torch.cat(given).to(self._dtype))
+        if biases and len(biases) < num_experts:
+            raise ValueError(
+                f"model: of the experts of layer {i} in {self._source.checkpoint.folder} some have "
+                "biases and some have none"
+            )
+        bias_EN = torch.stack(biases) if biases else None
+        return make_grouped(weights, bias_EN, self._scheme, self._dtype)
 
     def _packed_experts(
         self, i: int, shape: FeedForward, num_experts: int
@@ -373,7 +408,9 @@ class _Reader:
     def _weight(self, role: str, layer: int, num_columns: int, rows: Mapping[str, int]) -> Weight:
         source, name = self._tensors[role], self.name(role, layer)
         if isinstance(source, Slice):
-            packed = self._packed(name, (sum(rows.values()), num_columns))
+            if self._last is None or self._last[0] != name:
+                self._last = (name, self._read(name, (sum(rows.values()), num_columns)))
+            packed = self._last[1]
             weight = packed.map_rows(lambda x: source.take(x, self._spec, rows))
         else:
             weight = self._read(name, (rows[role], num_columns))
@@ -406,6 +443,11 @@ class _Reader:
         if self._transposed if transposed is None else transposed:
             return Plain(self._plain(f"{name}.weight", shape[::-1]).t().contiguous())
         return Plain(self._plain(f"{name}.weight", shape))
+
+    def _wide(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        """What is multiplied in float32: as stored, if that is what is computed in anyway."""
+        tensor = self._plain(name, shape)
+        return tensor if tensor.dtype == self._dtype else tensor.float()
 
     def _plain(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         tensor = self._source.read(name, shape)

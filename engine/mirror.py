@@ -136,7 +136,7 @@ class RemoteFolder:
     def _folder(self, names: Sequence[str]) -> Path:
         decides = [(name, _identity(self._stats[name])) for name in sorted(names)]
         key = hashlib.sha256(json.dumps([self.uri, decides]).encode()).hexdigest()[:16]
-        return _cache() / "models" / f"{self.uri.rpartition('/')[2]}-{key}"
+        return cache_folder() / "models" / f"{self.uri.rpartition('/')[2]}-{key}"
 
     @contextmanager
     def _plain_errors(self, what: str, name: str | None = None) -> Iterator[None]:
@@ -159,7 +159,8 @@ def _identity(stat: Stat) -> tuple[int | None, str] | None:
     return (stat.size, mark) if mark else None
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where this machine keeps what it fetched."""
     given = os.environ.get("LOGITMILL_CACHE")
     if given:
         return Path(given).expanduser()

@@ -65,10 +65,11 @@ class EngineSettings:
     """Bytes that logits and their scratch may take, whatever the length of a document; None is
     256 MB on a CPU and 2 GB on a GPU."""
     device_memory: int | None = None
-    """Bytes of a GPU's memory that weights and batches may take; None is what is free."""
+    """Bytes of a GPU's memory that weights and batches may take; None is what is free. On a CPU
+    that cannot be set."""
     residency: str | None = None
-    """Where layers live: `device`, or `host` to stream them from there; None is `device` for as
-    many as fit."""
+    """Where layers live: `device`, or `host` or `disk` to stream them from there; None is `device`
+    for as many as fit, and for the others `host` if they fit there, else `disk`."""
     trust_remote_code: bool = False
     """Whether a model folder's own Python code may be run."""
 
@@ -82,26 +83,30 @@ class EngineSettings:
                 f"residency: {self.residency!r} is not one of {', '.join(RESIDENCIES)}"
             )
 
-    def resolve_room(self, vocab_size: int) -> Room | None:
-        """What there is for weights and batches; None on a CPU, where all is host memory."""
+    def resolve_room(self, vocab_size: int) -> Room:
+        """What there is for weights and batches."""
         device = self.resolve_device()
-        if device.type == "cpu":
-            return None
-        device_bytes = self.device_memory or int(_FREE_SHARE * free_device_memory(device))
+        is_cpu = device.type == "cpu"
+        host_bytes = int(_FREE_SHARE * free_host_memory())
+        if is_cpu:
+            device_bytes = host_bytes
+        else:
+            device_bytes = self.device_memory or int(_FREE_SHARE * free_device_memory(device))
         logits_bytes = self.logits_memory
         if logits_bytes is None:
-            least = vocab_size * LEAST * 4
-            logits_bytes = max(
-                least, min(_LOGITS_MEMORY["cuda"], int(_LOGITS_SHARE * device_bytes))
-            )
+            logits_bytes = _LOGITS_MEMORY[device.type]
+            if not is_cpu:
+                least = vocab_size * LEAST * 4
+                logits_bytes = max(least, min(logits_bytes, int(_LOGITS_SHARE * device_bytes)))
         return Room(
             device_bytes=device_bytes,
-            host_bytes=int(_FREE_SHARE * free_host_memory()),
+            host_bytes=host_bytes,
             logits_bytes=logits_bytes,
-            batch_tokens=self.max_batch_tokens or _BATCH_TOKENS["cuda"],
-            block_rows=BLOCK_ROWS,
+            batch_tokens=self.max_batch_tokens or _BATCH_TOKENS[device.type],
+            block_rows=LEAST if is_cpu else BLOCK_ROWS,
             wanted=self.residency,
             keeps_batch=self.max_batch_tokens is not None,
+            is_host=is_cpu,
         )
 
     def resolve_scheme(self, config: Mapping[str, Any]) -> Scheme:
@@ -113,7 +118,7 @@ class EngineSettings:
         )
 
     def resolve_device(self) -> torch.device:
-        """The device to run on; ValueError if there is no such device."""
+        """The device to run on; ValueError if it is not there, or a setting is for another kind."""
         name = self.device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             device = torch.device(name)
@@ -121,6 +126,11 @@ class EngineSettings:
             raise ValueError(f"device: {name!r} is not a device; try cpu or cuda") from None
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
             raise ValueError(f"device: {name!r} is not there; {torch.cuda.device_count()} GPUs are")
+        if device.type == "cpu" and self.device_memory is not None:
+            raise ValueError(
+                f"device_memory: {self.device_memory} bytes are of a GPU, and device is 'cpu'; "
+                "leave it out"
+            )
         return device
 
     def resolve_dtype(self, config: Mapping[str, Any]) -> str:
@@ -165,10 +175,12 @@ def pipeline(
         max_batch_tokens: tokens of one packed batch. It decides speed and memory, not numbers.
         logits_memory: bytes that logits may take at a time, whatever a document's length.
         device_memory: bytes of a GPU's memory that weights and batches may take; what is free by
-            default. Layers that do not fit are streamed from host memory, and batches get smaller
-            where even that takes too much. No number depends on it.
-        residency: where layers live: `device`, or `host` to stream all of them from there; by
-            default `device` for as many as fit.
+            default. Layers that do not fit are streamed from host memory, or from disk where that
+            is too small as well, and batches get smaller where even that takes too much. No number
+            depends on it.
+        residency: where layers live: `device`, or `host` or `disk` to stream all of them from
+            there; by default `device` for as many as fit. On a CPU layers that do not fit in host
+            memory are mapped from disk. The disk is that of the folder LOGITMILL_SCRATCH.
         trust_remote_code: whether the model folder's own Python code may be run.
 
     Raises:
@@ -224,6 +236,7 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
             ("quantization", scheme.stored.groups and scheme.stored.method),
             ("quantization", settings.quantization not in (None, "none") and settings.quantization),
             ("fp8_head", settings.fp8_head),
+            ("residency", settings.residency not in (None, "device") and settings.residency),
         ):
             if value:
                 raise ValueError(
@@ -278,17 +291,16 @@ def build_pipeline(
             room=room,
             scheme=settings.resolve_scheme(checkpoint.config),
         )
-        if model.arrangement is None or room is None:
-            return _wrap(model, settings, tokenizer, dtype)
-        placement = model.arrangement.placement
-        if placement.is_streamed:
-            log.warning("%s", placement.describe())
+        assert model.arrangement is not None
+        placement = model.arrangement.describe()
+        if model.arrangement.placement.is_streamed:
+            log.warning("%s", placement)
         settings = replace(
             settings,
             max_batch_tokens=model.arrangement.batch_tokens,
             logits_memory=room.logits_bytes,
         )
-        return _wrap(model, settings, tokenizer, dtype, placement.describe())
+        return _wrap(model, settings, tokenizer, dtype, placement)
 
 
 def _wrap(

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +14,20 @@ import torch
 from .blocks import LEAST
 from .spec import DecoderSpec, Experts
 
-RESIDENCIES = ("device", "host")
+RESIDENCIES = ("device", "host", "disk")
+SOURCES = ("host", "disk")
+"""Where layers may come from that do not stay, the fastest first."""
 NUM_SLOTS = 2
 """Layers that have room on the device at a time while others are streamed."""
+
+
+@dataclass(frozen=True)
+class Disk:
+    """Where layers are read from."""
+
+    folder: str
+    bytes_per_second: float
+    """What it was found to give."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,31 +39,54 @@ class Placement:
     """Layers that stay on the device."""
     resident_bytes: int
     streamed_bytes: int
-    """Host memory that the other layers take."""
+    """Host memory, or room on disk, that the other layers take."""
+    source: str = "host"
+    """Where the other layers come from: `host` or `disk`."""
     num_slots: int = 0
     slot_bytes: int = 0
     """Of each slot: the largest layer that is streamed."""
     reason: str = ""
     """Why not all layers stay."""
+    disk: Disk | None = None
+    """Known once layers have been put there."""
 
     @property
     def is_streamed(self) -> bool:
         return self.num_resident < self.num_layers
 
-    def describe(self) -> str:
+    def describe(self, batch_tokens: int) -> str:
         """One line for people.
 
         "40 of 64 layers resident, 24 streamed from pinned host memory (23.4 GB), 2 slots of
         0.98 GB: all would take 80.1 GB of 70.0 GB"
+
+        "0 of 80 layers resident, 80 read from disk for every batch (141.1 GB in /scratch; at 2.0
+        GB/s that is 71 s a batch of 32,768 tokens), 2 at a time of 1.7 GB: as asked for"
         """
         if not self.is_streamed:
             return f"all {self.num_layers} layers resident ({show_gb(self.resident_bytes)})"
         num_streamed = self.num_layers - self.num_resident
+        resident = f"{self.num_resident} of {self.num_layers} layers resident, {num_streamed}"
+        streamed, slot = show_gb(self.streamed_bytes), show_gb(self.slot_bytes)
+        if self.source == "host":
+            return (
+                f"{resident} streamed from pinned host memory ({streamed}), {self.num_slots} slots "
+                f"of {slot}: {self.reason}"
+            )
+        if self.disk is not None:
+            rate = self.disk.bytes_per_second
+            streamed += (
+                f" in {self.disk.folder}; at {_show(rate / 1e9)} GB/s that is "
+                f"{_show(self.streamed_bytes / rate)} s a batch of {batch_tokens:,} tokens"
+            )
         return (
-            f"{self.num_resident} of {self.num_layers} layers resident, {num_streamed} streamed "
-            f"from pinned host memory ({show_gb(self.streamed_bytes)}), {self.num_slots} slots of "
-            f"{show_gb(self.slot_bytes)}: {self.reason}"
+            f"{resident} read from disk for every batch ({streamed}), {self.num_slots} at a time "
+            f"of {slot}: {self.reason}"
         )
+
+
+def _show(number: float) -> str:
+    return f"{number:.0f}" if number >= 10 else f"{number:.1f}" if number >= 1 else f"{number:.2g}"
 
 
 @dataclass(frozen=True)
@@ -73,6 +107,8 @@ class Room:
     """Where layers shall live, as `place` takes it."""
     keeps_batch: bool = False
     """Whether batches must not be made smaller."""
+    is_host: bool = False
+    """Whether the device is a CPU, and its memory the host's."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +118,10 @@ class Arrangement:
     placement: Placement
     batch_tokens: int
     block_rows: int
+
+    def describe(self) -> str:
+        """One line for people: where layers live, and what that costs."""
+        return self.placement.describe(self.batch_tokens)
 
 
 # Rows of a product below which a GPU is not busy with it, and tokens of a batch below which the
@@ -98,7 +138,7 @@ def arrange(
     """Choose where layers live and how much runs at a time, so that all of it fits.
 
     Products of fewer rows come first, since they cost little; then layers are streamed, and then
-    batches get smaller. No number depends on it.
+    batches get smaller; a disk comes last. No number depends on it.
 
     Args:
         spec: of the model.
@@ -110,20 +150,23 @@ def arrange(
     Raises:
         ValueError: as `place`, if nothing fits.
     """
-    tried: list[tuple[int, int, str | None]] = []
-    tokens = room.batch_tokens
-    while True:
-        rows = _halves(min(room.block_rows, tokens), min(_FEWEST_ROWS, tokens))
-        if room.wanted != "host":
-            tried += [(tokens, n, "device") for n in rows if n >= _ENOUGH_ROWS or n == rows[0]]
-        if room.wanted != "device":
-            tried += [(tokens, n, room.wanted) for n in rows if n <= _ENOUGH_ROWS or n == rows[-1]]
-        if room.keeps_batch or tokens // 2 < _FEWEST_TOKENS:
-            break
-        tokens //= 2
+    # On a CPU layers that are in host memory are where they are used.
+    wanted = "device" if room.is_host and room.wanted == "host" else room.wanted
+    sources = [wanted] if wanted in ("host", "disk") else ["disk"] if room.is_host else SOURCES
+    batches = _halves(room.batch_tokens, room.batch_tokens if room.keeps_batch else _FEWEST_TOKENS)
+    tried: list[tuple[int, int, str | None, str]] = []
+    for source in sources:
+        for tokens in batches:
+            rows = _halves(min(room.block_rows, tokens), min(_FEWEST_ROWS, tokens))
+            if wanted in (None, "device") and source == sources[0]:
+                most = [n for n in rows if n >= _ENOUGH_ROWS or n == rows[0]]
+                tried += [(tokens, n, "device", source) for n in most]
+            if wanted != "device":
+                least = [n for n in rows if n <= _ENOUGH_ROWS or n == rows[-1]]
+                tried += [(tokens, n, wanted, source) for n in least]
     # All of them resident in small batches is no better than some of them streamed in large ones.
     error = None
-    for tokens, rows_at_once, wanted in tried:
+    for tokens, rows_at_once, residency, source in tried:
         try:
             placement = place(
                 layer_bytes,
@@ -131,7 +174,9 @@ def arrange(
                 activation_bytes=_count_activations(spec, tokens, rows_at_once, room, width),
                 device_bytes=room.device_bytes,
                 host_bytes=room.host_bytes,
-                wanted=wanted,
+                wanted=residency,
+                sources=[source],
+                is_host=room.is_host,
             )
         except ValueError as refused:
             # What fits least in any way is what the user has to hear of.
@@ -195,9 +240,13 @@ def place(
     device_bytes: int,
     host_bytes: int,
     wanted: str | None = None,
+    sources: Sequence[str] = SOURCES,
+    is_host: bool = False,
     num_slots: int = NUM_SLOTS,
 ) -> Placement:
     """Choose where layers live: on the device if they fit there, else as many as do.
+
+    The others come from host memory if they fit there, else from disk.
 
     Args:
         layer_bytes: of each layer in order, from `count_bytes`.
@@ -205,8 +254,11 @@ def place(
         activation_bytes: what the largest batch takes there, the logits' share included.
         device_bytes: device memory that may be used.
         host_bytes: host memory that may be pinned.
-        wanted: `device` keeps every layer there, `host` streams every layer and so takes the
-            least device memory; None chooses.
+        wanted: `device` keeps every layer there, `host` and `disk` stream every layer from there
+            and so take the least device memory; None chooses.
+        sources: what None chooses from.
+        is_host: whether the device's memory is the host's, where what is read from disk is used
+            as the kernel maps it.
         num_slots: layers that have room on the device at a time while others are streamed.
 
     Raises:
@@ -217,7 +269,8 @@ def place(
     num_layers, total = len(layer_bytes), sum(layer_bytes)
     room = device_bytes - fixed_bytes - activation_bytes
     all_bytes = fixed_bytes + total + activation_bytes
-    if wanted != "host" and total <= room:
+    memory = "host_memory" if is_host else "device_memory"
+    if wanted in (None, "device") and total <= room:
         return Placement(
             num_layers=num_layers,
             num_resident=num_layers,
@@ -226,13 +279,14 @@ def place(
         )
     if wanted == "device":
         raise ValueError(
-            f"residency: 'device' takes {show_gb(all_bytes, up=True)}, and device_memory is "
-            f"{show_gb(device_bytes)}; leave it out to stream what does not fit from host memory"
+            f"residency: 'device' takes {show_gb(all_bytes, up=True)}, and {memory} is "
+            f"{show_gb(device_bytes)}; leave it out to stream what does not fit from "
+            f"{'disk' if is_host else 'host memory'}"
         )
     reason = "as asked for"
     if wanted is None:
         reason = f"all would take {show_gb(all_bytes, up=True)} of {show_gb(device_bytes)}"
-    for num_resident in [0] if wanted == "host" else range(num_layers - 1, -1, -1):
+    for num_resident in [0] if wanted is not None else range(num_layers - 1, -1, -1):
         is_streamed = spread(num_layers, num_resident)
         streamed = [n for n, moves in zip(layer_bytes, is_streamed, strict=True) if moves]
         placement = Placement(
@@ -248,9 +302,14 @@ def place(
             break
     else:
         raise ValueError(
-            _explain_device(layer_bytes, fixed_bytes, activation_bytes, device_bytes, num_slots)
+            _explain_device(
+                memory, layer_bytes, fixed_bytes, activation_bytes, device_bytes, num_slots
+            )
         )
-    if placement.streamed_bytes > host_bytes:
+    possible = sources if wanted is None else [wanted]
+    if "host" in possible and placement.streamed_bytes <= host_bytes:
+        return placement
+    if "disk" not in possible:
         works = "use a smaller max_batch_tokens or"
         if wanted == "host":
             works = "leave residency out or use"
@@ -260,10 +319,18 @@ def place(
             f"{num_layers - placement.num_resident} streamed layers take; give more, {works} a "
             "quantization of fewer bits"
         )
-    return placement
+    staged_bytes = 0 if is_host else num_slots * placement.slot_bytes
+    if staged_bytes > host_bytes:
+        raise ValueError(
+            f"host_memory: {show_gb(host_bytes)} is less than the {show_gb(staged_bytes, up=True)} "
+            f"that {num_slots} layers take on their way from disk; give more or use a quantization "
+            "of fewer bits"
+        )
+    return replace(placement, source="disk")
 
 
 def _explain_device(
+    memory: str,
     layer_bytes: Sequence[int],
     fixed_bytes: int,
     activation_bytes: int,
@@ -275,7 +342,7 @@ def _explain_device(
     fits_without_batch = fixed_bytes + slots_bytes < device_bytes
     works = "smaller max_batch_tokens" if fits_without_batch else "quantization of fewer bits"
     return (
-        f"device_memory: {show_gb(device_bytes)} is less than the {show_gb(needed, up=True)} that "
+        f"{memory}: {show_gb(device_bytes)} is less than the {show_gb(needed, up=True)} that "
         f"{num_slots} layers at a time ({show_gb(slots_bytes)}), what always stays "
         f"({show_gb(fixed_bytes)}) and a batch ({show_gb(activation_bytes)}) take; give more or "
         f"use a {works}"

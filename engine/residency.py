@@ -1,4 +1,4 @@
-"""Where a decoder's layer weights live: on its device, or in host memory and streamed.
+"""Where a decoder's layer weights live: on its device, in host memory or on disk, and streamed.
 
 Every layer is used once per batch, so a layer may come to the device just before its turn. While
 one layer computes, the next ones are copied from pinned host memory into a few slots on the
@@ -7,6 +7,10 @@ device, in a cycle that does not end with a batch:
     compute    | layer 0 . . . | layer 1 . . . | layer 2 . . . | layer 0 of the next batch
     slot 0     | 0 in use      | <- 2          | 2 in use      | <- 1
     slot 1     | <- 1          | 1 in use      | <- 0          | 0 in use
+
+What lies on disk comes through pinned memory of as many layers, which a thread reads into. On a
+CPU nothing is copied: layers are used where they lie, and of a disk the kernel is told what comes
+next.
 
 This knows nothing of what a layer is: any tree of tensors will do (`map_tensors`).
 """
@@ -17,12 +21,14 @@ import copy
 import mmap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields, is_dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 
 from .placement import NUM_SLOTS, show_gb, spread
+from .scratch import Scratch
 
 # Where tensors may start in a layer's bytes: what kernels and copy engines like, and a multiple of
 # every dtype's size.
@@ -164,6 +170,9 @@ class Link(Protocol):
     def release(self, slot: int) -> None:
         """Copies into the slot from now on come after what has been launched so far."""
 
+    def finish(self, slot: int) -> None:
+        """Return once the last copy into the slot is over, so that its source may change."""
+
 
 MakeLink = Callable[[int, int], Link]
 """(number of slots, bytes of a slot) -> link."""
@@ -198,9 +207,126 @@ class CudaLink:
     def release(self, slot: int) -> None:
         self._released[slot].record(torch.cuda.current_stream(self._device))
 
+    def finish(self, slot: int) -> None:
+        self._copied[slot].synchronize()
+
+
+class DiskLink:
+    """A link whose sources are parts of a scratch file.
+
+    A thread reads each into pinned memory, one buffer a slot, and then has `link` copy it. Copies
+    are read in the order they were started in.
+    """
+
+    def __init__(self, link: Link, scratch: Scratch, slot_bytes: int, device: torch.device) -> None:
+        """Raises MemoryError if host memory cannot be pinned."""
+        self.buffers = link.buffers
+        self._link = link
+        self._scratch = scratch
+        self._pool = ThreadPoolExecutor(1, "logitmill-disk")
+        self._staged: list[torch.Tensor] = []
+        self._sources: list[torch.Tensor | None] = [None] * len(link.buffers)
+        self._jobs: list[Future[None] | None] = [None] * len(link.buffers)
+        is_gpu = device.type == "cuda"
+        # What the thread does holds no reference to this, or it might be the one to end itself.
+        weakref.finalize(
+            self, _stop, self._pool, self._staged, device if is_gpu else None
+        ).atexit = False
+        for _ in link.buffers:
+            self._staged.append(_allocate(slot_bytes, pinned=is_gpu))
+
+    def copy(self, source: torch.Tensor, slot: int) -> None:
+        last = self._jobs[slot]
+        if last is not None:
+            # Of a pass that was given up; what has not been read need not be.
+            last.cancel()
+        staged = self._staged[slot][: len(source)]
+        self._sources[slot] = source
+        self._jobs[slot] = self._pool.submit(
+            _bring_from_disk, self._scratch, source, staged, self._link, slot
+        )
+
+    def wait(self, slot: int) -> None:
+        """As `Link.wait`, and the host waits until the source has been read.
+
+        Raises:
+            OSError: if the disk does not give it.
+        """
+        job, source = self._jobs[slot], self._sources[slot]
+        assert job is not None and source is not None, "nothing is copied into the slot"
+        error = job.exception()
+        if error is not None:
+            # The next pass may want the same one.
+            self.copy(source, slot)
+            raise OSError(
+                f"scratch: layers cannot be read back from {self._scratch.folder}: {error}"
+            )
+        self._link.wait(slot)
+
+    def release(self, slot: int) -> None:
+        self._link.release(slot)
+
+    def finish(self, slot: int) -> None:
+        job = self._jobs[slot]
+        if job is not None:
+            job.exception()
+        self._link.finish(slot)
+
+
+def _bring_from_disk(
+    scratch: Scratch, source: torch.Tensor, staged: torch.Tensor, link: Link, slot: int
+) -> None:
+    link.finish(slot)
+    scratch.read(source, staged)
+    link.copy(staged, slot)
+
+
+def _stop(
+    pool: ThreadPoolExecutor, staged: Sequence[torch.Tensor], device: torch.device | None
+) -> None:
+    pool.shutdown(cancel_futures=True)
+    if device is not None:
+        _unpin(staged, device)
+
+
+class _Sources(Protocol):
+    """Layers' bytes, which come again and again in one order."""
+
+    def rewind(self) -> None:
+        """Let the first source be the next one, whatever became of the pass before."""
+
+    def take(self) -> torch.Tensor:
+        """The bytes of the next source, which are there for what is launched from now on."""
+
+    def release(self) -> None:
+        """Use the room of the source that was taken last for the one whose turn is next."""
+
+
+class _Mapped:
+    """Parts of a scratch file, used where they are mapped: the kernel is told what comes next."""
+
+    def __init__(self, sources: Sequence[torch.Tensor], scratch: Scratch) -> None:
+        self._sources = sources
+        self._scratch = scratch
+        self._next = 0
+
+    def rewind(self) -> None:
+        if self._next:
+            self._scratch.forget(self._sources[self._next])
+        self._next = 0
+        self._scratch.expect(self._sources[0])
+
+    def take(self) -> torch.Tensor:
+        self._scratch.expect(self._sources[(self._next + 1) % len(self._sources)])
+        return self._sources[self._next]
+
+    def release(self) -> None:
+        self._scratch.forget(self._sources[self._next])
+        self._next = (self._next + 1) % len(self._sources)
+
 
 class _Ring:
-    """Sources that come again and again in one order, each through the next slot.
+    """Sources that are copied, each through the next slot.
 
     Of copies it counts those started, and those whose slot has been released.
     """
@@ -277,7 +403,7 @@ class Resident(Generic[_T]):
 
 
 class Streamed(Generic[_T]):
-    """Layers whose weights wait in pinned host memory, some of them on the device.
+    """Layers whose weights wait in pinned host memory or on disk, some of them on the device.
 
     A layer is valid until the next one is asked for: what it computes must have been launched on
     the current stream by then. A pass may be given up anywhere; the next one starts from the first
@@ -293,11 +419,13 @@ class Streamed(Generic[_T]):
         device: torch.device,
         num_resident: int = 0,
         num_slots: int = NUM_SLOTS,
+        scratch: Scratch | None = None,
         make_link: MakeLink | None = None,
     ) -> None:
         """Room for `num_layers` layers, `num_resident` of which stay on the device.
 
         Args:
+            scratch: where on disk the others wait; None is host memory.
             num_slots: layers that have room on the device at a time, besides those that stay.
             make_link: what copies; None is what the device has.
         """
@@ -312,10 +440,11 @@ class Streamed(Generic[_T]):
             self._make_link: MakeLink | None = lambda num, size: CudaLink(device, num, size)
         else:
             self._make_link = make_link
+        self._scratch = scratch
         self._sources: list[torch.Tensor] = []
-        self._ring: _Ring | None = None
+        self._ring: _Sources | None = None
         self._num_passes = 0
-        if is_gpu:
+        if is_gpu and scratch is None:
             # The process takes its registrations with it when it ends.
             weakref.finalize(self, _unpin, self._sources, device).atexit = False
 
@@ -326,17 +455,33 @@ class Streamed(Generic[_T]):
 
         Raises:
             MemoryError: if host memory cannot be pinned.
+            ValueError: if the disk is full.
         """
         assert len(self.held) < len(self), "all layers are there"
         if not self.is_streamed[len(self.held)]:
             self.held.append(bring(layer, self._device))
         else:
-            source = _allocate(count_bytes(layer), pinned=self._device.type == "cuda")
-            self._sources.append(source)
-            self.held.append(_pack(layer, source))
-        if len(self.held) == len(self) and self._sources and self._make_link is not None:
-            slot_bytes = max(len(source) for source in self._sources)
-            self._ring = _Ring(self._sources, self._make_link(self._num_slots, slot_bytes))
+            self._sources.append(self._allocate(count_bytes(layer)))
+            self.held.append(_pack(layer, self._sources[-1]))
+            if self._scratch is not None:
+                self._scratch.settle(self._sources[-1])
+        if len(self.held) == len(self) and self._sources:
+            self._ring = self._make_ring()
+
+    def _allocate(self, num_bytes: int) -> torch.Tensor:
+        if self._scratch is not None:
+            return self._scratch.allocate(num_bytes)
+        return _allocate(num_bytes, pinned=self._device.type == "cuda")
+
+    def _make_ring(self) -> _Sources | None:
+        """How the sources come to where they are used; None where they are there."""
+        if self._make_link is None:
+            return None if self._scratch is None else _Mapped(self._sources, self._scratch)
+        slot_bytes = max(len(source) for source in self._sources)
+        link = self._make_link(self._num_slots, slot_bytes)
+        if self._scratch is not None:
+            link = DiskLink(link, self._scratch, slot_bytes, self._device)
+        return _Ring(self._sources, link)
 
     def __len__(self) -> int:
         return len(self.is_streamed)
@@ -346,6 +491,7 @@ class Streamed(Generic[_T]):
 
         Raises:
             RuntimeError: if another pass has begun before this one was over.
+            OSError: if a disk does not give a layer back.
         """
         assert len(self.held) == len(self), "some layers are missing"
         if self._ring is None:

@@ -92,15 +92,15 @@ _DeviceMemory = Annotated[
     typer.Option(
         "--device-memory",
         help="GB of the GPU that weights and batches may take; default what is free. Layers that "
-        "do not fit are streamed from host memory.",
+        "do not fit are streamed from host memory, or from disk.",
         rich_help_panel=_ENGINE,
     ),
 ]
 _Residency = Annotated[
     str | None,
     typer.Option(
-        help="Where layers live: device, or host to stream all of them from there; default device "
-        "for as many as fit.",
+        help="Where layers live: device, or host or disk to stream all of them from there; "
+        "default device for as many as fit. The disk is LOGITMILL_SCRATCH's.",
         rich_help_panel=_ENGINE,
     ),
 ]

@@ -14,8 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from logitmill.engine import Document, Pipeline, pipeline
+from logitmill.engine import Document, Pipeline, pipeline, placement
+from logitmill.engine.residency import count_bytes
 from oracles import markov_model, reference_logits
+
+# The function has the module's name.
+engine_pipeline = sys.modules["logitmill.engine.pipeline"]
 
 IDS = [11, 500, 4095, 7, 7, 3]
 OTHER = [9, 8]
@@ -304,3 +308,60 @@ def test_another_process_with_other_threads_gives_the_same_bits(
     ]
     assert len({run.communicate(timeout=120)[0] for run in runs}) == 1
     assert all(run.returncode == 0 for run in runs)
+
+
+# ---- residency -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("LOGITMILL_SCRATCH", str(tmp_path))
+    return tmp_path
+
+
+def test_layers_on_disk_give_the_bits_of_resident_ones(
+    demo: Pipeline, demo_folder: Path, scratch: Path
+) -> None:
+    pipe = pipeline(demo_folder, device="cpu", residency="disk")
+    for ids in (IDS, OTHER, IDS * 100):
+        assert torch.equal(only(pipe.get_logits(ids)), only(demo.get_logits(ids)))
+    assert f"read from disk for every batch (0.01 GB in {scratch}; at " in pipe.placement
+    assert " s a batch of 8,192 tokens), 2 at a time of 0.00 GB: as asked for" in pipe.placement
+    assert demo.placement.startswith("all ")
+    assert [*scratch.iterdir()] == []
+
+
+def test_layers_that_do_not_fit_a_cpus_memory_are_on_disk_and_it_is_said(
+    demo: Pipeline,
+    demo_folder: Path,
+    scratch: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # Nothing but weights, so that a few bytes decide.
+    monkeypatch.setattr(placement, "_count_activations", lambda *_: 0)
+    held = demo._model._layers.held  # type: ignore[attr-defined]
+    sizes = [count_bytes(layer) for layer in held]
+    fixed = count_bytes(
+        (demo._model._embedding_VD, demo._model._positions_PD, demo._model._head)  # type: ignore[attr-defined]
+    )
+
+    def load(free: int, residency: str | None = None) -> Pipeline:
+        monkeypatch.setattr(engine_pipeline, "_FREE_SHARE", 1)
+        monkeypatch.setattr(engine_pipeline, "free_host_memory", lambda: free)
+        return pipeline(demo_folder, device="cpu", residency=residency)
+
+    assert load(fixed + sum(sizes)).placement.startswith("all ")
+    assert not caplog.records
+    pipe = load(fixed + sum(sizes) - 1)
+    assert f"read from disk for every batch (0.00 GB in {scratch}" in pipe.placement
+    assert pipe.placement in caplog.messages
+    assert torch.equal(only(pipe.get_logits(IDS)), only(demo.get_logits(IDS)))
+    for residency in ("device", "host"):
+        with pytest.raises(ValueError, match=r"^residency: 'device' takes .*, and host_memory is"):
+            load(fixed + sum(sizes) - 1, residency)
+
+
+def test_memory_of_a_gpu_is_none_of_a_cpu(demo_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"^device_memory: 5 bytes are of a GPU, and device is 'c"):
+        pipeline(demo_folder, device="cpu", device_memory=5)

@@ -1,4 +1,4 @@
-"""Where layers live: the walk over their tensors, the order of copies, and what is chosen.
+"""Where layers live: the walk over their tensors, the order of copies, memory and disk.
 
 What a GPU's streams do is played by `Simulated`, which runs what is launched as late and in such
 an order as a GPU might; `tests/gpu/test_residency_gpu.py` asks a GPU.
@@ -7,33 +7,40 @@ an order as a GPU might; `tests/gpu/test_residency_gpu.py` asks a GPU.
 from __future__ import annotations
 
 import gc
+import hashlib
 import random
+import subprocess
+import sys
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property, partial
+from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitmill.engine import formats
+from logitmill.engine import formats, pipeline
 from logitmill.engine.formats import Linear, make_head, make_linear, resolve_scheme
 from logitmill.engine.layouts import Stored, StoredGroup
-from logitmill.engine.placement import Placement, place, spread, tokens_to_hide
 from logitmill.engine.residency import (
     MakeLink,
     Resident,
     Streamed,
+    _Ring,
     bring,
     count_bytes,
     map_tensors,
 )
+from logitmill.engine.scratch import Scratch
 from logitmill.engine.weights import Groups, Plain, Quantization, Weight, round_to
 from logitmill.kernels.linear import lay_out_group_scales
 from logitmill.kernels.quantize import quantize
+from oracles import byte_tokenizer, write_model
 
 _T = TypeVar("_T")
 
@@ -281,11 +288,17 @@ class Simulated:
         self.log.append(f"release {slot}")
         self._released[slot] = self._record(self._compute)
 
+    def finish(self, slot: int) -> None:
+        event = self._copied[slot]
+        while not event.is_past:
+            steps = [self._step(self._copies), self._step(self._compute)]
+            assert any(steps), "a copy that is waited for never comes"
+
     def launch(self, work: Event | Callable[[], object]) -> None:
         self._compute.append(work)
         self._run()
 
-    def finish(self) -> None:
+    def finish_all(self) -> None:
         while any([self._step(self._compute), self._step(self._copies)]):
             pass
         assert not self._compute, "what is computed waits for a copy that never comes"
@@ -299,7 +312,7 @@ class Simulated:
 
     def _run(self) -> None:
         if self._chance is None:
-            self.finish()
+            self.finish_all()
             return
         for _ in range(self._chance.choice([0, 0, 1, 3, 9])):
             self._step(self._chance.choice([self._compute, self._copies]))
@@ -314,8 +327,41 @@ class Simulated:
         return True
 
 
+class Locked(Simulated):
+    """The same for several threads, one at a time."""
+
+    def __init__(self, num_slots: int, slot_bytes: int, *, seed: int | None = None) -> None:
+        super().__init__(num_slots, slot_bytes, seed=seed)
+        self._lock = threading.RLock()
+
+    def copy(self, source: torch.Tensor, slot: int) -> None:
+        with self._lock:
+            super().copy(source, slot)
+
+    def wait(self, slot: int) -> None:
+        with self._lock:
+            super().wait(slot)
+
+    def release(self, slot: int) -> None:
+        with self._lock:
+            super().release(slot)
+
+    def finish(self, slot: int) -> None:
+        with self._lock:
+            super().finish(slot)
+
+    def launch(self, work: Event | Callable[[], object]) -> None:
+        with self._lock:
+            super().launch(work)
+
+
 def stream(
-    layers: Sequence[_T], *, num_resident: int = 0, num_slots: int = 2, make_link: MakeLink | None
+    layers: Sequence[_T],
+    *,
+    num_resident: int = 0,
+    num_slots: int = 2,
+    make_link: MakeLink | None,
+    scratch: Scratch | None = None,
 ) -> Streamed[_T]:
     streamed = Streamed[_T](
         len(layers),
@@ -323,6 +369,7 @@ def stream(
         num_resident=num_resident,
         num_slots=num_slots,
         make_link=make_link,
+        scratch=scratch,
     )
     for layer in layers:
         streamed.add(layer)
@@ -341,7 +388,7 @@ class Watched:
         self.seed = seed
 
     def make(self, num_slots: int, slot_bytes: int) -> Simulated:
-        self.link = Simulated(num_slots, slot_bytes, seed=self.seed)
+        self.link = Locked(num_slots, slot_bytes, seed=self.seed)
         return self.link
 
     def take_log(self) -> list[str]:
@@ -406,6 +453,31 @@ def test_layers_that_stay_are_neither_copied_nor_waited_for() -> None:
 def test_every_layer_is_read_whole_however_late_things_run(
     num_layers: int, share: float, num_slots: int, ends: list[int], seed: int
 ) -> None:
+    assert_read_whole(num_layers, share, num_slots, ends, seed, None)
+
+
+@settings(max_examples=40)
+@given(
+    num_layers=st.integers(1, 9),
+    share=st.floats(0, 1),
+    num_slots=st.integers(1, 4),
+    ends=st.lists(st.integers(0, 12), max_size=5),
+    seed=st.integers(0, 2**16),
+)
+def test_every_layer_is_read_from_disk_whole_however_late_things_run(
+    num_layers: int, share: float, num_slots: int, ends: list[int], seed: int
+) -> None:
+    assert_read_whole(num_layers, share, num_slots, ends, seed, Scratch(100_000))
+
+
+def assert_read_whole(
+    num_layers: int,
+    share: float,
+    num_slots: int,
+    ends: list[int],
+    seed: int,
+    scratch: Scratch | None,
+) -> None:
     watched = Watched(seed)
     num_resident = int(share * (num_layers - 1))
     layers = stream(
@@ -413,6 +485,7 @@ def test_every_layer_is_read_whole_however_late_things_run(
         num_resident=num_resident,
         num_slots=num_slots,
         make_link=watched.make,
+        scratch=scratch,
     )
     read: list[list[int]] = []
     expected: list[list[int]] = []
@@ -426,7 +499,11 @@ def test_every_layer_is_read_whole_however_late_things_run(
                 break
             watched.link.launch(partial(lambda x: read.append(x.tolist()), layer))
             expected.append(numbered(num_layers)[i].tolist())
-    watched.link.finish()
+    # What is still read from disk is copied behind our back.
+    if isinstance(layers._ring, _Ring):
+        for slot in range(num_slots):
+            layers._ring._link.finish(slot)
+    watched.link.finish_all()
     assert read == expected
 
 
@@ -485,119 +562,205 @@ def test_on_a_cpu_layers_are_used_where_they_lie() -> None:
     assert [x.tolist() for x in resident.held] == [x.tolist() for x in given_layers]
 
 
+# ---- disk ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOGITMILL_SCRATCH", str(tmp_path_factory.mktemp("scratch")))
+        yield
+
+
+def test_layers_on_disk_are_copied_in_the_order_of_layers() -> None:
+    watched = Watched()
+    layers = stream(numbered(3), make_link=watched.make, scratch=Scratch(10_000))
+    for _ in range(2):
+        assert [layer.tolist() for layer in layers] == [x.tolist() for x in numbered(3)]
+    for slot in range(2):
+        layers._ring._link.finish(slot)  # type: ignore[union-attr]
+    log = watched.take_log()
+    assert [line for line in log if line.startswith("copy")] == [
+        *("copy 0 to 0", "copy 1 to 1", "copy 2 to 0"),
+        *("copy 0 to 1", "copy 1 to 0", "copy 2 to 1"),
+        *("copy 0 to 0", "copy 1 to 1"),
+    ]
+    for slot in range(2):
+        # Each copy is waited for once it has been started, and its slot released after that.
+        turns = [line.split()[0] for line in log if line.endswith(str(slot))]
+        assert turns == ["copy", "wait", "release"] * 3 + ["copy"]
+
+
+def test_on_a_cpu_layers_on_disk_are_used_where_they_are_mapped() -> None:
+    given_layers = [draw(300, 700, seed=i) for i in range(5)]
+    layers = stream(given_layers, num_resident=2, make_link=None, scratch=Scratch(10**7))
+    places = [layer.data_ptr() for layer in layers.held]
+    given_up = []
+    for end in (0, 3, 5, 1, 5, 5):
+        given_up.append(iter(layers))
+        for i, layer in zip(range(end), given_up[-1], strict=False):
+            assert layer.data_ptr() == places[i]
+            assert torch.equal(layer, given_layers[i])
+
+
+def test_a_layer_that_the_disk_does_not_give_ends_the_pass(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layers = stream(numbered(4), make_link=Locked, scratch=Scratch(10_000))
+    whole = [x.tolist() for x in numbered(4)]
+    read = Scratch.read
+    fails: list[int] = []
+
+    def fail_once(self: Scratch, part: torch.Tensor, out: torch.Tensor) -> None:
+        read(self, part, out)
+        if int(out[0]) in fails:
+            fails.clear()
+            raise OSError("Input/output error")
+
+    def two_passes() -> None:
+        # The first layers have been read before.
+        assert len([*layers, *layers]) == 8
+
+    monkeypatch.setattr(Scratch, "read", fail_once)
+    for at in (1, 0, 3, 2):
+        fails.append(at)
+        with pytest.raises(
+            OSError, match=r"scratch: layers cannot be read back from .*scratch0: Input/output"
+        ):
+            two_passes()
+        assert [layer.tolist() for layer in layers] == whole
+
+
+@pytest.mark.parametrize("close", [True, False])
+@pytest.mark.parametrize("make_link", [Locked, None])
+def test_a_pass_from_disk_that_fails_anywhere_is_followed_by_a_whole_one(
+    make_link: MakeLink | None, close: bool
+) -> None:
+    layers = stream(numbered(5), num_resident=1, make_link=make_link, scratch=Scratch(10_000))
+    kept = []
+    for at in range(5):
+        kept.append(iter(layers))
+        with pytest.raises(torch.OutOfMemoryError):
+            fail(kept[-1], at, close=close)
+        assert [layer.tolist() for layer in layers] == [x.tolist() for x in numbered(5)]
+
+
+@pytest.mark.parametrize("make_link", [Locked, None])
+def test_layers_on_disk_that_are_let_go_are_gone_at_once(make_link: MakeLink | None) -> None:
+    before = {*threading.enumerate()}
+    gc.collect()
+    gc.disable()
+    try:
+        scratch = Scratch(10_000)
+        file = weakref.ref(scratch)
+        layers = stream(numbered(3), make_link=make_link, scratch=scratch)
+        ring = weakref.ref(layers._ring)
+        assert len(list(layers)) == 3
+        next(iter(layers))
+        del scratch, layers
+        for thread in {*threading.enumerate()} - before:
+            thread.join(10)
+            assert not thread.is_alive()
+        assert ring() is None
+        assert file() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_a_linear_multiplies_the_same_from_disk(name: str) -> None:
+    linear = LINEARS[name]
+    x = quantize(draw(23, linear.shape[1], seed=1), linear.layout)
+    expected = linear(x)
+    for make_link in (None, Locked):
+        layers = stream([linear, linear], make_link=make_link, scratch=Scratch(10**6))
+        for made in [*layers.held, bring(layers.held[0], CPU)]:
+            assert torch.equal(made(x), expected)
+        for made in layers:
+            assert torch.equal(made(x), expected)
+
+
+_RUN = r"""
+import hashlib, re, sys, threading, time
+from pathlib import Path
+import torch
+from logitmill.engine import pipeline
+
+torch.set_num_threads(2)
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) << 10
+
+ids = list(range(256)) * 2
+# What one layer takes besides, and what libraries take once.
+pipeline(sys.argv[1], device="cpu", residency="disk").get_logits(ids)
+before, most, done = anonymous(), 0, threading.Event()
+
+def watch():
+    global most
+    while not done.wait(0.002):
+        most = max(most, anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+pipe = pipeline(sys.argv[2], device="cpu", residency="disk")
+found = [hashlib.sha256(pipe.get_logits(ids).numpy().tobytes()).hexdigest() for _ in range(2)]
+done.set()
+thread.join()
+print(most - before, *found)
+"""
+
+
+def test_a_model_on_disk_takes_little_memory_while_it_loads_and_runs(tmp_path: Path) -> None:
+    """400 MB of weights in float32, none of which lies in a file as it is multiplied."""
+    small, large = (write_llama(tmp_path / str(n), n) for n in (1, 24))
+
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, small, large],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    anonymous, *found = done.stdout.split()
+    logits = pipeline(large, device="cpu").get_logits(list(range(256)) * 2)
+    assert isinstance(logits, torch.Tensor)
+    assert {*found} == {hashlib.sha256(logits.numpy().tobytes()).hexdigest()}
+    assert int(anonymous) < 150e6
+
+
+def write_llama(folder: Path, num_layers: int) -> Path:
+    """A model with 17 MB a layer in float32, stored in bfloat16."""
+    d, f, v = 512, 2048, 256
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": d,
+        "intermediate_size": f,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": v,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": True,
+    }
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens": (v, d), "model.norm": (d,)}
+    for i in range(num_layers):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.self_attn.{x}_proj": (d, d) for x in "qkvo"}
+        shapes |= {f"{layer}.mlp.{x}_proj": (f, d) for x in ("gate", "up")}
+        shapes[f"{layer}.mlp.down_proj"] = (d, f)
+        shapes |= {f"{layer}.{x}_layernorm": (d,) for x in ("input", "post_attention")}
+    tensors = {
+        f"{name}.weight": (draw(*shape, seed=i) * 0.05 + (len(shape) == 1)).bfloat16()
+        for i, (name, shape) in enumerate(shapes.items())
+    }
+    return write_model(folder, config, tensors, byte_tokenizer())
+
+
 def test_all_layers_may_stay() -> None:
     layers = stream(numbered(3), num_resident=3, make_link=Simulated)
     assert [int(layer[0]) for layer in layers] == [0, 1, 2]
-
-
-# ---- choosing --------------------------------------------------------------------------------
-
-
-@given(num_layers=st.integers(1, 100), share=st.floats(0, 1))
-def test_streamed_layers_are_spread_evenly(num_layers: int, share: float) -> None:
-    num_resident = int(share * num_layers)
-    is_streamed = spread(num_layers, num_resident)
-    assert len(is_streamed) == num_layers
-    assert is_streamed.count(False) == num_resident
-    places = [i for i, moves in enumerate(is_streamed) if moves]
-    # From one to the next, around the end as well: as many layers as there are, or one more.
-    again = [*places[1:], *(p + num_layers for p in places[:1])]
-    steps = {b - a for a, b in zip(places, again, strict=True)}
-    if places:
-        assert steps <= {num_layers // len(places), -(-num_layers // len(places))}
-
-
-GB = 10**9
-choose = partial(place, fixed_bytes=2 * GB, activation_bytes=GB, host_bytes=100 * GB, wanted=None)
-
-
-def test_layers_stay_if_all_fit_to_the_byte() -> None:
-    placement = choose([GB] * 10, device_bytes=13 * GB)
-    assert placement == Placement(
-        num_layers=10, num_resident=10, resident_bytes=10 * GB, streamed_bytes=0
-    )
-    assert not placement.is_streamed
-    assert placement.describe() == "all 10 layers resident (10.0 GB)"
-    less = choose([GB] * 10, device_bytes=13 * GB - 1)
-    # 9.99 GB of room: 7 layers and 2 slots.
-    assert less.num_resident == 7
-    assert less.is_streamed
-    assert (less.resident_bytes, less.streamed_bytes) == (7 * GB, 3 * GB)
-    assert (less.num_slots, less.slot_bytes) == (2, GB)
-    assert less.describe() == (
-        "7 of 10 layers resident, 3 streamed from pinned host memory (3.0 GB), 2 slots of 1.0 GB: "
-        "all would take 13.0 GB of 12.9 GB"
-    )
-
-
-def test_as_many_layers_stay_as_fit_beside_the_slots() -> None:
-    for room, num_resident in ((4 * GB, 2), (4 * GB - 1, 1), (3 * GB, 1), (2 * GB, 0)):
-        placement = choose([GB] * 10, device_bytes=3 * GB + room)
-        assert placement.num_resident == num_resident
-    three = choose([GB] * 10, device_bytes=7 * GB, num_slots=3)
-    assert (three.num_resident, three.num_slots) == (1, 3)
-
-
-def test_a_large_layer_stays_where_its_slots_would_take_more() -> None:
-    # Of [F, F, T, F, F, T] and the like, those that leave the first one where it is.
-    layers = [4 * GB, *[GB] * 5]
-    placement = choose(layers, device_bytes=3 * GB + 8 * GB)
-    assert spread(6, placement.num_resident)[0] is False
-    assert placement.slot_bytes == GB
-    assert (placement.num_resident, placement.resident_bytes) == (3, 6 * GB)
-
-
-def test_what_was_asked_for_is_done_or_refused() -> None:
-    fits = choose([GB] * 10, device_bytes=50 * GB, wanted="host")
-    assert (fits.num_resident, fits.streamed_bytes) == (0, 10 * GB)
-    assert fits.describe().endswith("2 slots of 1.0 GB: as asked for")
-    assert choose([GB] * 10, device_bytes=13 * GB, wanted="device").num_resident == 10
-    with pytest.raises(
-        ValueError, match=r"residency: 'device' takes 13.0 GB, .* is 12.9 GB; leave"
-    ):
-        choose([GB] * 10, device_bytes=13 * GB - 1, wanted="device")
-    with pytest.raises(ValueError, match="residency: 'disk' is not one of device, host"):
-        choose([GB] * 10, device_bytes=13 * GB, wanted="disk")
-
-
-def test_too_little_device_memory_is_refused_with_what_would_do() -> None:
-    assert choose([GB] * 10, device_bytes=5 * GB).num_resident == 0
-    for wanted in (None, "host"):
-        with pytest.raises(ValueError) as caught:  # noqa: PT011
-            choose([GB] * 10, device_bytes=5 * GB - 1, wanted=wanted)
-        assert str(caught.value) == (
-            "device_memory: 4.9 GB is less than the 5.0 GB that 2 layers at a time (2.0 GB), what "
-            "always stays (2.0 GB) and a batch (1.0 GB) take; give more or use a smaller "
-            "max_batch_tokens"
-        )
-    # Where no batch at all would fit, a smaller one is no help.
-    with pytest.raises(ValueError, match="give more or use a quantization of fewer bits"):
-        choose([GB] * 10, device_bytes=4 * GB)
-
-
-def test_too_little_host_memory_is_refused_with_what_would_do() -> None:
-    tight = partial(choose, [GB // 2] * 10, device_bytes=5 * GB)
-    # 2 GB of room: 2 layers and 2 slots, so 8 layers are streamed.
-    assert tight(host_bytes=4 * GB).streamed_bytes == 4 * GB
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
-        tight(host_bytes=4 * GB - 1)
-    assert str(caught.value) == (
-        "host_memory: 3.9 GB is less than the 4.0 GB that 8 streamed layers take; give more, use a "
-        "smaller max_batch_tokens or a quantization of fewer bits"
-    )
-    with pytest.raises(
-        ValueError, match=r"5.0 GB that 10 streamed .* leave residency out or use a"
-    ):
-        tight(host_bytes=4 * GB, wanted="host")
-    assert choose([GB] * 10, device_bytes=13 * GB, host_bytes=0).num_resident == 10
-
-
-def test_a_batch_hides_a_copy_behind_as_long_arithmetic() -> None:
-    rates = {"copy_bytes_per_second": 50e9, "flops_per_second": 400e12}
-    # A layer of 500 million parameters in bfloat16: 20 ms, in which 8e12 operations are done.
-    tokens = tokens_to_hide(layer_bytes=GB, layer_flops_per_token=GB, **rates)
-    assert tokens == 8000
-    assert tokens_to_hide(layer_bytes=GB, layer_flops_per_token=GB + 1, **rates) == 8000
-    assert tokens_to_hide(layer_bytes=GB, layer_flops_per_token=GB - 1, **rates) == 8001
-    # Four bits of the same layer.
-    assert tokens_to_hide(layer_bytes=GB // 4, layer_flops_per_token=GB, **rates) == 2000

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from logitmill.engine.formats import Dense, Linear, make_linear, resolve_scheme
 from logitmill.engine.layouts import Stored
 from logitmill.engine.residency import CudaLink, Layers, Resident, Streamed, bring, count_bytes
+from logitmill.engine.scratch import Scratch
 from logitmill.engine.weights import Plain
 from logitmill.kernels.quantize import quantize
 
@@ -113,6 +115,49 @@ def test_a_pass_that_fails_anywhere_is_followed_by_a_whole_one() -> None:
             run(streamed, 8192, end=end)
         got.append(run(streamed, 8192))
     assert all(torch.equal(x, expected) for x in got)
+
+
+@pytest.fixture
+def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scratch:
+    monkeypatch.setenv("LOGITMILL_SCRATCH", str(tmp_path))
+    return Scratch(1 << 30)
+
+
+@pytest.mark.parametrize(("num_resident", "num_slots"), [(0, 2), (0, 1), (0, 3), (4, 2)])
+def test_layers_on_disk_give_the_bits_of_resident_ones(
+    scratch: Scratch, num_resident: int, num_slots: int
+) -> None:
+    resident = Resident[Layer](DEVICE)
+    fill(resident)
+    sizes = (64, 16384, 64)
+    expected = [run(resident, n) for n in sizes]
+    on_disk = Streamed[Layer](
+        NUM_LAYERS,
+        device=DEVICE,
+        num_resident=num_resident,
+        num_slots=num_slots,
+        scratch=scratch,
+    )
+    fill(on_disk)
+    got = [run(on_disk, n) for n in sizes]
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    for end in range(NUM_LAYERS):
+        with pytest.raises(torch.OutOfMemoryError):
+            run(on_disk, 8192, end=end)
+        assert torch.equal(run(on_disk, 64), expected[0])
+
+
+def test_layers_on_disk_that_are_let_go_leave_no_memory_behind(scratch: Scratch) -> None:
+    free_memory()
+    run([bring(draw_layer(2), DEVICE)], 16)
+    before = free_memory()
+    for _ in range(3):
+        on_disk = Streamed[Layer](NUM_LAYERS, device=DEVICE, scratch=scratch)
+        fill(on_disk)
+        # Copies and reads of the next pass are under way.
+        run(on_disk, 16)
+        del on_disk
+        assert free_memory() - before <= SLACK
 
 
 def test_weights_of_a_cpu_are_those_of_the_gpu() -> None:
