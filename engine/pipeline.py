@@ -25,7 +25,7 @@ from .head import Columns, Head, Model
 from .layouts import read_stored
 from .loading import load_decoder
 from .packing import pack, rounds
-from .placement import RESIDENCIES, Room, free_device_memory, free_host_memory
+from .placement import RESIDENCIES, Room, free_device_memory, free_host_memory, show_gb
 from .recipes import Recipe, find_recipe
 from .records import Document, DocumentScore
 from .runner import Request, Runner
@@ -76,8 +76,10 @@ class EngineSettings:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ValueError(f"dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
-        if self.max_batch_tokens is not None and self.max_batch_tokens < 1:
-            raise ValueError(f"max_batch_tokens: {self.max_batch_tokens} is not at least 1")
+        for name in ("max_batch_tokens", "logits_memory", "device_memory"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: {value} is not at least 1")
         if self.residency not in (None, *RESIDENCIES):
             raise ValueError(
                 f"residency: {self.residency!r} is not one of {', '.join(RESIDENCIES)}"
@@ -91,7 +93,13 @@ class EngineSettings:
         if is_cpu:
             device_bytes = host_bytes
         else:
-            device_bytes = self.device_memory or int(_FREE_SHARE * free_device_memory(device))
+            free = free_device_memory(device)
+            device_bytes = self.device_memory or int(_FREE_SHARE * free)
+            if device_bytes > free:
+                raise ValueError(
+                    f"device_memory: {show_gb(device_bytes, up=True)} is more than the "
+                    f"{show_gb(free)} that are free on {device}; give less or leave it out"
+                )
         logits_bytes = self.logits_memory
         if logits_bytes is None:
             logits_bytes = _LOGITS_MEMORY[device.type]
@@ -237,6 +245,7 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
             ("quantization", settings.quantization not in (None, "none") and settings.quantization),
             ("fp8_head", settings.fp8_head),
             ("residency", settings.residency not in (None, "device") and settings.residency),
+            ("device_memory", settings.device_memory),
         ):
             if value:
                 raise ValueError(

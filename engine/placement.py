@@ -223,6 +223,26 @@ def free_device_memory(device: torch.device) -> int:
 
 def free_host_memory() -> int:
     """Bytes of host memory that can be had, what the system would give up for it included."""
+    return min(_free_in_system(), _free_in_container())
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def _free_in_container() -> int:
+    """What a container's limit leaves, files in memory not counted: they give way."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text().strip()
+        if limit == "max":
+            return 1 << 62
+        used = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
+        taken = int((_CGROUP / "memory.current").read_text())
+        return max(0, int(limit) - taken + int(used["file"]) - int(used["shmem"]))
+    except (OSError, ValueError, KeyError):
+        return 1 << 62
+
+
+def _free_in_system() -> int:
     try:
         found = re.search(r"^MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.M)
         if found:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from ...engine.families import FAMILIES
 from ...engine.packing import rounds
 from ...engine.pipeline import BLOCK_ROWS, DTYPES, EngineSettings
+from ...engine.placement import free_host_memory
 from ...engine.records import Document
 from .breakdown import Breakdown, break_down
 from .ceilings import Ceilings, measure_ceilings, name_unit, wait
@@ -117,7 +117,7 @@ class Loaded:
 
     def _get_logits(self, documents: Sequence[Document]) -> Scored:
         """Logits of everything, some documents at a time: all at once fit no host memory."""
-        room = min(_LOGITS_BYTES, int(_LOGITS_SHARE * _free_host_memory()))
+        room = min(_LOGITS_BYTES, int(_LOGITS_SHARE * free_host_memory()))
         fit = max(1, room // (2 * self.pipe.vocab_size))
         wanted = list(windows(self.subject, self.pipe, documents))
         for group in rounds(((w.ids, len(w.ids)) for w in wanted), fit):
@@ -190,14 +190,6 @@ def time_best(run: Callable[[], Scored], repeat: int, device: torch.device) -> T
 def memory(device: torch.device) -> int | None:
     """Bytes taken on the device; None on a CPU."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else None
-
-
-def _free_host_memory() -> int:
-    """Bytes of host memory that nothing uses, about."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return _LOGITS_BYTES
 
 
 def release(device: torch.device) -> None:

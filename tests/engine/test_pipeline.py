@@ -365,3 +365,10 @@ def test_layers_that_do_not_fit_a_cpus_memory_are_on_disk_and_it_is_said(
 def test_memory_of_a_gpu_is_none_of_a_cpu(demo_folder: Path) -> None:
     with pytest.raises(ValueError, match=r"^device_memory: 5 bytes are of a GPU, and device is 'c"):
         pipeline(demo_folder, device="cpu", device_memory=5)
+
+
+@pytest.mark.parametrize("name", ["max_batch_tokens", "logits_memory", "device_memory"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_nothing_is_no_amount(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name}: {value} is not at least 1"):
+        engine_pipeline.EngineSettings(**{name: value})

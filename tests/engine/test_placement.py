@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from logitmill.engine import placement
 from logitmill.engine.placement import (
     Disk,
     Placement,
@@ -242,3 +244,14 @@ def test_a_batch_hides_a_copy_behind_as_long_arithmetic() -> None:
     assert tokens_to_hide(layer_bytes=GB, layer_flops_per_token=GB - 1, **rates) == 8001
     # Four bits of the same layer.
     assert tokens_to_hide(layer_bytes=GB // 4, layer_flops_per_token=GB, **rates) == 2000
+
+
+def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "_CGROUP", tmp_path)
+    system = placement.free_host_memory()
+    (tmp_path / "memory.max").write_text("max\n")
+    assert placement.free_host_memory() == pytest.approx(system, rel=0.2)
+    (tmp_path / "memory.max").write_text("10000000\n")
+    (tmp_path / "memory.current").write_text("7000000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\nfile 5000000\nshmem 1000000\n")
+    assert placement.free_host_memory() == 7_000_000
