@@ -98,16 +98,17 @@ def measure_ceilings(
         device: to measure.
         to_host: whether to measure copies to the host, too.
     """
+    kinds = {layer.feed_forward: layer for layer in spec.layers}.values()
+    shapes = [shape for layer in kinds for shape in linear_shapes(spec, layer)]
+    windows = [layer.window for layer in spec.layers if layer.window is not None]
     return Ceilings(
-        linears=_measure_linears(
-            tuple(linear_shapes(spec, spec.layers[0])), rows, unit, dtype, device
-        ),
+        linears=_measure_linears(tuple(shapes), rows, unit, dtype, device),
         head=_measure_head((spec.vocab_size, spec.hidden_size), head_unit, dtype, device),
         attention=_measure_attention(
             spec.num_heads,
             spec.num_kv_heads,
             spec.head_dim,
-            spec.layers[0].window,
+            max(windows) if len(windows) == spec.num_layers else None,
             min(_LONG, spec.max_positions),
             dtype,
             device,

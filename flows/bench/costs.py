@@ -47,7 +47,8 @@ def count_costs(
     attended = []
     for layer in spec.layers:
         weights += sum(rows * columns for rows, columns in linear_shapes(spec, layer))
-        moved["norms"] += 2 * norm
+        # A norm behind a part is a pass of its own.
+        moved["norms"] += 2 * norm + (4 * d * width if spec.post_norm else 0)
         moved["rotary"] += 2 * turned * width
         moved["quantize"] += spec.q_size * (width + input_width) if rounds else 0
         for part, times in _passed(layer.feed_forward):
@@ -69,8 +70,16 @@ def count_costs(
 
 def linear_shapes(spec: DecoderSpec, layer: Layer) -> list[tuple[int, int]]:
     """(outputs, inputs) of the products that a token takes part in in one layer."""
-    d = spec.hidden_size
-    shapes = [(spec.q_size + 2 * spec.kv_size, d), (d, spec.q_size)]
+    d, latent = spec.hidden_size, spec.latent
+    shapes = [(d, spec.num_heads * spec.value_dim)]
+    if latent is None:
+        shapes.append((spec.q_size + 2 * spec.kv_size, d))
+    else:
+        kv_down = latent.kv_rank + latent.rope_dim
+        shapes.append(((latent.q_rank or spec.q_size) + kv_down, d))
+        if latent.q_rank is not None:
+            shapes.append((spec.q_size, latent.q_rank))
+        shapes.append((spec.num_heads * (latent.nope_dim + latent.value_dim), latent.kv_rank))
     for part, times in _passed(layer.feed_forward):
         shapes += times * [((2 if part.gated else 1) * part.size, d), (d, part.size)]
     return shapes

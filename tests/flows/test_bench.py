@@ -359,6 +359,42 @@ def test_costs_of_a_small_model() -> None:
     assert "quantize" not in plain
 
 
+SPARSE = {
+    "Qwen3Moe": {"num_experts": 6, "num_experts_per_tok": 6, "moe_intermediate_size": 20},
+    "DeepseekV3": {
+        **{"n_routed_experts": 6, "num_experts_per_tok": 6, "moe_intermediate_size": 20},
+        **{"n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+        **{"q_lora_rank": 12, "kv_lora_rank": 16, "qk_rope_head_dim": 8},
+        **{"qk_nope_head_dim": 16, "v_head_dim": 12, "num_key_value_heads": 4},
+    },
+}
+
+
+@pytest.mark.parametrize("family", SPARSE)
+def test_products_are_those_of_every_weight_that_a_token_meets(family: str) -> None:
+    """With all experts chosen: the matrices of transformers' model, but router and tables."""
+    import transformers
+    from logitmill.engine.families import FAMILIES
+
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=40,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        **SPARSE[family],
+    )
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    weights = sum(
+        weight.numel()
+        for name, weight in model.model.layers.named_parameters()
+        if weight.ndim > 1 and not name.endswith("mlp.gate.weight")
+    )
+    spec = FAMILIES[f"{family}ForCausalLM"].spec(config.to_dict())
+    costs = count_costs(spec, [7], width=2, input_width=2, head_width=2)
+    assert costs["linears"] == Cost(flops=2.0 * 7 * weights)
+
+
 def test_least_times_are_costs_over_ceilings() -> None:
     ceilings = Ceilings(
         linears=Ceiling(100.0, ""),
