@@ -476,6 +476,10 @@ def test_storage_options_stay_in_this_process(
         assert path.is_dir() or hidden.encode() not in path.read_bytes()
 
 
+PAGE = 200
+"""Most things that the server lists at a time."""
+
+
 def stored_on_server() -> list[dict[str, Any]]:
     """Everything that the server of this process knows of its runs."""
     from logitmill.flows.server import use_server
@@ -485,7 +489,14 @@ def stored_on_server() -> list[dict[str, Any]]:
         kinds = ("flows", "flow_runs", "task_runs", "artifacts", "logs")
         found: list[dict[str, Any]] = []
         for kind in kinds:
-            found += client._client.post(f"/{kind}/filter", json={}).json()
+            page: list[dict[str, Any]] = []
+            while not page or len(page) % PAGE == 0:
+                asked = {"limit": PAGE, "offset": len(page)}
+                more = client._client.post(f"/{kind}/filter", json=asked).json()
+                page += more
+                if not more:
+                    break
+            found += page
         return found
 
 
