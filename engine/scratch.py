@@ -150,6 +150,10 @@ def _find_folder(num_bytes: int) -> Path:
     given = os.environ.get("LOGITMILL_SCRATCH")
     folders = [Path(given).expanduser()] if given else [cache_folder(), Path(tempfile.gettempdir())]
     reasons = []
+    if given and "://" in given:
+        raise ValueError(
+            f"scratch: LOGITMILL_SCRATCH {given!r} is no folder of this machine; {_WORKS}"
+        )
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)

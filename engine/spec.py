@@ -133,6 +133,11 @@ class Router:
             raise ValueError(
                 f"num_experts_per_tok: {self.top_k} is not from 1 to the {self.num_experts} experts"
             )
+        if self.num_experts % self.num_groups or not 0 < self.top_groups <= self.num_groups:
+            raise ValueError(
+                f"n_group, topk_group: {self.num_groups} groups do not divide {self.num_experts} "
+                f"experts, or {self.top_groups} of them are not to be had"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +180,10 @@ class Layer:
     rotary: Rotary | None
     """None for a layer that does not know where its tokens are."""
     feed_forward: FeedForward | Experts
+
+    def __post_init__(self) -> None:
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"sliding_window: {self.window} is not at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ import typer
 from .progress import TALLY
 
 if TYPE_CHECKING:
+    from ..engine.pipeline import ModelFacts
     from .request import Prepared
     from .run import Run
 
@@ -628,6 +629,10 @@ def _bytes(gigabytes: float | None) -> int | None:
     return None if gigabytes is None else int(gigabytes * 1e9)
 
 
+def _say_way(facts: ModelFacts) -> str:
+    return "native decoder" if facts.reason is None else f"through transformers: {facts.reason}"
+
+
 def _say_plan(prepared: Prepared) -> None:
     request, plan, facts, job = prepared.request, prepared.plan, prepared.facts, prepared.job
     documents = f"{plan.num_documents:,} documents, " if plan.num_documents is not None else ""
@@ -636,9 +641,9 @@ def _say_plan(prepared: Prepared) -> None:
         f"corpus  {job.corpus.uri}: {documents}{plan.num_bytes / 1e6:,.1f} MB, "
         f"{len(plan.shards)} shard{'s' if len(plan.shards) != 1 else ''}"
     )
-    way = "native decoder" if facts.reason is None else f"through transformers: {facts.reason}"
     typer.echo(
-        f"model   {request.model}: {facts.architecture}, {way}, {facts.dtype} on {facts.device}"
+        f"model   {request.model}: {facts.architecture}, {_say_way(facts)}, {facts.dtype} on "
+        f"{facts.device}"
     )
     typer.echo(f"linears {facts.quantization}")
     typer.echo(
@@ -752,6 +757,8 @@ def _inspect(
         model_folder = find_model(target, storage_options=options)
         facts = inspect_model(model_folder, EngineSettings(**settings))
         for name, value in vars(facts).items():
+            if name == "reason":
+                name, value = "runs", _say_way(facts)
             typer.echo(f"{name:14} {value}")
 
 

@@ -162,7 +162,7 @@ def score_corpus(
         log.info("logits will take about %.2f GB", prepared.logits_bytes / 1e9)
     if pending:
         # Tasks run in this process: what is wrong with the model shows once, not shard by shard.
-        shards.load_engine(job)
+        log.info("%s: %s", folder.uri, shards.load_engine(job).placement)
     prepared.write_plan()
     done_bytes = plan.num_bytes - sum(shard.num_bytes for shard in pending)
     failures: list[tuple[Shard, BaseException]] = []

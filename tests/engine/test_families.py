@@ -724,6 +724,9 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("Llama", {"rope_parameters": {"rope_type": "yarn"}}, "factor"),
     ("Qwen3", {"layer_types": [FULL]}, "layer"),
     ("SmolLM3", {"no_rope_layers": [1]}, "no_rope_layers: 1 layers"),
+    ("Mistral", {"sliding_window": -1}, "sliding_window: -1 is not at least 1"),
+    ("DeepseekV3", {"n_group": 5}, "n_group, topk_group: 5 groups do not divide"),
+    ("DeepseekV3", {"n_group": 2, "topk_group": 5}, "5 of them are not to be had"),
     ("Mixtral", {"num_experts_per_tok": 9}, "num_experts_per_tok: 9 is not from 1 to the 8"),
 ]
 
@@ -732,7 +735,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 def test_a_config_that_is_wrong_is_one_line(
     family: str, change: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
-    save(make_model(family, shape(hidden_size=384), seed=1), tmp_path)
+    settings = deepseek() if family == "DeepseekV3" else shape(hidden_size=384)
+    save(make_model(family, settings, seed=1), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=said) as caught:
