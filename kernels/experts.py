@@ -1,7 +1,7 @@
 """Products of rows sorted by expert, each with its own expert's weights; nothing waits on the host.
 
 Legend: T packed tokens, k choices of a token, R = T * k rows sorted by expert, E experts, N
-outputs, K inputs, D hidden size, F columns between the two products.
+outputs, K inputs, D hidden size.
 
 Rows of expert e are offsets[e] ... offsets[e + 1]; the offsets lie where the rows do. A row's bits
 depend on that row alone: neither on how many rows its expert has nor on its place among them.
@@ -124,18 +124,12 @@ def multiply(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """x[r] @ weight[e]^T + bias[e] in the dtype of `x` with float32 accumulation; [R, N]."""
-    x = Activations(x_RK)
-    out = _room(x, weight_ENK, x_RK.dtype, out)
-    if has_triton(weight_ENK):
-        from .gpu import experts as gpu
 
-        return gpu.multiply(x, weight_ENK, None, offsets, bias_EN, out)
-    return _by_expert(
-        lambda rows, e: linear.multiply(rows.values_TK, weight_ENK[e], _of(bias_EN, e)),
-        x,
-        offsets,
-        out,
-    )
+    def product(rows: Activations, e: int) -> torch.Tensor:
+        return linear.multiply(rows.values_TK, weight_ENK[e], _of(bias_EN, e))
+
+    room = _room(Activations(x_RK), weight_ENK, x_RK.dtype, out)
+    return _dispatch(product, Activations(x_RK), weight_ENK, None, offsets, bias_EN, room)
 
 
 def multiply_fp8(
@@ -149,19 +143,12 @@ def multiply_fp8(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear.multiply_fp8` of each row with its expert's weight and scales a row; [R, N]."""
-    out = _room(x, weight_ENK, dtype, out)
-    if has_triton(weight_ENK):
-        from .gpu import experts as gpu
 
-        return gpu.multiply(x, weight_ENK, scale_EN, offsets, bias_EN, out)
-    return _by_expert(
-        lambda rows, e: linear.multiply_fp8(
-            rows, weight_ENK[e], scale_EN[e], _of(bias_EN, e), dtype
-        ),
-        x,
-        offsets,
-        out,
-    )
+    def product(rows: Activations, e: int) -> torch.Tensor:
+        return linear.multiply_fp8(rows, weight_ENK[e], scale_EN[e], _of(bias_EN, e), dtype)
+
+    room = _room(x, weight_ENK, dtype, out)
+    return _dispatch(product, x, weight_ENK, scale_EN, offsets, bias_EN, room)
 
 
 def multiply_fp8_groups(
@@ -180,11 +167,6 @@ def multiply_fp8_groups(
     of 128 x 128, or [N, K / 128], one for each row. Sums are float32 from one group of columns to
     the next, and the result plus bias is rounded once.
     """
-    out = _room(x, weight_ENK, dtype, out)
-    if has_triton(weight_ENK):
-        from .gpu import experts as gpu
-
-        return gpu.multiply(x, weight_ENK, scales_EBG, offsets, bias_EN, out)
     num_columns = weight_ENK.shape[1]
     shared = 1 if scales_EBG.shape[1] == num_columns else GROUP
 
@@ -194,7 +176,8 @@ def multiply_fp8_groups(
         bias = None if bias_EN is None else bias_EN[e].float()
         return linear.multiply(dequantize(rows), weight_NK, bias).to(dtype)
 
-    return _by_expert(product, x, offsets, out)
+    room = _room(x, weight_ENK, dtype, out)
+    return _dispatch(product, x, weight_ENK, scales_EBG, offsets, bias_EN, room)
 
 
 def multiply_int8(
@@ -208,19 +191,29 @@ def multiply_int8(
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear.multiply_int8` of each row with its expert's weight and scales a row; [R, N]."""
-    out = _room(x, weight_ENK, dtype, out)
+
+    def product(rows: Activations, e: int) -> torch.Tensor:
+        return linear.multiply_int8(rows, weight_ENK[e], scale_EN[e], _of(bias_EN, e), dtype)
+
+    room = _room(x, weight_ENK, dtype, out)
+    return _dispatch(product, x, weight_ENK, scale_EN, offsets, bias_EN, room)
+
+
+def _dispatch(
+    product: Callable[[Activations, int], torch.Tensor],
+    x: Activations,
+    weight_ENK: torch.Tensor,
+    scales: torch.Tensor | None,
+    offsets: torch.Tensor,
+    bias_EN: torch.Tensor | None,
+    out: torch.Tensor,
+) -> torch.Tensor:
+    """By the kernel where there is one, else `product` of one expert's rows after another."""
     if has_triton(weight_ENK):
         from .gpu import experts as gpu
 
-        return gpu.multiply(x, weight_ENK, scale_EN, offsets, bias_EN, out)
-    return _by_expert(
-        lambda rows, e: linear.multiply_int8(
-            rows, weight_ENK[e], scale_EN[e], _of(bias_EN, e), dtype
-        ),
-        x,
-        offsets,
-        out,
-    )
+        return gpu.multiply(x, weight_ENK, scales, offsets, bias_EN, out)
+    return _by_expert(product, x, offsets, out)
 
 
 def _room(
