@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -489,14 +490,12 @@ def stored_on_server() -> list[dict[str, Any]]:
         kinds = ("flows", "flow_runs", "task_runs", "artifacts", "logs")
         found: list[dict[str, Any]] = []
         for kind in kinds:
-            page: list[dict[str, Any]] = []
-            while not page or len(page) % PAGE == 0:
-                asked = {"limit": PAGE, "offset": len(page)}
-                more = client._client.post(f"/{kind}/filter", json=asked).json()
-                page += more
-                if not more:
+            for offset in count(step=PAGE):
+                asked = {"limit": PAGE, "offset": offset}
+                page = client._client.post(f"/{kind}/filter", json=asked).json()
+                found += page
+                if len(page) < PAGE:
                     break
-            found += page
         return found
 
 
