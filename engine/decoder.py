@@ -192,7 +192,7 @@ class Decoder:
         )
         num_queries, num_turned = spec.num_heads, spec.num_heads + spec.num_kv_heads
         for i, layer in enumerate(self._layers):
-            heads_THD = self._by_block(len(ids_T), partial(self._project, i, layer, stream))
+            heads_THD = self._project(i, layer, stream, len(ids_T))
             mixed_THD = attend(
                 heads_THD[:, :num_queries],
                 heads_THD[:, num_queries:num_turned],
@@ -225,11 +225,36 @@ class Decoder:
             x_TD += self._positions_PD[to_device(torch.from_numpy(positions_T), self.device)]
         return x_TD
 
-    def _project(self, i: int, layer: LayerWeights, stream: _Stream, rows: slice) -> torch.Tensor:
-        """Queries and keys, turned, and values of a block of rows; [rows, heads, head size]."""
+    def _project(self, i: int, layer: LayerWeights, stream: _Stream, num_rows: int) -> torch.Tensor:
+        """Queries and keys, turned, and values of all rows; [T, heads, head size]."""
+        spec = self.spec
+        num_turned = spec.num_heads + spec.num_kv_heads
+        blocks = self.blocks.cut(num_rows)
+        out_THD: torch.Tensor | None = None
+        for rows in blocks:
+            normed = stream.norm(layer.attention_norm, layer.qkv.layout, rows)
+            heads_THD = layer.qkv(normed).unflatten(1, (-1, spec.head_dim))
+            if len(blocks) == 1:
+                self._turn_heads(i, layer, stream, rows, heads_THD, None)
+                return heads_THD
+            if out_THD is None:
+                out_THD = heads_THD.new_empty(num_rows, *heads_THD.shape[1:])
+            self._turn_heads(i, layer, stream, rows, heads_THD, out_THD[rows])
+            out_THD[rows, num_turned:] = heads_THD[:, num_turned:]
+        assert out_THD is not None
+        return out_THD
+
+    def _turn_heads(
+        self,
+        i: int,
+        layer: LayerWeights,
+        stream: _Stream,
+        rows: slice,
+        heads_THD: torch.Tensor,
+        out_THD: torch.Tensor | None,
+    ) -> None:
+        """Normalise and turn queries and keys of a block of rows into `out`, or in place."""
         spec, rotary = self.spec, self.spec.layers[i].rotary
-        normed = stream.norm(layer.attention_norm, layer.qkv.layout, rows)
-        heads_THD = layer.qkv(normed).unflatten(1, (-1, spec.head_dim))
         num_queries, num_turned = spec.num_heads, spec.num_heads + spec.num_kv_heads
         q_norm, k_norm = layer.q_norm, layer.k_norm
         if spec.qk_norm_of_row:
@@ -241,11 +266,11 @@ class Decoder:
                 normed = add_norm(part.flatten(1).contiguous(), None, norm, Layout.PLAIN)
                 part.copy_(normed.values_TK.view(part.shape))
             q_norm = k_norm = None
-        if rotary is not None or q_norm is not None:
-            if rotary is None:
-                cos_TR = sin_TR = torch.empty(rows.stop, 0, device=self.device)
-            else:
-                cos_TR, sin_TR = stream.angles[self._rotaries.index(rotary)]
+        if rotary is None:
+            cos_TR = sin_TR = torch.empty(rows.stop, 0, device=self.device)
+        else:
+            cos_TR, sin_TR = stream.angles[self._rotaries.index(rotary)]
+        if rotary is not None or q_norm is not None or out_THD is not None:
             rotate(
                 heads_THD[:, :num_turned],
                 cos_TR[rows],
@@ -253,8 +278,8 @@ class Decoder:
                 num_queries=num_queries,
                 q_norm=q_norm,
                 k_norm=k_norm,
+                out_THD=None if out_THD is None else out_THD[:, :num_turned],
             )
-        return heads_THD
 
     def _feed_forward(
         self, layer: LayerWeights, stream: _Stream, mixed_THD: torch.Tensor, rows: slice

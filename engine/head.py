@@ -99,7 +99,8 @@ class Head:
 
         Values are log-probabilities if `normalised`, else logits, in the dtype of `outbox`.
         """
-        for rows in self.blocks.cut(len(hidden_RD)):
+        # Several chunks are under way at a time, so they are smaller.
+        for rows in (self.blocks.shrink() or self.blocks).cut(len(hidden_RD)):
             count = min(rows.stop, num_rows) - rows.start
             if count <= 0:
                 return

@@ -6,7 +6,8 @@ import logging
 import platform
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from .packing import pack, rounds
 from .placement import RESIDENCIES, Room, free_device_memory, free_host_memory, show_gb
 from .recipes import Recipe, find_recipe
 from .records import Document, DocumentScore
-from .runner import Request, Runner
+from .runner import LogitRows, Request, Runner
 from .scorer import BatchSink, LogitsSink, Scorer
 from .tokenization import Tokenizer
 from .transfer import Arrival, on
@@ -387,9 +388,16 @@ class Pipeline:
         requests = [
             [Request(sequences[i], np.zeros_like(sequences[i])) for i in b] for b in batches
         ]
-        for rows in self._runner.stream(requests, DTYPES[dtype], normalised=False):
-            stop = rows.first_row + len(rows.values)
-            in_batches[rows.request][rows.first_row : stop] = rows.values
+        chunks = self._runner.stream(requests, DTYPES[dtype], normalised=False)
+        # To write memory for the first time takes about as long as to compute what is written.
+        with ThreadPoolExecutor(1, "logitmill-logits") as pool:
+            jobs: deque[Future[None]] = deque()
+            for chunk in chunks:
+                jobs.append(pool.submit(_copy, chunk, in_batches))
+                if len(jobs) > 1:
+                    jobs.popleft().result()
+            for job in jobs:
+                job.result()
         return results[0] if single else results
 
     def get_ppl(self, input_ids: Any) -> float | list[float]:
@@ -543,6 +551,12 @@ def _as_sequences(input_ids: Any, vocab_size: int) -> tuple[list[np.ndarray], bo
                 f"input_ids: {ids[wrong[0]]} at position {wrong[0]} of sequence {i} is not in the "
                 f"model's vocabulary of {vocab_size}"
             )
+def _copy(chunk: Sequence[LogitRows], results: Sequence[torch.Tensor]) -> None:
+    for rows in chunk:
+        stop = rows.first_row + len(rows.values)
+        results[rows.request][rows.first_row : stop] = rows.values
+
+
         sequences.append(ids.astype(np.int64))
     return sequences, single
 

@@ -17,9 +17,11 @@ import torch
 
 from .blocks import Blocks
 from .head import Columns, Head, Model
-from .transfer import Arrival, Outbox, on, to_device
+from .transfer import Arrival, Aside, Mark, Outbox, on, to_device
 
 _T = TypeVar("_T")
+_Hidden = tuple[torch.Tensor, torch.Tensor, int]
+"""Hidden states of scored rows and their targets, padded, and the rows unpadded."""
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +38,7 @@ class Request:
 
 @dataclass(frozen=True)
 class LogitRows:
-    """Consecutive rows of one request over the whole vocabulary; valid until the next ones."""
+    """Consecutive rows of one request over the whole vocabulary."""
 
     request: int
     """Index among all requests of the stream."""
@@ -75,27 +77,32 @@ class Runner:
 
     def stream(
         self, batches: Iterable[Sequence[Request]], dtype: torch.dtype, *, normalised: bool
-    ) -> Iterator[LogitRows]:
-        """Every scored row of every request over the whole vocabulary, in order.
+    ) -> Iterator[list[LogitRows]]:
+        """Every scored row of every request over the whole vocabulary, in order, by chunks.
 
-        With `normalised`, log-probabilities; else logits. A few chunks are under way at a time.
+        With `normalised`, log-probabilities; else logits. A few chunks are under way at a time. A
+        chunk is valid until the one after the next is asked for.
         """
         under_way: deque[Arrival[list[LogitRows]]] = deque()
-        outbox = Outbox(self._model.device, dtype, self.depth + 1)
+        outbox = Outbox(self._model.device, dtype, self.depth + 2)
+        aside = Aside(self._model.device)
+        compute = partial(self._marked, aside)
+        parts = (p for batch in batches for p in self._parts(batch, compute, under_way))
         first = 0
-        for batch in batches:
-            for part, hidden in self._parts(batch, self._hidden, under_way):
-                sizes = [len(r.targets) for r in part]
-                chunks = self._head.rows(*hidden, outbox, normalised=normalised)
-                while chunk := self._next(chunks):
-                    rows, arrival = chunk
-                    cut = _cut(sizes, rows, first)
-                    under_way.append(arrival.then(partial(_split, cut)))
-                    if len(under_way) > self.depth:
-                        yield from under_way.popleft().wait()
-                first += len(part)
+        # The next batch is launched before the rows of this one leave, which takes about as long.
+        for part, (hidden, mark) in _ahead(parts, min(1, self.depth)):
+            sizes = [len(r.targets) for r in part]
+            aside.follow(mark, *hidden[:2])
+            chunks = self._head.rows(*hidden, outbox, normalised=normalised)
+            while chunk := self._next(chunks, aside):
+                rows, arrival = chunk
+                cut = _cut(sizes, rows, first)
+                under_way.append(arrival.then(partial(_split, cut)))
+                if len(under_way) > self.depth:
+                    yield under_way.popleft().wait()
+            first += len(part)
         while under_way:
-            yield from under_way.popleft().wait()
+            yield under_way.popleft().wait()
 
     def _parts(
         self,
@@ -125,12 +132,16 @@ class Runner:
         with torch.inference_mode(), on(self._model.device):
             return self._head.score(hidden_RD, targets_R, num_rows, num_top=num_top)
 
-    def _next(self, chunks: Iterator[_T]) -> _T | None:
+    def _marked(self, aside: Aside, requests: Sequence[Request]) -> tuple[_Hidden, Mark]:
+        hidden = self._hidden(requests)
+        return hidden, aside.mark()
+
+    def _next(self, chunks: Iterator[_T], aside: Aside) -> _T | None:
         """The next chunk; between chunks, the caller's code runs outside of inference mode."""
-        with torch.inference_mode(), on(self._model.device):
+        with torch.inference_mode(), on(self._model.device), torch.cuda.stream(aside.stream):
             return next(chunks, None)
 
-    def _hidden(self, requests: Sequence[Request]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    def _hidden(self, requests: Sequence[Request]) -> _Hidden:
         """Hidden states of the scored rows and their targets, padded, and the rows unpadded."""
         lengths = [len(r.ids) for r in requests]
         sizes = np.array([len(r.targets) for r in requests])
@@ -175,6 +186,16 @@ class Runner:
             self._model.blocks.sizes[0],
             self._head.blocks.sizes[0],
         )
+
+
+def _ahead(items: Iterator[_T], count: int) -> Iterator[_T]:
+    """The same items, `count` of them taken before the first is given."""
+    waiting: deque[_T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > count:
+            yield waiting.popleft()
+    yield from waiting
 
 
 def _unless_full(compute: Callable[[], _T]) -> _T | None:

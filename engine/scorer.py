@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import numpy as np
 import torch
@@ -140,7 +141,8 @@ class Scorer:
                     yield batch.requests
 
         first = 0
-        for rows in self._runner.stream(requests(), dtype, normalised=True):
+        chunks = self._runner.stream(requests(), dtype, normalised=True)
+        for rows in chain.from_iterable(chunks):
             # All requests of earlier batches are done.
             while rows.request >= first + len(running[0].pieces):
                 batch = running.popleft()

@@ -58,6 +58,38 @@ def to_host(*tensors: torch.Tensor) -> Arrival[list[torch.Tensor]]:
     return Arrival(event, lambda: copies)
 
 
+Mark = torch.cuda.Event | None
+
+
+class Aside:
+    """A stream beside a GPU's current one, so that what is launched there need not wait for what
+    was launched later here; on a CPU there is none, and everything is done at once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream: torch.cuda.Stream | None = None
+        """For `torch.cuda.stream`, which takes None as no stream in particular."""
+        self._device = device
+        if device.type == "cuda":
+            # What has results that somebody waits for comes first.
+            self.stream = torch.cuda.Stream(device, priority=-1)
+
+    def mark(self) -> Mark:
+        """What has been launched so far on the current stream."""
+        if self.stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
+    def follow(self, mark: Mark, *tensors: torch.Tensor) -> None:
+        """What is launched aside from now on comes after the mark, and may use `tensors`."""
+        if self.stream is None or mark is None:
+            return
+        self.stream.wait_event(mark)
+        for tensor in tensors:
+            tensor.record_stream(self.stream)
+
+
 class Outbox:
     """A ring of buffers through which large results leave a device, on a stream of their own.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
 
-_NAMES = ("logitmill", "torch", "triton", "transformers")
+_NAMES = ("logitmill", "torch", "triton", "transformers", "nvidia-cudnn-frontend")
 
 
 def versions() -> dict[str, str]:

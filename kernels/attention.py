@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .choice import choose
 from .linear import multiply
@@ -23,9 +22,6 @@ _BLOCKS_FROM, _BLOCKS_TO = 513, 8192
 _BLOCK = 256
 # Queries of one block of a sliding window; bounds the mask to block x (block + window).
 _WINDOW_BLOCK = 1024
-# Tokens that a length is rounded up to for cuDNN, and the head size at which it is faster.
-_CUDNN_MULTIPLE = 512
-_CUDNN_HEAD = 128
 # The largest head that the kernels for packed sequences take; any is a multiple of 8.
 _PACKED_HEAD = 256
 
@@ -53,13 +49,15 @@ def attend(
     """
     changed = soft_cap is not None or sinks_H is not None
     if q_THD.dtype in (torch.bfloat16, torch.float16):
-        kind, size = choose(q_THD.device).attention, q_THD.shape[2]
+        choice, size = choose(q_THD.device), q_THD.shape[2]
         packable = size % 8 == 0 and size <= _PACKED_HEAD
-        if kind == "triton" and packable:
+        if packable and not changed and choice.takes_cudnn(size, window) and _has_cudnn():
+            return _attend_cudnn(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
+        if choice.attention == "triton" and packable:
             return _attend_triton(
                 q_THD, k_TGD, v_TGD, tuple(lengths), scale, window, soft_cap, sinks_H
             )
-        if kind == "flash" and packable and not changed:
+        if choice.attention == "flash" and packable and not changed:
             return _attend_flash(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     out_THD[sum(lengths) :] = 0
@@ -101,6 +99,29 @@ def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
             count = 0
 
 
+def _has_cudnn() -> bool:
+    from .gpu import cudnn
+
+    return cudnn.is_there()
+
+
+def _attend_cudnn(
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """cuDNN over all sequences at once; a row keeps its bits in any packing."""
+    from .gpu import cudnn
+
+    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+    out_THD[sum(lengths) :] = 0
+    cudnn.attend(q_THD, k_TGD, v_TGD, lengths, out_THD, scale=scale, window=window)
+    return out_THD
+
+
 def _attend_triton(
     q_THD: torch.Tensor,
     k_TGD: torch.Tensor,
@@ -116,57 +137,18 @@ def _attend_triton(
 
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     out_THD[sum(lengths) :] = 0
-    changed = soft_cap is not None or sinks_H is not None
-    takes_cudnn = window is None and not changed and q_THD.shape[2] == _CUDNN_HEAD
-    long_from = choose(q_THD.device).cudnn_from if takes_cudnn else None
-    start = 0
-    for length in lengths:
-        if long_from is not None and length >= long_from:
-            _attend_cudnn(q_THD, k_TGD, v_TGD, slice(start, start + length), scale, out_THD)
-        start += length
-    tiles = _tiles(lengths, attention.block_of(q_THD.shape[2]), long_from, q_THD.device)
-    if len(tiles):
-        attention.attend(
-            q_THD,
-            k_TGD,
-            v_TGD,
-            tiles,
-            out_THD,
-            scale=scale,
-            window=window,
-            soft_cap=soft_cap,
-            sinks_H=sinks_H,
-        )
+    attention.attend(
+        q_THD,
+        k_TGD,
+        v_TGD,
+        _tiles(lengths, attention.block_of(q_THD.shape[2]), q_THD.device),
+        out_THD,
+        scale=scale,
+        window=window,
+        soft_cap=soft_cap,
+        sinks_H=sinks_H,
+    )
     return out_THD
-
-
-def _attend_cudnn(
-    q_THD: torch.Tensor,
-    k_TGD: torch.Tensor,
-    v_TGD: torch.Tensor,
-    rows: slice,
-    scale: float,
-    out_THD: torch.Tensor,
-) -> None:
-    """cuDNN's attention of one sequence, whose plans cost 40 ms for each new shape.
-
-    So a length is rounded up to one of few. No query of the sequence sees what is added; still,
-    keys and values there are zeros and not a neighbour's, since zero times an infinity is not zero.
-    """
-    length = rows.stop - rows.start
-    padding = -length % _CUDNN_MULTIPLE
-    queries = q_THD[rows.start : rows.stop + padding]
-    keys, values = k_TGD[rows], v_TGD[rows]
-    if padding:
-        keys, values = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (keys, values))
-        missing = length + padding - len(queries)
-        queries = F.pad(queries, (0, 0, 0, 0, 0, missing)) if missing else queries
-    q, k, v = (x.transpose(0, 1)[None] for x in (queries, keys, values))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        mixed = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-    out_THD[rows] = mixed[0].transpose(0, 1)[:length]
 
 
 def _attend_flash(
@@ -214,13 +196,11 @@ def _offsets(lengths: tuple[int, ...], device: torch.device) -> tuple[torch.Tens
 
 
 @lru_cache(maxsize=4)
-def _tiles(
-    lengths: tuple[int, ...], block: int, long_from: int | None, device: torch.device
-) -> torch.Tensor:
-    """The kernel's tiles of sequences shorter than `long_from`, kept for the layers of a batch."""
+def _tiles(lengths: tuple[int, ...], block: int, device: torch.device) -> torch.Tensor:
+    """The kernel's tiles, kept for the layers of a batch."""
     from .gpu import attention
 
-    tiles = torch.from_numpy(attention.lay_out_tiles(lengths, lengths, block, below=long_from))
+    tiles = torch.from_numpy(attention.lay_out_tiles(lengths, lengths, block))
     return tiles.pin_memory().to(device, non_blocking=True)
 
 

@@ -19,8 +19,15 @@ class Choice:
     """Fused Triton kernels for everything between products, or torch's operations."""
     attention: str
     """For 16-bit heads: `triton`, `flash` (torch's FlashAttention-2), or `sdpa`."""
-    cudnn_from: int | None = None
-    """Sequence length in tokens from which cuDNN's attention is taken."""
+    cudnn_above: int | None = None
+    """Size of heads above which cuDNN is taken where its front end is installed; heads of just
+    that size go there with windows alone."""
+
+    def takes_cudnn(self, size: int, window: int | None) -> bool:
+        """Whether cuDNN's attention is the faster one."""
+        if self.cudnn_above is None:
+            return False
+        return size > self.cudnn_above or (size == self.cudnn_above and window is not None)
 
 
 _CPU = Choice(triton=False, attention="sdpa")
@@ -28,7 +35,7 @@ _TABLE = {
     (8, 0): Choice(triton=True, attention="flash"),
     (8, 6): Choice(triton=True, attention="flash"),
     (8, 9): Choice(triton=True, attention="flash"),
-    (9, 0): Choice(triton=True, attention="triton", cudnn_from=4096),
+    (9, 0): Choice(triton=True, attention="triton", cudnn_above=64),
     # Not measured: it has the shared memory of (8, 9), which the attention kernel's tiles exceed.
     (12, 0): Choice(triton=True, attention="flash"),
 }

@@ -16,29 +16,29 @@ def rotate(
     num_queries: int,
     q_norm: NormWeights | None = None,
     k_norm: NormWeights | None = None,
+    out_THD: torch.Tensor | None = None,
 ) -> None:
-    """Normalise every head, if there are norms, and turn it by the token's angles, in place.
+    """Normalise every head, if there are norms, and turn it by the token's angles.
 
-    `heads` [T, H, D] holds `num_queries` query heads, then key heads; it may be a view with a row
-    stride of its own. Norms are RMSNorms of a head, without bias. `cos` and `sin` float32 [T, R]
-    hold the angles of the 2R <= D leading dimensions: i is paired with i + R, and what lies beyond
-    2R is not turned. In float32, rounded once.
+    In place, or into `out`. `heads` and `out` [T, H, D] hold `num_queries` query heads, then key
+    heads; each may be a view with a row stride of its own. Norms are RMSNorms of a head, without
+    bias. `cos` and `sin` float32 [T, R] hold the angles of the 2R <= D leading dimensions: i is
+    paired with i + R, and what lies beyond 2R is not turned. In float32, rounded once.
     """
+    out_THD = heads_THD if out_THD is None else out_THD
     if has_triton(heads_THD):
         from .gpu import rotary
 
-        rotary.rotate(heads_THD, cos_TR, sin_TR, num_queries, q_norm, k_norm)
+        rotary.rotate(heads_THD, cos_TR, sin_TR, num_queries, q_norm, k_norm, out_THD)
         return
     half = cos_TR.shape[-1]
     cos, sin = cos_TR[:, None], sin_TR[:, None]
-    for part, norm in (
-        (heads_THD[:, :num_queries], q_norm),
-        (heads_THD[:, num_queries:], k_norm),
-    ):
+    for heads, norm in ((slice(num_queries), q_norm), (slice(num_queries, None), k_norm)):
+        part, out = heads_THD[:, heads], out_THD[:, heads]
         wide = part.float() if norm is None else normalise(part, norm)
         first, second = wide[..., :half], wide[..., half : 2 * half]
-        if norm is not None and 2 * half < part.shape[-1]:
-            part[..., 2 * half :] = wide[..., 2 * half :]
         turned = second * cos + first * sin
-        part[..., :half] = first * cos - second * sin
-        part[..., half : 2 * half] = turned
+        out[..., :half] = first * cos - second * sin
+        out[..., half : 2 * half] = turned
+        if 2 * half < part.shape[-1] and (norm is not None or out_THD is not heads_THD):
+            out[..., 2 * half :] = wide[..., 2 * half :]

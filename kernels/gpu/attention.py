@@ -140,18 +140,14 @@ def _attend(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=own)
 
 
-def lay_out_tiles(
-    num_queries: Sequence[int], num_keys: Sequence[int], block: int, *, below: int | None = None
-) -> np.ndarray:
+def lay_out_tiles(num_queries: Sequence[int], num_keys: Sequence[int], block: int) -> np.ndarray:
     """int32 [tiles, 4]: first query, queries, first key, the first query's place among the keys.
 
     The last queries of a sequence face its last keys. Long tiles come first, so that short ones
-    fill the end. With `below`, only sequences of fewer queries.
+    fill the end.
     """
     queries, keys = np.asarray(num_queries, np.int64), np.asarray(num_keys, np.int64)
     counts = -(-queries // block)
-    if below is not None:
-        counts[queries >= below] = 0
     sequence = np.repeat(np.arange(len(queries)), counts)
     first = (np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)) * block
     tiles = np.stack(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -56,7 +58,8 @@ def test_rows_of_streams_come_in_order_from_halved_batches(demo):
     model = Small(demo._model, tokens=1024)
     runner = Runner(model, Head(model, 256 << 20))
     found = [[] for _ in expected]
-    for rows in runner.stream([requests()], torch.float32, normalised=False):
+    chunks = runner.stream([requests()], torch.float32, normalised=False)
+    for rows in chain.from_iterable(chunks):
         assert rows.first_row == sum(map(len, found[rows.request]))
         found[rows.request].append(rows.values.clone())
     for own, logits in zip(found, expected, strict=True):

@@ -137,26 +137,29 @@ RMS = {"HAS_DELTA": True, "SCALED": False, "NORM": True, "CENTRED": False, "HAS_
 LAYER = {"HAS_DELTA": True, "SCALED": True, "NORM": True, "CENTRED": True, "HAS_BIAS": True}
 ROTATE = {
     "heads": "*bf16",
+    "out": "*bf16",
     "cos": "*fp32",
     "sin": "*fp32",
     "q_norm": "*bf16",
     "k_norm": "*bf16",
     "num_tokens": "i32",
     "stride": "i32:16",
+    "out_stride": "i32:16",
     "eps": "fp32",
 }
 
 
-def _rotate(size: int, half: int, norm: bool) -> Case:
+def _rotate(size: int, half: int, norm: bool, moves: bool = True) -> Case:
     constants = {
         "num_heads": 40,
         "num_queries": 32,
         "D": size,
         "R": half,
         "NORM": norm,
+        "MOVES": moves,
         "TOKENS": rotary._TOKENS,
         "HEADS": rotary._HEADS,
-        "HALF": triton.next_power_of_2(max(half, size - 2 * half) if norm else half),
+        "HALF": triton.next_power_of_2(max(half, size - 2 * half) if norm or moves else half),
     }
     return Case(rotary._rotate, ROTATE, constants, {"num_warps": 4, "enable_fp_fusion": False})
 
@@ -358,6 +361,7 @@ CASES = [
         if layout != Layout.PLAIN
     ),
     _rotate(128, 64, norm=False),
+    _rotate(128, 64, norm=False, moves=False),
     _rotate(128, 32, norm=True),
     *(_attend(size) for size in attention.CONFIGS),
     _attend(128, window=True),

@@ -16,6 +16,7 @@ from logitmill.kernels.attention import attend
 from logitmill.kernels.choice import Choice
 
 gpu = pytest.importorskip("logitmill.kernels.gpu.attention")
+cudnn = pytest.importorskip("logitmill.kernels.gpu.cudnn")
 
 # The interpreter's numpy warns of every NaN and overflow.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -323,14 +324,11 @@ def test_the_kernel_keeps_a_sequence_from_its_neighbours(
 @given(
     sequences=st.lists(st.tuples(st.integers(0, 70), st.integers(0, 50)), max_size=12),
     block=st.sampled_from([1, 7, 16, 64]),
-    below=st.none() | st.integers(1, 70),
 )
-def test_tiles_hold_every_query_once(
-    sequences: list[tuple[int, int]], block: int, below: int | None
-) -> None:
+def test_tiles_hold_every_query_once(sequences: list[tuple[int, int]], block: int) -> None:
     queries = [n for n, _ in sequences]
     keys = [n + more for n, more in sequences]
-    tiles = gpu.lay_out_tiles(queries, keys, block, below=below)
+    tiles = gpu.lay_out_tiles(queries, keys, block)
     assert tiles.dtype == np.int32 and tiles.shape[1:] == (4,)
     assert tiles.flags.c_contiguous
     assert (np.diff(tiles[:, 3]) <= 0).all(), "long tiles come first"
@@ -343,7 +341,6 @@ def test_tiles_hold_every_query_once(
         (rows.start + i, seen.start, n - m + i)
         for rows, seen, m, n in zip(parts(queries), parts(keys), queries, keys, strict=True)
         for i in range(m)
-        if below is None or m < below
     ]
     assert held == expected
     # A sequence is cut every `block` queries from its own start, wherever it lies.
@@ -359,8 +356,8 @@ def test_tiles_hold_every_query_once(
 
 @pytest.fixture
 def _on_a_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel is chosen for every device, cuDNN from 70 tokens on."""
-    line = Choice(triton=True, attention="triton", cudnn_from=70)
+    """The kernel is chosen for every device, and cuDNN for heads above 80."""
+    line = Choice(triton=True, attention="triton", cudnn_above=80)
     monkeypatch.setattr(attention, "choose", lambda device: line)
     if device.type == "cpu":
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x)
@@ -370,47 +367,143 @@ def _on_a_gpu(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 
 @pytest.mark.usefixtures("_on_a_gpu")
-@pytest.mark.parametrize(("size", "window"), [(128, None), (128, 16), (64, None), (80, None)])
-def test_short_sequences_are_the_kernels_and_long_ones_cudnns(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch, size: int, window: int | None
+@pytest.mark.parametrize("is_there", [True, False])
+@pytest.mark.parametrize(
+    ("size", "options"),
+    [
+        (128, {}),
+        (128, {"window": 16}),
+        (128, {"soft_cap": 5.0}),
+        (128, {"sinks_H": torch.tensor([0.5, -1.0])}),
+        (64, {}),
+        (80, {}),
+        (264, {}),
+    ],
+)
+def test_cudnn_is_taken_where_it_is_there_and_faster(
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+    size: int,
+    options: dict[str, Any],
+    is_there: bool,
 ) -> None:
-    sent: list[slice] = []
+    sent: list[dict[str, Any]] = []
 
-    def stand_in(q: Any, k: Any, v: Any, rows: slice, scale: float, out: torch.Tensor) -> None:
-        sent.append(rows)
-        out[rows] = 7.0
+    def stand_in(*given: Any, **options: Any) -> None:
+        sent.append(options | {"lengths": given[3]})
+        given[4][: sum(given[3])] = 7.0
 
-    monkeypatch.setattr(attention, "_attend_cudnn", stand_in)
-    lengths = [3, 70, 40, 90]
+    monkeypatch.setattr(cudnn, "is_there", lambda: is_there)
+    monkeypatch.setattr(cudnn, "attend", stand_in)
+    lengths = [3, 70, 40]
     q, k, v = pack(lengths, lengths, 2, 1, size)
-    out = attend(*(x.to(device) for x in (q, k, v)), lengths, scale=0.3, window=window).cpu()
-    takes_cudnn = window is None and size == 128
-    assert sent == ([slice(3, 73), slice(113, 203)] if takes_cudnn else [])
-    for rows in parts(lengths):
-        if rows in sent:
-            assert (out[rows] == 7.0).all()
-        else:
-            assert_attends(out[rows], q[rows], k[rows], v[rows], window=window)
+    there = {n: x.to(device) if n == "sinks_H" else x for n, x in options.items()}
+    out = attend(*(x.to(device) for x in (q, k, v)), lengths, scale=0.3, **there).cpu()
+    if is_there and size == 128 and not {"soft_cap", "sinks_H"} & set(options):
+        assert sent == [{"lengths": (3, 70, 40), "scale": 0.3, "window": options.get("window")}]
+        assert (out[: sum(lengths)] == 7.0).all()
+    else:
+        assert not sent
+        for rows in parts(lengths):
+            assert_attends(out[rows], q[rows], k[rows], v[rows], **options)
     assert not out[sum(lengths) :].any(), "rows of padding are zeros"
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("length", [1, 511, 512, 513])
-def test_cudnn_of_a_length_that_is_rounded_up(length: int) -> None:
-    """The same bits before bad neighbours, behind them, and with nothing left to round up to."""
+# ---- cuDNN -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def _cudnn() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    heads = torch.randn(length, 8, 128, generator=torch.Generator().manual_seed(length)).to(BF16)
-    results = []
-    for before, after in [(0, 0), (0, 600), (600, 600), (600, 5)]:
-        packed = torch.full((before + length + after, 8, 128), torch.nan, dtype=BF16)
-        rows = slice(before, before + length)
-        packed[rows] = heads
-        q, k, v = packed.cuda().split([4, 2, 2], dim=1)
-        out = torch.zeros(q.shape, dtype=BF16, device="cuda")
-        attention._attend_cudnn(q, k, v, rows, 0.1, out)
-        results.append(out[rows].cpu())
-        out[rows] = 0.0
-        assert not out.any(), "other rows are left alone"
-    assert_attends(results[0], *heads.split([4, 2, 2], dim=1), scale=0.1)
-    assert all(torch.equal(result, results[0]) for result in results)
+    if not cudnn.is_there():
+        pytest.skip("needs cuDNN's front end")
+
+
+CUDNN_HEADS = [
+    *((4, 1, size) for size in (64, 72, 80, 96, 112, 160, 192, 224, 256)),
+    (1, 1, 64),
+    (6, 2, 128),
+]
+
+
+def run_cudnn(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Sequence[int],
+    *,
+    scale: float = 0.3,
+    window: int | None = None,
+) -> torch.Tensor:
+    """cuDNN's rows; NaN where it wrote none."""
+    out = torch.full(q.shape, torch.nan, dtype=q.dtype, device="cuda")
+    there = (x.cuda() for x in (q, k, v))
+    cudnn.attend(*there, tuple(lengths), out, scale=scale, window=window)
+    return out.cpu()
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cudnn")
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), CUDNN_HEADS)
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("window", [None, 1, 20, 64, 300])
+def test_cudnn_is_the_textbook(
+    heads: int, kv_heads: int, size: int, dtype: torch.dtype, window: int | None
+) -> None:
+    lengths = [1, 45, 32, 513, 128]
+    q, k, v = pack(lengths, lengths, heads, kv_heads, size, dtype)
+    out = run_cudnn(q, k, v, lengths, scale=size**-0.5, window=window)
+    for rows in parts(lengths):
+        assert_attends(out[rows], q[rows], k[rows], v[rows], scale=size**-0.5, window=window)
+    assert out[sum(lengths) :].isnan().all(), "rows of no sequence are left alone"
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cudnn")
+@pytest.mark.parametrize("window", [None, 200])
+@pytest.mark.parametrize("size", [64, 96, 128, 192, 256])
+def test_cudnn_keeps_the_bits_of_a_sequence(size: int, window: int | None) -> None:
+    """Alone, between others, with views of rows that are wider, and in plans of other sizes."""
+    for length in (1, 63, 64, 129, 1000, 4097):
+        q, k, v = pack([length], [length], 4, 2, size)
+        alone = run_cudnn(q, k, v, [length], window=window)[:length]
+        for before, after in [
+            ([], [40, 3]),
+            ([31], [32]),
+            ([5] * 90, [length]),
+            ([7], [9000]),
+            ([20000], []),
+        ]:
+            lengths = [*before, length, *after]
+            packed = torch.cat(pack(lengths, lengths, 4, 4, size), 1)[:, :8]
+            rows = parts(lengths)[len(before)]
+            views = packed.split([4, 2, 2], 1)
+            for x, own in zip(views, (q, k, v), strict=True):
+                x[rows] = own[:length]
+            wide = [x.cuda() for x in packed.cuda().split([4, 2, 2], 1)]
+            out = torch.full((len(packed), 4, size), torch.nan, dtype=BF16, device="cuda")
+            cudnn.attend(*wide, tuple(lengths), out, scale=0.3, window=window)
+            assert torch.equal(out[rows].cpu(), alone), (length, len(before), len(after))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cudnn")
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("size", [64, 72, 96, 128, 192, 256])
+def test_cudnn_keeps_a_sequence_from_its_neighbours(
+    size: int, bad: float, window: int | None
+) -> None:
+    lengths = [5, 37, 300, 32, 9]
+    q, k, v = pack(lengths, lengths, 2, 2, size)
+    clean = run_cudnn(q, k, v, lengths, window=window)
+    rows = parts(lengths)
+    for i in range(len(lengths)):
+        spoilt = [x.clone() for x in (q, k, v)]
+        for j, others in enumerate(rows):
+            if j != i:
+                for x in spoilt:
+                    x[others] = bad
+        out = run_cudnn(*spoilt, lengths, window=window)
+        assert torch.equal(out[rows[i]], clean[rows[i]]), i

@@ -20,7 +20,7 @@ def _forgotten() -> Iterator[None]:
 
 def test_a_cpu_runs_torch() -> None:
     cpu = choose(torch.device("cpu"))
-    assert not cpu.triton and cpu.attention == "sdpa" and cpu.cudnn_from is None
+    assert not cpu.triton and cpu.attention == "sdpa" and not cpu.takes_cudnn(128, None)
     assert not has_triton(torch.zeros(1))
 
 
@@ -42,3 +42,9 @@ def test_gpus_older_than_the_table_run_torch(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     line = choose(torch.device("cuda", 0))
     assert not line.triton and line.attention == "sdpa"
+
+
+def test_cudnn_is_taken_for_large_heads_and_for_windows() -> None:
+    line = choice.Choice(triton=True, attention="triton", cudnn_above=64)
+    assert line.takes_cudnn(80, None) and line.takes_cudnn(80, 5) and line.takes_cudnn(64, 5)
+    assert not line.takes_cudnn(64, None) and not line.takes_cudnn(56, 5)

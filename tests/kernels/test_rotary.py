@@ -77,6 +77,19 @@ def test_products_depend_on_the_distance_alone() -> None:
     assert abs(product(50, 43) - product(50, 40)) > 1e-2
 
 
+@pytest.mark.parametrize("num_turned", [32, 8, 0])
+@pytest.mark.parametrize("normed", [False, True])
+def test_heads_may_turn_on_their_way(num_turned: int, normed: bool) -> None:
+    x = draw_heads(7, 5, 32, torch.float32)
+    angles = draw_angles(7, num_turned // 2)
+    norms = draw_norms(32, torch.float32) if normed else {}
+    before, out = x.clone(), torch.full((7, 6, 32), torch.nan)
+    rotate(x, angles.cos(), angles.sin(), num_queries=3, **norms, out_THD=out[:, :5])
+    assert_same_bits(out[:, :5], turned(before, angles, num_queries=3, **norms))
+    assert_same_bits(x, before)
+    assert out[:, 5:].isnan().all()
+
+
 @pytest.mark.parametrize("num_turned", [32, 8])
 def test_transformers_agree(num_turned: int) -> None:
     """GPT-NeoX's function turns the leading dimensions; with all of them it is Llama's."""
@@ -150,7 +163,11 @@ def test_the_kernel(
         NormWeights(norms[name].weight.to(device), norms[name].eps) if normed else None
         for name in ("q_norm", "k_norm")
     ]
-    gpu.rotate(there[:, :num_heads], cos.to(device), sin.to(device), num_queries, *weights)
+    heads, elsewhere = there[:, :num_heads], torch.full_like(there, torch.nan)
+    for out in (elsewhere[:, :num_heads], heads):
+        gpu.rotate(heads, cos.to(device), sin.to(device), num_queries, *weights, out)
+    assert_same_bits(elsewhere[:, :num_heads], there[:, :num_heads])
+    assert elsewhere[:, num_heads:].isnan().all()
     # Where two products cancel, float32's rounding of each stands out.
     assert_near(there[:, :num_heads], rows[:, :num_heads], atol=3e-6)
     assert_same_bits(there[:, num_heads:], before[:, num_heads:])
