@@ -236,6 +236,12 @@ WORKLOADS = {
             lengths=(262144,),
         ),
         Workload(
+            name="llama8b-1m-slice",
+            text="4 layers of a Llama-3.1-8B shape, one document of 1,048,576 tokens in one window",
+            config=_LLAMA_8B | {"num_hidden_layers": 4, "max_position_embeddings": 1048576},
+            lengths=(1048576,),
+        ),
+        Workload(
             name="demo-mixed",
             text="shape of the bundled model, 80 documents of 16 to 1,024 tokens, for a CPU",
             config=_DEMO,

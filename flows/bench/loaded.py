@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
@@ -88,8 +88,9 @@ class Loaded:
 
     @cached_property
     def few(self) -> list[Document]:
-        """The first documents, enough for a few batches."""
-        return self._first(_FEW_BATCHES)
+        """The first documents, enough for a few batches; of a longer one, its beginning."""
+        most = _FEW_BATCHES * self.batch_tokens
+        return [_begin(document, most) for document in self._first(_FEW_BATCHES)]
 
     def _first(self, num_batches: int) -> list[Document]:
         sized = ((document, _size(document)) for document in self.subject.documents)
@@ -204,6 +205,12 @@ def _size(document: Document) -> int:
     if document.input_ids is not None:
         return len(document.input_ids)
     return len(document.text or "") // _CHARS
+
+
+def _begin(document: Document, num_tokens: int) -> Document:
+    if document.input_ids is None or len(document.input_ids) <= num_tokens:
+        return document
+    return replace(document, input_ids=document.input_ids[:num_tokens])
 
 
 def _drop(*rows: Any) -> None:

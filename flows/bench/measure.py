@@ -29,6 +29,8 @@ from .subject import Subject, Window, find_subject
 
 # Windows that warm a peer up.
 _WARM = 8
+# Seconds of a run that is not worth another one to see where its time goes.
+_LONG = 60.0
 # Behind the name of a quantization: the head is multiplied in fp8, too.
 _HEAD = "+head"
 
@@ -142,7 +144,8 @@ def _measure_case(
         for name, run in engine.runs(request.top_k, keep_logits=request.keep_logits)
     }
     ceilings = engine.measure_ceilings(to_host=request.keep_logits)
-    apart = engine.break_down()
+    is_long = next(iter(timed.values())).seconds > _LONG
+    apart = None if is_long else engine.break_down()
     flops = sum(cost.flops for cost in engine.costs.values()) or None
     scored = next(iter(timed.values())).scored
     record = Record(
@@ -176,7 +179,7 @@ def _measure_case(
         busy=apart[0].busy if apart else None,
         notes=[
             *([] if ceilings else ["no roofline: the decoder does not know this family"]),
-            *([] if apart else ["no measured time of each part: that takes a GPU"]),
+            *([] if apart else [f"no measured time of each part: {_why(is_long)}"]),
         ],
     )
     given = engine.windows if request.peers else []
@@ -191,6 +194,10 @@ def _measure_case(
         record.passes.append(peer)
         release(device)
     return record
+
+
+def _why(is_long: bool) -> str:
+    return "one run takes too long for another" if is_long else "that takes a GPU"
 
 
 def _measure_peer(
