@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -42,6 +43,21 @@ _DTYPES = {
 }
 # Values, as bytes, that are no finite number. A byte's first bit is the sign but in e8m0.
 _E4M3_NAN, _E5M2_INF, _E8M0_NAN = 0x7F, 0x7C, 0xFF
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a checkpoint's files hold."""
+
+    num_tensors: int
+    num_bytes: int
+    """Of all tensors, as stored."""
+    num_files: int
+
+    def __str__(self) -> str:
+        """For people: "291 tensors, 16.06 GB in 4 files"."""
+        files = f"{self.num_files:,} files" if self.num_files != 1 else "1 file"
+        return f"{self.num_tensors:,} tensors, {self.num_bytes / 1e9:,.2f} GB in {files}"
 
 
 class Checkpoint:
@@ -85,6 +101,16 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self._files
 
+    def check_files(self) -> Sizes:
+        """Open every file, and find every tensor in the header of its file.
+
+        Raises:
+            ValueError: naming a file that is not whole, or a tensor that is not in its file.
+        """
+        num_bytes = sum(self._file(name).count_bytes(name) for name in self._files)
+        self._close()
+        return Sizes(len(self._files), num_bytes, len(set(self._files.values())))
+
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor that is there, as stored."""
         return self._file(name).shape(name)
@@ -97,7 +123,8 @@ class Checkpoint:
         """The tensor `name`, as stored, in host memory or on a GPU.
 
         On a GPU it is queued on the current stream, and whether it is finite is only asked by
-        `finish`, so that nothing waits for it here.
+        `finish`, so that nothing waits for it here. On torch's `meta` device it has no numbers, and
+        of its file the header alone is read.
 
         Raises:
             ValueError: if it is missing, has another shape, or holds a NaN or an infinity.
@@ -109,6 +136,8 @@ class Checkpoint:
                 f"but the config calls for {list(shape)}"
             )
         self._read.add(name)
+        if device.type == "meta":
+            return torch.empty(shape, dtype=file.dtype(name), device=device)
         return file.load(name) if device.type == "cpu" else self._fetch(name, device)
 
     def skip(self, *names: str) -> None:
@@ -124,9 +153,7 @@ class Checkpoint:
         for stage in self._stages.values():
             stage.close()
         self._stages.clear()
-        for file in self._opened.values():
-            file.close()
-        self._opened.clear()
+        self._close()
         if self._unchecked:
             names, flags = zip(*self._unchecked, strict=True)
             self._unchecked.clear()
@@ -136,11 +163,16 @@ class Checkpoint:
                 if not is_finite:
                     raise ValueError(_not_finite(name, self._files[name]))
 
+    def _close(self) -> None:
+        for file in self._opened.values():
+            file.close()
+        self._opened.clear()
+
     def _fetch(self, name: str, device: torch.device) -> torch.Tensor:
         if device not in self._stages:
             self._stages[device] = Stage(device)
         tensor = self._file(name).fetch(name, self._stages[device])
-        self._unchecked.append((name, _is_finite(tensor)))
+        self._unchecked.append((name, is_finite(tensor)))
         return tensor
 
     def _file(self, name: str) -> _File:
@@ -184,6 +216,10 @@ class _File:
             )
         return _DTYPES[stored]
 
+    def count_bytes(self, name: str) -> int:
+        start, stop = self._entry(name)["data_offsets"]
+        return stop - start
+
     def load(self, name: str) -> torch.Tensor:
         """The tensor in host memory; ValueError if it is not finite."""
         try:
@@ -192,7 +228,7 @@ class _File:
             raise ValueError(
                 f"model: tensor {name} cannot be read from {self.path}: {error}"
             ) from None
-        if not _is_finite(tensor):
+        if not is_finite(tensor):
             raise ValueError(_not_finite(name, self.path))
         return tensor
 
@@ -219,7 +255,7 @@ class _File:
         return self._header[name]
 
 
-def _is_finite(tensor: torch.Tensor) -> torch.Tensor:
+def is_finite(tensor: torch.Tensor) -> torch.Tensor:
     """Whether no value is a NaN or an infinity: bool [], on the tensor's device."""
     if not tensor.dtype.is_floating_point:
         return torch.ones((), dtype=torch.bool, device=tensor.device)

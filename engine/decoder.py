@@ -9,7 +9,7 @@ bits the same whatever it is packed with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol, cast
@@ -115,6 +115,8 @@ class _Stream:
     """The residual stream of a batch on its way through the layers."""
 
     x_TD: torch.Tensor
+    blocks: Sequence[slice]
+    """Rows of the products."""
     scale: float
     """What is added is multiplied by it."""
     angles: Sequence[tuple[torch.Tensor, torch.Tensor]]
@@ -182,17 +184,20 @@ class Decoder:
 
         Raises:
             ValueError: for a sequence longer than a table of positions.
+            RuntimeError: for one that takes more memory than was set.
         """
         spec = self.spec
         positions_T, sequence_T = _place(lengths, len(ids_T))
+        blocks = self._cut(len(ids_T))
         stream = _Stream(
             self._embed(ids_T, positions_T),
+            blocks,
             spec.residual_scale,
             [self._turn(i, positions_T, sequence_T, lengths) for i, _ in enumerate(self._rotaries)],
         )
         num_queries, num_turned = spec.num_heads, spec.num_heads + spec.num_kv_heads
         for i, layer in enumerate(self._layers):
-            heads_THD = self._project(i, layer, stream, len(ids_T))
+            heads_THD = self._project(i, layer, stream)
             mixed_THD = attend(
                 heads_THD[:, :num_queries],
                 heads_THD[:, num_queries:num_turned],
@@ -206,10 +211,20 @@ class Decoder:
             del heads_THD
             if spec.value_dim != spec.head_dim:
                 mixed_THD = mixed_THD[..., : spec.value_dim]
-            for rows in self.blocks.cut(len(ids_T)):
+            for rows in blocks:
                 stream.deltas[rows.start] = self._feed_forward(layer, stream, mixed_THD, rows)
             del mixed_THD
-        return self._by_block(len(ids_T), partial(self._finish, stream))
+        return self._finish(stream)
+
+    def _cut(self, num_rows: int) -> list[slice]:
+        """Blocks of rows, smaller ones where a long window leaves no room for large ones."""
+        blocks = self.blocks
+        while self.arrangement and not self.arrangement.holds(num_rows, blocks.sizes[0]):
+            smaller = blocks.shrink()
+            if smaller is None:
+                raise self.arrangement.refuse(num_rows, blocks.sizes[0])
+            blocks = smaller
+        return blocks.cut(num_rows)
 
     def _embed(self, ids_T: torch.Tensor, positions_T: np.ndarray) -> torch.Tensor:
         x_TD = self._embedding_VD[ids_T]
@@ -225,20 +240,19 @@ class Decoder:
             x_TD += self._positions_PD[to_device(torch.from_numpy(positions_T), self.device)]
         return x_TD
 
-    def _project(self, i: int, layer: LayerWeights, stream: _Stream, num_rows: int) -> torch.Tensor:
+    def _project(self, i: int, layer: LayerWeights, stream: _Stream) -> torch.Tensor:
         """Queries and keys, turned, and values of all rows; [T, heads, head size]."""
         spec = self.spec
         num_turned = spec.num_heads + spec.num_kv_heads
-        blocks = self.blocks.cut(num_rows)
         out_THD: torch.Tensor | None = None
-        for rows in blocks:
+        for rows in stream.blocks:
             normed = stream.norm(layer.attention_norm, layer.qkv.layout, rows)
             heads_THD = layer.qkv(normed).unflatten(1, (-1, spec.head_dim))
-            if len(blocks) == 1:
+            if len(stream.blocks) == 1:
                 self._turn_heads(i, layer, stream, rows, heads_THD, None)
                 return heads_THD
             if out_THD is None:
-                out_THD = heads_THD.new_empty(num_rows, *heads_THD.shape[1:])
+                out_THD = heads_THD.new_empty(len(stream.x_TD), *heads_THD.shape[1:])
             self._turn_heads(i, layer, stream, rows, heads_THD, out_THD[rows])
             out_THD[rows, num_turned:] = heads_THD[:, num_turned:]
         assert out_THD is not None
@@ -298,8 +312,15 @@ class Decoder:
             added = add_norm(added, None, layer.mlp_post_norm, Layout.PLAIN).values_TK
         return added
 
-    def _finish(self, stream: _Stream, rows: slice) -> torch.Tensor:
-        return stream.norm(self._final_norm, Layout.PLAIN, rows).values_TK
+    def _finish(self, stream: _Stream) -> torch.Tensor:
+        """Hidden states after the final norm, [T, D]."""
+        normed = (stream.norm(self._final_norm, Layout.PLAIN, rows) for rows in stream.blocks)
+        if len(stream.blocks) == 1:
+            return next(normed).values_TK
+        out_TD = torch.empty_like(stream.x_TD)
+        for rows, block in zip(stream.blocks, normed, strict=True):
+            out_TD[rows] = block.values_TK
+        return out_TD
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """Logits of rows of hidden states, float32 [R, V]."""
@@ -323,18 +344,6 @@ class Decoder:
         return agree(
             products, powers(most_rows), dtype=self.dtype, device=self.device, standard=standard
         )
-
-    def _by_block(self, num_rows: int, compute: Callable[[slice], torch.Tensor]) -> torch.Tensor:
-        """compute(rows) of every block of rows, one below the other; one block is not copied."""
-        blocks = self.blocks.cut(num_rows)
-        first = compute(blocks[0])
-        if len(blocks) == 1:
-            return first
-        out = first.new_empty(num_rows, *first.shape[1:])
-        out[blocks[0]] = first
-        for rows in blocks[1:]:
-            out[rows] = compute(rows)
-        return out
 
     def _turn(
         self, i: int, positions_T: np.ndarray, sequence_T: np.ndarray, lengths: Sequence[int]

@@ -235,6 +235,13 @@ class Scheme:
     fp8_head: bool = False
     """Whether the head, too, is rounded to fp8."""
 
+    def expanded(self, dtype: torch.dtype) -> int:
+        """Most bytes that a weight's number takes in front of a product; 0 if none is expanded."""
+        widths = {Quantization.INT4: dtype.itemsize, Quantization.INT4_FP8: 1}
+        # What is exact in groups of one size is expanded to the dtype in others.
+        widths[Quantization.INT4_FP8_EXACT] = dtype.itemsize
+        return max(widths.get(run, 0) for run in self.runs.values())
+
     def describe(self, dtype: str) -> str:
         """One line for people; `dtype` names what is computed in.
 
@@ -302,7 +309,8 @@ def resolve_scheme(
         capability: of the GPU, or None for a CPU, which computes the same numbers in float32.
         fp8_head: whether the head shall be rounded to fp8.
 
-    A quantized checkpoint keeps the linears plain that it left plain.
+    A quantized checkpoint keeps the linears plain that it left plain, unless those it quantized are
+    dequantized as they are read (int8 in groups): then they are alike.
 
     Raises:
         ValueError: naming `quantization`, its value and what would work.
@@ -417,7 +425,7 @@ def make_head(weight_VD: torch.Tensor, scheme: Scheme) -> Linear:
         assert made is not None
         return made
     # Only a GPU multiplies 16-bit operands into a float32 result.
-    return WideDense(weight_VD if weight_VD.is_cuda else weight_VD.float())
+    return WideDense(weight_VD.float() if weight_VD.is_cpu else weight_VD)
 
 
 def _make_dense(

@@ -51,6 +51,7 @@ class Head:
 
     def __init__(self, model: Model, logits_memory: int) -> None:
         self._model = model
+        self._logits_memory = logits_memory
         self.blocks = _chunks(model, logits_memory)
         """Rows of a chunk; rows of hidden states are padded accordingly."""
 
@@ -99,8 +100,7 @@ class Head:
 
         Values are log-probabilities if `normalised`, else logits, in the dtype of `outbox`.
         """
-        # Several chunks are under way at a time, so they are smaller.
-        for rows in (self.blocks.shrink() or self.blocks).cut(len(hidden_RD)):
+        for rows in self._smaller(outbox).cut(len(hidden_RD)):
             count = min(rows.stop, num_rows) - rows.start
             if count <= 0:
                 return
@@ -114,6 +114,14 @@ class Head:
                 slice(rows.start, rows.start + count),
                 outbox.send(claimed).then(partial(_take, columns, count)),
             )
+
+    def _smaller(self, outbox: Outbox) -> Blocks:
+        """Chunks that leave room for what is under way, as far as there are any."""
+        blocks = self.blocks
+        most = self._logits_memory // (self._model.vocab_size * (4 + outbox.num_bytes))
+        while blocks.sizes[0] > most and (smaller := blocks.shrink()) is not None:
+            blocks = smaller
+        return blocks
 
 
 def _empty_statistics(num_rows: int, device: torch.device) -> torch.Tensor:

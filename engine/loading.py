@@ -29,6 +29,7 @@ from .mxfp4 import BLOCK, dequantize_mxfp4
 from .placement import Arrangement, Disk, Room, arrange
 from .residency import Layers, Resident, Streamed, count_bytes
 from .scratch import Scratch
+from .shared import identify, share
 from .spec import DecoderSpec, Experts, FeedForward, Norm
 from .weights import Plain, Weight, join
 
@@ -62,18 +63,43 @@ def load_decoder(
     """
     spec = family.spec(checkpoint.config)
     reader = _Reader(checkpoint, family, spec, scheme, device, dtype)
-    d = spec.hidden_size
-    embedding_VD = reader.table("embedding", spec.vocab_size, d)
-    positions_PD = None
-    if spec.positions is not None:
-        positions_PD = reader.table("positions", spec.positions, d)
-    head_VD = embedding_VD if spec.tied_head else reader.table("head", spec.vocab_size, d)
-    head = make_head(head_VD, scheme)
-    fixed_bytes = count_bytes((embedding_VD, positions_PD, head))
-    del head_VD
-    layers, arrangement = _read_layers(reader, spec, fixed_bytes, room, device, dtype)
-    final_norm = reader.norm("final_norm", spec.norm, d, 0)
+    embedding_VD, positions_PD, head = tables = reader.tables()
+    key = identify(checkpoint, scheme, device=device, dtype=dtype)
+    layers, arrangement = _read_layers(reader, spec, count_bytes(tables), room, device, key)
+    final_norm = reader.final_norm()
     checkpoint.finish()
+    _check_read(checkpoint, reader, spec, scheme)
+    return Decoder(
+        spec,
+        embedding_VD=embedding_VD,
+        positions_PD=positions_PD,
+        layers=layers,
+        final_norm=final_norm,
+        head=head,
+        arrangement=arrangement,
+    )
+
+
+def measure(
+    checkpoint: Checkpoint, family: Family, *, dtype: torch.dtype, scheme: Scheme, room: Room
+) -> Arrangement:
+    """Where layers would live, from the headers of files, without a weight being read.
+
+    Raises:
+        ValueError: as `load_decoder`, but for weights that are not finite.
+    """
+    spec = family.spec(checkpoint.config)
+    reader = _Reader(checkpoint, family, spec, scheme, torch.device("meta"), dtype)
+    fixed_bytes = count_bytes(reader.tables())
+    layer_bytes = [count_bytes(reader.layer(i)) for i in range(spec.num_layers)]
+    reader.final_norm()
+    checkpoint.finish()
+    _check_read(checkpoint, reader, spec, scheme)
+    return reader.arrange(layer_bytes, fixed_bytes, room)
+
+
+def _check_read(checkpoint: Checkpoint, reader: _Reader, spec: DecoderSpec, scheme: Scheme) -> None:
+    """ValueError for tensors that are left over, or where none is stored as config.json says."""
     if scheme.stored.groups and not reader.found_quantized:
         raise ValueError(
             f"quantization: config.json of {checkpoint.folder} says {scheme.stored.method}, but no "
@@ -93,15 +119,6 @@ def load_decoder(
             f"model: {len(left)} tensors of {checkpoint.folder} have no place in "
             f"{checkpoint.config['architectures'][0]}, the first is {left[0]}"
         )
-    return Decoder(
-        spec,
-        embedding_VD=embedding_VD,
-        positions_PD=positions_PD,
-        layers=layers,
-        final_norm=final_norm,
-        head=head,
-        arrangement=arrangement,
-    )
 
 
 def _read_layers(
@@ -110,30 +127,38 @@ def _read_layers(
     fixed_bytes: int,
     room: Room | None,
     device: torch.device,
-    dtype: torch.dtype,
+    key: str | None,
 ) -> tuple[Layers[LayerWeights], Arrangement | None]:
-    """All layers where they shall live, and how much may run at a time, if `room` says."""
+    """All layers where they shall live, and how much may run at a time, if `room` says.
+
+    `key` says what their bytes are, so that processes which stream them can share them.
+    """
     # One of each kind says what all will take.
     first: dict[FeedForward | Experts, int] = {}
     for i, layer in enumerate(spec.layers):
         first.setdefault(layer.feed_forward, i)
     read = {}
-    arrangement = None
+    arrangement = shared = None
     if room is not None:
         read = {i: reader.layer(i) for i in first.values()}
         sizes = [count_bytes(read[first[layer.feed_forward]]) for layer in spec.layers]
-        arrangement = arrange(spec, sizes, fixed_bytes, room, width=dtype.itemsize)
+        # On a CPU nothing is streamed from host memory.
+        if room.wanted in (None, "host") and not room.is_host:
+            shared = share(key, spec.num_layers)
+        whole = shared.whole if shared is not None else ()
+        arrangement = reader.arrange(sizes, fixed_bytes, room, shared=whole)
     layers: Layers[LayerWeights] = Resident(device)
     scratch = None
     if arrangement is not None and arrangement.placement.is_streamed:
         placement = arrangement.placement
         if placement.source == "disk":
-            scratch = Scratch(placement.streamed_bytes)
+            scratch, shared = Scratch(placement.streamed_bytes), None
         layers = Streamed(
             spec.num_layers,
             device=device,
             num_resident=placement.num_resident,
             scratch=scratch,
+            shared=shared,
         )
     for i in range(spec.num_layers):
         layers.add(read.pop(i) if i in read else reader.layer(i))
@@ -186,6 +211,39 @@ class _Reader:
         name = (source.name if isinstance(source, Slice) else source).format(i=layer, e=expert)
         usual, found = self._prefix
         return found + name.removeprefix(usual) if name.startswith(usual) else name
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor | None, Linear]:
+        """The embedding [V, D], the table of positions [P, D] if there is one, and the head."""
+        spec, d = self._spec, self._spec.hidden_size
+        embedding_VD = self.table("embedding", spec.vocab_size, d)
+        positions_PD = None
+        if spec.positions is not None:
+            positions_PD = self.table("positions", spec.positions, d)
+        head_VD = embedding_VD if spec.tied_head else self.table("head", spec.vocab_size, d)
+        return embedding_VD, positions_PD, make_head(head_VD, self._scheme)
+
+    def final_norm(self) -> NormWeights:
+        """The norm in front of the head."""
+        return self.norm("final_norm", self._spec.norm, self._spec.hidden_size, 0)
+
+    def arrange(
+        self,
+        layer_bytes: Sequence[int],
+        fixed_bytes: int,
+        room: Room,
+        *,
+        shared: Collection[int] = (),
+    ) -> Arrangement:
+        """`placement.arrange` for what this reads."""
+        return arrange(
+            self._spec,
+            layer_bytes,
+            fixed_bytes,
+            room,
+            width=self._dtype.itemsize,
+            expanded=self._scheme.expanded(self._dtype),
+            shared=shared,
+        )
 
     def layer(self, i: int) -> LayerWeights:
         """All weights of a layer."""

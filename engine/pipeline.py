@@ -19,12 +19,12 @@ from ..kernels.logits import MAX_K
 from . import metrics
 from .blocks import LEAST
 from .checkpoint import Checkpoint, find_model, read_config
-from .fallback import Fallback, read_sizes
+from .fallback import Fallback, check_settings, read_sizes
 from .families import FAMILIES, NotNative, find_family
 from .formats import Scheme, resolve_scheme
 from .head import Columns, Head, Model
 from .layouts import read_stored
-from .loading import load_decoder
+from .loading import load_decoder, measure
 from .packing import pack, rounds
 from .placement import RESIDENCIES, Room, free_device_memory, free_host_memory, show_gb
 from .recipes import Recipe, find_recipe
@@ -44,6 +44,8 @@ _LOGITS_MEMORY = {"cpu": 256 << 20, "cuda": 2 << 30}
 # What of the free memory is counted on, and the part of it that logits may have where it is short.
 _FREE_SHARE, _LOGITS_SHARE = 0.95, 1 / 12
 
+RESIDENT = "all layers resident"
+"""Where layers of a model live that transformers runs."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -115,6 +117,7 @@ class EngineSettings:
             block_rows=LEAST if is_cpu else BLOCK_ROWS,
             wanted=self.residency,
             keeps_batch=self.max_batch_tokens is not None,
+            is_set=self.device_memory is not None,
             is_host=is_cpu,
         )
 
@@ -137,8 +140,8 @@ class EngineSettings:
             raise ValueError(f"device: {name!r} is not there; {torch.cuda.device_count()} GPUs are")
         if device.type == "cpu" and self.device_memory is not None:
             raise ValueError(
-                f"device_memory: {self.device_memory} bytes are of a GPU, and device is 'cpu'; "
-                "leave it out"
+                f"device_memory: {show_gb(self.device_memory)} is of a GPU's memory, and device is "
+                "'cpu'; leave it out"
             )
         return device
 
@@ -186,7 +189,8 @@ def pipeline(
         device_memory: bytes of a GPU's memory that weights and batches may take; what is free by
             default. Layers that do not fit are streamed from host memory, or from disk where that
             is too small as well, and batches get smaller where even that takes too much. No number
-            depends on it.
+            depends on it. Logits that are kept take `logits_memory` and a batch's hidden states
+            beside it.
         residency: where layers live: `device`, or `host` or `disk` to stream all of them from
             there; by default `device` for as many as fit. On a CPU layers that do not fit in host
             memory are mapped from disk. The disk is that of the folder LOGITMILL_SCRATCH.
@@ -222,6 +226,8 @@ class ModelFacts:
     """What it would be computed in."""
     device: str
     """`cpu` or `cuda`."""
+    weights: str
+    """How many tensors there are, and what they take as stored."""
     quantization: str
     """How linears are stored and what they run as."""
 
@@ -246,13 +252,21 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
             ("quantization", settings.quantization not in (None, "none") and settings.quantization),
             ("fp8_head", settings.fp8_head),
             ("residency", settings.residency not in (None, "device") and settings.residency),
-            ("device_memory", settings.device_memory),
+            ("device_memory", settings.device_memory and show_gb(settings.device_memory)),
         ):
             if value:
                 raise ValueError(
                     f"{field}: {value!r} needs a model that the decoder knows; {reason}"
                 ) from None
-        vocab_size, max_positions = read_sizes(folder, trust_remote_code=settings.trust_remote_code)
+        trusting = settings.trust_remote_code
+        if architecture in FAMILIES:
+            try:
+                check_settings(folder, trust_remote_code=trusting)
+            except ValueError as refused:
+                # The setting is the mistake; transformers' words for it are seldom of any help.
+                said = str(refused).removeprefix("model: ")
+                raise ValueError(f"model: {reason}, and {said}") from None
+        vocab_size, max_positions = read_sizes(folder, trust_remote_code=trusting)
     dtype = settings.resolve_dtype(config)
     return ModelFacts(
         architecture=architecture,
@@ -261,8 +275,29 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
         max_positions=max_positions,
         dtype=dtype,
         device=settings.resolve_device().type,
+        weights=str(Checkpoint.open(folder).check_files()),
         quantization=scheme.describe(dtype),
     )
+
+
+def inspect_placement(folder: Path, settings: EngineSettings) -> str:
+    """Where a model's layers would live, for people; every tensor's header is checked on the way.
+
+    Raises:
+        ValueError: naming what `load_pipeline` would, but for weights that are not finite.
+    """
+    if inspect_model(folder, settings).reason is not None:
+        return RESIDENT
+    checkpoint = Checkpoint.open(folder)
+    family = FAMILIES[checkpoint.config["architectures"][0]]
+    arrangement = measure(
+        checkpoint,
+        family,
+        dtype=DTYPES[settings.resolve_dtype(checkpoint.config)],
+        scheme=settings.resolve_scheme(checkpoint.config),
+        room=settings.resolve_room(family.spec(checkpoint.config).vocab_size),
+    )
+    return arrangement.describe()
 
 
 def load_pipeline(folder: Path, settings: EngineSettings) -> Pipeline:
@@ -318,7 +353,7 @@ def _wrap(
     settings: EngineSettings,
     tokenizer: Tokenizer | None,
     dtype: str,
-    placement: str = "all layers resident",
+    placement: str = RESIDENT,
 ) -> Pipeline:
     kind = settings.resolve_device().type
     return Pipeline(
@@ -518,6 +553,12 @@ def _empty(num_rows: int, num_columns: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.empty(num_bytes, np.uint8)).view(dtype).view(num_rows, num_columns)
 
 
+def _copy(chunk: Sequence[LogitRows], results: Sequence[torch.Tensor]) -> None:
+    for rows in chunk:
+        stop = rows.first_row + len(rows.values)
+        results[rows.request][rows.first_row : stop] = rows.values
+
+
 def _as_sequences(input_ids: Any, vocab_size: int) -> tuple[list[np.ndarray], bool]:
     """Flat int64 sequences, and whether there was one and not a batch."""
     mask = None
@@ -551,12 +592,6 @@ def _as_sequences(input_ids: Any, vocab_size: int) -> tuple[list[np.ndarray], bo
                 f"input_ids: {ids[wrong[0]]} at position {wrong[0]} of sequence {i} is not in the "
                 f"model's vocabulary of {vocab_size}"
             )
-def _copy(chunk: Sequence[LogitRows], results: Sequence[torch.Tensor]) -> None:
-    for rows in chunk:
-        stop = rows.first_row + len(rows.values)
-        results[rows.request][rows.first_row : stop] = rows.values
-
-
         sequences.append(ids.astype(np.int64))
     return sequences, single
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from .blocks import LEAST
-from .spec import DecoderSpec, Experts
+from .spec import DecoderSpec, Experts, Rotary
 
 RESIDENCIES = ("device", "host", "disk")
 SOURCES = ("host", "disk")
@@ -109,6 +109,63 @@ class Room:
     """Whether batches must not be made smaller."""
     is_host: bool = False
     """Whether the device is a CPU, and its memory the host's."""
+    is_set: bool = False
+    """Whether `device_bytes` was asked for, so that no batch may take more."""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What batches take of a device's memory."""
+
+    spec: DecoderSpec
+    logits_bytes: int
+    """What logits may take at a time."""
+    width: int
+    """Bytes of a number between products."""
+    expanded: int = 0
+    """Bytes of a weight's number that is expanded in front of each product; 0 if none is."""
+
+    def count_bytes(self, tokens: int, rows: int) -> int:
+        """Most that a batch takes at a time, about, and what libraries keep for themselves."""
+        between = rows * self._row_bytes + self._weight_bytes
+        return tokens * self.token_bytes + max(between, self.logits_bytes) + _LIBRARY_BYTES
+
+    @property
+    def token_bytes(self) -> int:
+        """Across a batch: the stream and what is added to it, queries, keys and values,
+        attention's result, and cosines and sines."""
+        spec = self.spec
+        rotaries: list[Rotary] = []
+        for layer in spec.layers:
+            if layer.rotary is not None and layer.rotary not in rotaries:
+                rotaries.append(layer.rotary)
+        numbers = 2 * spec.hidden_size + 2 * spec.q_size + 2 * spec.kv_size
+        return numbers * self.width + sum(4 * rotary.dim for rotary in rotaries)
+
+    @property
+    def _row_bytes(self) -> int:
+        """In a block of rows: what lies between the products of a feed-forward."""
+        d, between = self.spec.hidden_size, 0
+        for layer in self.spec.layers:
+            shape, times = layer.feed_forward, 1
+            if isinstance(shape, Experts):
+                # Rows are there once for each expert that takes them, and what they gave as well.
+                times, shape = shape.router.top_k, shape.expert
+                between = max(between, 2 * times * d)
+            between = max(between, times * (3 if shape.gated else 2) * shape.size + 2 * times * d)
+        return between * self.width
+
+    @property
+    def _weight_bytes(self) -> int:
+        """The largest weight, expanded; of experts, as many as a few of them take."""
+        spec, d, numbers = self.spec, self.spec.hidden_size, 0
+        for layer in spec.layers:
+            shape = layer.feed_forward
+            if isinstance(shape, Experts):
+                shape = shape.shared or shape.expert
+            up = (2 if shape.gated else 1) * shape.size
+            numbers = max(numbers, d * up, d * (spec.q_size + 2 * spec.kv_size))
+        return numbers * self.expanded
 
 
 @dataclass(frozen=True)
@@ -118,12 +175,34 @@ class Arrangement:
     placement: Placement
     batch_tokens: int
     block_rows: int
+    batches: Batches
+    batch_bytes: int | None = None
+    """What batches may take, whatever the length of a window; None is what they need."""
 
     def describe(self) -> str:
         """One line for people: where layers live, and what that costs."""
         return self.placement.describe(self.batch_tokens)
 
+    def holds(self, tokens: int, rows: int) -> bool:
+        """Whether a batch fits with so many rows of a product at a time."""
+        if self.batch_bytes is None or tokens <= self.batch_tokens:
+            return True
+        return self.batches.count_bytes(tokens, rows) <= self.batch_bytes
 
+    def refuse(self, tokens: int, rows: int) -> RuntimeError:
+        """What to do about a window that does not fit."""
+        assert self.batch_bytes is not None
+        needed = self.batches.count_bytes(tokens, rows)
+        rest = self.batch_bytes - self.batches.count_bytes(0, rows)
+        most = max(self.batch_tokens, rest // self.batches.token_bytes)
+        return RuntimeError(
+            f"device_memory: a window of {tokens:,} tokens takes {show_gb(needed, up=True)}, and "
+            f"layers leave {show_gb(self.batch_bytes)}; give more or use a context of at most "
+            f"{most:,} tokens"
+        )
+
+
+_LIBRARY_BYTES = 256 << 20
 # Rows of a product below which a GPU is not busy with it, and tokens of a batch below which the
 # copy of a layer does not hide behind its arithmetic.
 _FEWEST_ROWS = 4 * LEAST
@@ -133,7 +212,14 @@ _ENOUGH_ROWS = 8192
 
 
 def arrange(
-    spec: DecoderSpec, layer_bytes: Sequence[int], fixed_bytes: int, room: Room, *, width: int
+    spec: DecoderSpec,
+    layer_bytes: Sequence[int],
+    fixed_bytes: int,
+    room: Room,
+    *,
+    width: int,
+    expanded: int = 0,
+    shared: Collection[int] = (),
 ) -> Arrangement:
     """Choose where layers live and how much runs at a time, so that all of it fits.
 
@@ -146,6 +232,8 @@ def arrange(
         fixed_bytes: what else stays on the device.
         room: what there is, and what is wanted.
         width: bytes of a number between products.
+        expanded: as `Batches` takes it.
+        shared: layers that are in host memory already, as `place` takes them.
 
     Raises:
         ValueError: as `place`, if nothing fits.
@@ -153,10 +241,10 @@ def arrange(
     # On a CPU layers that are in host memory are where they are used.
     wanted = "device" if room.is_host and room.wanted == "host" else room.wanted
     sources = [wanted] if wanted in ("host", "disk") else ["disk"] if room.is_host else SOURCES
-    batches = _halves(room.batch_tokens, room.batch_tokens if room.keeps_batch else _FEWEST_TOKENS)
+    budgets = _halves(room.batch_tokens, room.batch_tokens if room.keeps_batch else _FEWEST_TOKENS)
     tried: list[tuple[int, int, str | None, str]] = []
     for source in sources:
-        for tokens in batches:
+        for tokens in budgets:
             rows = _halves(min(room.block_rows, tokens), min(_FEWEST_ROWS, tokens))
             if wanted in (None, "device") and source == sources[0]:
                 most = [n for n in rows if n >= _ENOUGH_ROWS or n == rows[0]]
@@ -166,14 +254,16 @@ def arrange(
                 tried += [(tokens, n, wanted, source) for n in least]
     # All of them resident in small batches is no better than some of them streamed in large ones.
     error = None
+    batches = Batches(spec, room.logits_bytes, width, expanded)
     for tokens, rows_at_once, residency, source in tried:
         try:
             placement = place(
                 layer_bytes,
                 fixed_bytes=fixed_bytes,
-                activation_bytes=_count_activations(spec, tokens, rows_at_once, room, width),
+                activation_bytes=batches.count_bytes(tokens, rows_at_once),
                 device_bytes=room.device_bytes,
                 host_bytes=room.host_bytes,
+                shared=shared,
                 wanted=residency,
                 sources=[source],
                 is_host=room.is_host,
@@ -182,7 +272,10 @@ def arrange(
             # What fits least in any way is what the user has to hear of.
             error = refused
         else:
-            return Arrangement(placement, tokens, rows_at_once)
+            taken = fixed_bytes + placement.resident_bytes
+            left = room.device_bytes - taken - placement.num_slots * placement.slot_bytes
+            batch_bytes = left if room.is_set else None
+            return Arrangement(placement, tokens, rows_at_once, batches, batch_bytes)
     assert error is not None
     raise error
 
@@ -192,28 +285,6 @@ def _halves(largest: int, least: int) -> list[int]:
     while sizes[-1] // 2 >= least:
         sizes.append(sizes[-1] // 2)
     return sizes
-
-
-def _count_activations(spec: DecoderSpec, tokens: int, rows: int, room: Room, width: int) -> int:
-    """Most bytes that a batch takes at a time, about, and what libraries keep for themselves.
-
-    Across a batch: the stream and what is added to it, queries, keys and values, and attention's
-    result. In a block of rows: what lies between the products of a feed-forward.
-    """
-    d, heads = spec.hidden_size, spec.q_size + 2 * spec.kv_size
-    between = 0
-    for layer in spec.layers:
-        shape, times = layer.feed_forward, 1
-        if isinstance(shape, Experts):
-            # Rows are there once for each expert that takes them, and what they gave as well.
-            times, shape = shape.router.top_k, shape.expert
-            between = max(between, 2 * times * d)
-        between = max(between, times * (3 if shape.gated else 2) * shape.size + 2 * times * d)
-    batch = tokens * (2 * d + heads + spec.q_size) * width
-    return batch + max(rows * between * width, room.logits_bytes) + _LIBRARY_BYTES
-
-
-_LIBRARY_BYTES = 256 << 20
 
 
 def free_device_memory(device: torch.device) -> int:
@@ -259,6 +330,7 @@ def place(
     activation_bytes: int,
     device_bytes: int,
     host_bytes: int,
+    shared: Collection[int] = (),
     wanted: str | None = None,
     sources: Sequence[str] = SOURCES,
     is_host: bool = False,
@@ -273,7 +345,9 @@ def place(
         fixed_bytes: what else stays on the device: embedding, head, norms.
         activation_bytes: what the largest batch takes there, the logits' share included.
         device_bytes: device memory that may be used.
-        host_bytes: host memory that may be pinned.
+        host_bytes: host memory that is free to be pinned.
+        shared: layers that are in host memory already and need none of it: other processes stream
+            them too.
         wanted: `device` keeps every layer there, `host` and `disk` stream every layer from there
             and so take the least device memory; None chooses.
         sources: what None chooses from.
@@ -327,7 +401,12 @@ def place(
             )
         )
     possible = sources if wanted is None else [wanted]
-    if "host" in possible and placement.streamed_bytes <= host_bytes:
+    new = [
+        n
+        for i, (n, moves) in enumerate(zip(layer_bytes, is_streamed, strict=True))
+        if moves and i not in shared
+    ]
+    if "host" in possible and sum(new) <= host_bytes:
         return placement
     if "disk" not in possible:
         works = "use a smaller max_batch_tokens or"
@@ -335,9 +414,8 @@ def place(
             works = "leave residency out or use"
         raise ValueError(
             f"host_memory: {show_gb(host_bytes)} is less than the "
-            f"{show_gb(placement.streamed_bytes, up=True)} that "
-            f"{num_layers - placement.num_resident} streamed layers take; give more, {works} a "
-            "quantization of fewer bits"
+            f"{show_gb(sum(new), up=True)} that {len(new)} streamed layers take; give more, "
+            f"{works} a quantization of fewer bits"
         )
     staged_bytes = 0 if is_host else num_slots * placement.slot_bytes
     if staged_bytes > host_bytes:

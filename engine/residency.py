@@ -8,9 +8,9 @@ device, in a cycle that does not end with a batch:
     slot 0     | 0 in use      | <- 2          | 2 in use      | <- 1
     slot 1     | <- 1          | 1 in use      | <- 0          | 0 in use
 
-What lies on disk comes through pinned memory of as many layers, which a thread reads into. On a
-CPU nothing is copied: layers are used where they lie, and of a disk the kernel is told what comes
-next.
+Host memory may be shared with other processes (`shared.py`). What lies on disk comes through pinned
+memory of as many layers, which a thread reads into. On a CPU nothing is copied: layers are used
+where they lie, and of a disk the kernel is told what comes next.
 
 This knows nothing of what a layer is: any tree of tensors will do (`map_tensors`).
 """
@@ -18,10 +18,12 @@ This knows nothing of what a layer is: any tree of tensors will do (`map_tensors
 from __future__ import annotations
 
 import copy
+import logging
 import mmap
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from typing import Any, Generic, Protocol, TypeVar, cast
 
@@ -29,10 +31,15 @@ import torch
 
 from .placement import NUM_SLOTS, show_gb, spread
 from .scratch import Scratch
+from .shared import Shared
+
+log = logging.getLogger(__name__)
 
 # Where tensors may start in a layer's bytes: what kernels and copy engines like, and a multiple of
 # every dtype's size.
 _ALIGNMENT = 256
+# What is compared at a time: a device that is filling up has no room for a copy of a layer.
+_BLOCK_BYTES = 64 << 20
 
 _T = TypeVar("_T")
 
@@ -43,10 +50,10 @@ _T = TypeVar("_T")
 def map_tensors(tree: _T, change: Callable[[torch.Tensor], torch.Tensor]) -> _T:
     """The same tree with `change(tensor)` in the place of each tensor.
 
-    Goes through dataclasses, tuples (named ones too), lists and dicts; everything else stays as it
-    is. A tensor that is there twice is changed once and stays shared. Dataclasses
-    are not made anew: what `__post_init__` checked holds, and what it computed is kept, with its
-    tensors changed as well.
+    Goes through dataclasses, tuples (named ones too), lists and dicts, in the same order in every
+    process; everything else stays as it is. A tensor that is there twice is changed once and stays
+    shared. Dataclasses are not made anew: what `__post_init__` checked holds, and what it computed
+    is kept, with its tensors changed as well.
     """
     return cast(_T, _walk(tree, change, {}))
 
@@ -70,8 +77,10 @@ def _walk(
     if not is_dataclass(node) or isinstance(node, type):
         return node
     made = copy.copy(node)
-    # Cached properties are no fields, and with slots fields are not in a dictionary.
-    for name in {field.name for field in fields(node)} | {*getattr(node, "__dict__", ())}:
+    # Cached properties are no fields, and with slots fields are not in a dictionary. Not a set,
+    # whose order is another one in every process.
+    names = [*(field.name for field in fields(node)), *getattr(node, "__dict__", ())]
+    for name in dict.fromkeys(names):
         object.__setattr__(made, name, _walk(getattr(node, name), change, changed))
     return made
 
@@ -96,14 +105,41 @@ def count_bytes(tree: object) -> int:
 
 def _pack(tree: _T, out: torch.Tensor) -> _T:
     """Copy a tree's tensors into `out`, uint8 [count_bytes(tree)]; the same tree of its views."""
+    return _lay_out(tree, out, lambda view, tensor: _elements(view).copy_(_elements(tensor)))
+
+
+def _match(tree: _T, out: torch.Tensor) -> _T | None:
+    """The same tree as views of `out`, if that is what `_pack` has made of it, bit for bit."""
+    if len(out) != count_bytes(tree):
+        return None
+    is_same = True
+
+    def compare(view: torch.Tensor, tensor: torch.Tensor) -> None:
+        nonlocal is_same
+        is_same = is_same and _is_copy(view, tensor)
+
+    packed = _lay_out(tree, out, compare)
+    return packed if is_same else None
+
+
+def _is_copy(view: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether two tensors of one layout are of the same bits; looked at where the second one is."""
+    pairs = zip(*(_bytes(x).split(_BLOCK_BYTES) for x in (view, tensor)), strict=True)
+    return all(torch.equal(a.to(b.device), b) for a, b in pairs)
+
+
+def _lay_out(
+    tree: _T, out: torch.Tensor, put: Callable[[torch.Tensor, torch.Tensor], object]
+) -> _T:
+    """The same tree as views of `out`, after `put(view, tensor)` of each."""
     start = 0
 
     def move(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal start
-        moved = _view(out, start, tensor)
-        _elements(moved).copy_(_elements(tensor))
+        view = _view(out, start, tensor)
+        put(view, tensor)
         start = _align(start + _num_bytes(tensor))
-        return moved
+        return view
 
     return map_tensors(tree, move)
 
@@ -129,6 +165,10 @@ def _elements(tensor: torch.Tensor) -> torch.Tensor:
     picks for it.
     """
     return tensor.as_strided((_span(tensor),), (1,))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    return _elements(tensor).view(torch.uint8)
 
 
 def _span(tensor: torch.Tensor) -> int:
@@ -420,16 +460,19 @@ class Streamed(Generic[_T]):
         num_resident: int = 0,
         num_slots: int = NUM_SLOTS,
         scratch: Scratch | None = None,
+        shared: Shared | None = None,
         make_link: MakeLink | None = None,
     ) -> None:
         """Room for `num_layers` layers, `num_resident` of which stay on the device.
 
         Args:
             scratch: where on disk the others wait; None is host memory.
+            shared: the layers' host memory in common with other processes; None is our own.
             num_slots: layers that have room on the device at a time, besides those that stay.
             make_link: what copies; None is what the device has.
         """
         assert 0 <= num_resident <= num_layers and num_slots > 0
+        assert scratch is None or shared is None
         self.held: list[_T] = []
         self.is_streamed = spread(num_layers, num_resident)
         """Of each layer, whether it is copied for every pass."""
@@ -441,6 +484,7 @@ class Streamed(Generic[_T]):
         else:
             self._make_link = make_link
         self._scratch = scratch
+        self._shared = shared
         self._sources: list[torch.Tensor] = []
         self._ring: _Sources | None = None
         self._num_passes = 0
@@ -460,7 +504,7 @@ class Streamed(Generic[_T]):
         assert len(self.held) < len(self), "all layers are there"
         if not self.is_streamed[len(self.held)]:
             self.held.append(bring(layer, self._device))
-        else:
+        elif self._shared is None or not self._share(layer, self._shared):
             self._sources.append(self._allocate(count_bytes(layer)))
             self.held.append(_pack(layer, self._sources[-1]))
             if self._scratch is not None:
@@ -472,6 +516,33 @@ class Streamed(Generic[_T]):
         if self._scratch is not None:
             return self._scratch.allocate(num_bytes)
         return _allocate(num_bytes, pinned=self._device.type == "cuda")
+
+    def _share(self, layer: _T, shared: Shared) -> bool:
+        """Let the next layer live in shared memory; False, and a warning, if others' bytes do.
+
+        Raises:
+            MemoryError: if it cannot be pinned.
+        """
+        index, is_gpu = len(self.held), self._device.type == "cuda"
+        with shared.take(index, count_bytes(layer)) as (room, is_whole):
+            if is_gpu:
+                if not is_whole:
+                    _touch(room)
+                _pin(room)
+            self._sources.append(room)
+            packed = _match(layer, room) if is_whole else _pack(layer, room)
+        if packed is not None:
+            self.held.append(packed)
+            return True
+        self._sources.pop()
+        if is_gpu:
+            _unpin([room], self._device)
+        log.warning(
+            "host memory: layer %d has other bytes in another process of this model; this one "
+            "keeps a copy of its own",
+            index,
+        )
+        return False
 
     def _make_ring(self) -> _Sources | None:
         """How the sources come to where they are used; None where they are there."""
@@ -523,18 +594,35 @@ def _allocate(num_bytes: int, *, pinned: bool) -> torch.Tensor:
         return torch.empty(num_bytes, dtype=torch.uint8)
     # Pages of its own, since none may be pinned twice.
     pages = mmap.mmap(-1, max(num_bytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError, AttributeError):
+        pages.madvise(mmap.MADV_HUGEPAGE)
     room = torch.frombuffer(pages, dtype=torch.uint8)
+    _touch(room)
+    _pin(room)
+    return room[:num_bytes]
+
+
+def _touch(room: torch.Tensor) -> None:
+    """Have the system give memory, with all threads: the driver would ask for it with one."""
+    room.zero_()
+
+
+def _pin(room: torch.Tensor) -> None:
+    """Let a GPU copy from memory on its own, uint8 [bytes] from the beginning of a page on.
+
+    Raises:
+        MemoryError: if it cannot be pinned.
+    """
     status = int(torch.cuda.cudart().cudaHostRegister(room.data_ptr(), len(room), 0))
     if status:
         raise MemoryError(
             f"host memory: {show_gb(len(room), up=True)} more cannot be pinned (CUDA error "
             f"{status}); free some, or stream fewer layers"
         )
-    return room[:num_bytes]
 
 
 def _unpin(sources: Sequence[torch.Tensor], device: torch.device) -> None:
-    """Let go of what `_allocate` pinned, once no copy reads it."""
+    """Let go of what `_pin` pinned, once no copy reads it."""
     torch.cuda.synchronize(device)
     for source in sources:
         torch.cuda.cudart().cudaHostUnregister(source.data_ptr())

@@ -104,6 +104,11 @@ class Outbox:
         self._turn = 0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
+    @property
+    def num_bytes(self) -> int:
+        """What the buffers on the device take for each number of a result."""
+        return len(self._slots) * self.dtype.itemsize
+
     def claim(self, num_rows: int, num_columns: int) -> torch.Tensor:
         """Room on the device for the next result, which `send` then takes; [rows, columns]."""
         if self._stream is None:

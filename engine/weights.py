@@ -151,7 +151,7 @@ class Blocks:
         num_rows = self.shape[0]
         first = self.scales_NB[::GROUP]
         shared = first.repeat_interleave(GROUP, 0)[:num_rows]
-        return first.contiguous() if torch.equal(shared, self.scales_NB) else None
+        return first.contiguous() if _equal(shared, self.scales_NB) else None
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,11 @@ def join(weights: Sequence[Weight]) -> Weight | None:
     return _join_groups(cast("Sequence[Groups]", weights))
 
 
+def _equal(ours: torch.Tensor, others: torch.Tensor) -> bool:
+    """Whether numbers are the same; on `meta`, where there are none, they are taken to be."""
+    return ours.is_meta or torch.equal(ours, others)
+
+
 def _join_groups(weights: Sequence[Groups]) -> Groups | None:
     all_numbers = [w.numbers for w in weights]
     codes, scales, zeros, groups = zip(*all_numbers, strict=True)
@@ -217,7 +222,7 @@ def _join_groups(weights: Sequence[Groups]) -> Groups | None:
         len({(s.shape[1], s.dtype) for s in scales}) == 1
         and len({z is None for z in zeros}) == 1
         and len({g is None for g in groups}) == 1
-        and (groups[0] is None or all(torch.equal(groups[0], g) for g in groups))
+        and (groups[0] is None or all(_equal(groups[0], g) for g in groups))
     )
     if not alike:
         return None

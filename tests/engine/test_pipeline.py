@@ -339,7 +339,7 @@ def test_layers_that_do_not_fit_a_cpus_memory_are_on_disk_and_it_is_said(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     # Nothing but weights, so that a few bytes decide.
-    monkeypatch.setattr(placement, "_count_activations", lambda *_: 0)
+    monkeypatch.setattr(placement.Batches, "count_bytes", lambda *_: 0)
     held = demo._model._layers.held  # type: ignore[attr-defined]
     sizes = [count_bytes(layer) for layer in held]
     fixed = count_bytes(
@@ -363,8 +363,8 @@ def test_layers_that_do_not_fit_a_cpus_memory_are_on_disk_and_it_is_said(
 
 
 def test_memory_of_a_gpu_is_none_of_a_cpu(demo_folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"^device_memory: 5 bytes are of a GPU, and device is 'c"):
-        pipeline(demo_folder, device="cpu", device_memory=5)
+    with pytest.raises(ValueError, match=r"^device_memory: 24.0 GB is of a GPU's memory, and devi"):
+        pipeline(demo_folder, device="cpu", device_memory=24 * 10**9)
 
 
 @pytest.mark.parametrize("name", ["max_batch_tokens", "logits_memory", "device_memory"])

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from logitmill.engine import placement
 from logitmill.engine.placement import (
+    Batches,
     Disk,
     Placement,
     Room,
@@ -221,6 +222,33 @@ def test_a_disk_comes_after_batches_that_are_as_small_as_may_be() -> None:
     assert arranged(device_bytes=60 * GB, host_bytes=GB, wanted="disk") == ("disk", 0, 32768)
     with pytest.raises(ValueError, match=r"^host_memory: 1.0 GB is less than the 5.0 GB"):
         arranged(device_bytes=6 * GB, host_bytes=GB, wanted="host")
+
+
+def test_what_was_set_holds_for_windows_longer_than_a_batch() -> None:
+    free = arrange(SPEC, [GB] * 10, GB, room(device_bytes=60 * GB, host_bytes=0), width=2)
+    assert free.holds(1 << 30, 32768)
+    made = arrange(
+        SPEC, [GB] * 10, GB, room(device_bytes=60 * GB, host_bytes=0, is_set=True), width=2
+    )
+    assert made.batch_bytes == 49 * GB
+    batches = made.batches
+    most = (49 * GB - batches.count_bytes(0, 512)) // batches.token_bytes
+    assert most > 32768
+    assert made.holds(most, 512)
+    assert not made.holds(most + 1, 512)
+    assert batches.count_bytes(most, 512) <= 49 * GB < batches.count_bytes(most + 1, 512)
+    refused = str(made.refuse(most + 1, 512))
+    assert refused.startswith(f"device_memory: a window of {most + 1:,} tokens takes 49.")
+    assert refused.endswith(f"use a context of at most {most:,} tokens")
+
+
+@pytest.mark.parametrize("expanded", [0, 1, 2])
+def test_weights_that_are_expanded_are_counted(expanded: int) -> None:
+    batches = Batches(SPEC, 0, 2, expanded)
+    feed_forward = SPEC.layers[0].feed_forward
+    assert isinstance(feed_forward, FeedForward)
+    largest = 2 * feed_forward.size * SPEC.hidden_size
+    assert batches.count_bytes(0, 0) == expanded * largest + Batches(SPEC, 0, 2).count_bytes(0, 0)
 
 
 @pytest.mark.parametrize("wanted", [None, "host", "device", "disk"])

@@ -12,6 +12,7 @@ import random
 import subprocess
 import sys
 import threading
+import uuid
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +25,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitmill.engine import formats, pipeline
+from logitmill.engine import formats, pipeline, residency
 from logitmill.engine.formats import Linear, make_head, make_linear, resolve_scheme
 from logitmill.engine.layouts import Stored, StoredGroup
 from logitmill.engine.residency import (
@@ -37,6 +38,7 @@ from logitmill.engine.residency import (
     map_tensors,
 )
 from logitmill.engine.scratch import Scratch
+from logitmill.engine.shared import Shared
 from logitmill.engine.weights import Groups, Plain, Quantization, Weight, round_to
 from logitmill.kernels.linear import lay_out_group_scales
 from logitmill.kernels.quantize import quantize
@@ -126,7 +128,8 @@ def test_a_walk_reaches_every_tensor_once_and_nothing_else() -> None:
         return tensor + 10
 
     made = map_tensors(tree, change)
-    assert sorted(calls) == [0, 1, 2, 3, 4]
+    # In the order of fields, as in every other process.
+    assert calls == [0, 1, 2, 3, 4]
     assert type(made.pair) is Pair
     assert made.pair.second is None
     assert made.pair.first.tolist() == [10, 10]
@@ -362,6 +365,7 @@ def stream(
     num_slots: int = 2,
     make_link: MakeLink | None,
     scratch: Scratch | None = None,
+    shared: Shared | None = None,
 ) -> Streamed[_T]:
     streamed = Streamed[_T](
         len(layers),
@@ -370,6 +374,7 @@ def stream(
         num_slots=num_slots,
         make_link=make_link,
         scratch=scratch,
+        shared=shared,
     )
     for layer in layers:
         streamed.add(layer)
@@ -560,6 +565,62 @@ def test_on_a_cpu_layers_are_used_where_they_lie() -> None:
     assert len(resident) == 4
     assert [x.data_ptr() for x in resident] == [x.data_ptr() for x in given_layers]
     assert [x.tolist() for x in resident.held] == [x.tolist() for x in given_layers]
+
+
+# ---- shared memory ---------------------------------------------------------------------------
+
+
+def share(layers: Sequence[_T], *, make_link: MakeLink | None) -> list[Streamed[_T]]:
+    """Two of the same layers: one that fills their memory, and one that finds it filled."""
+    key = uuid.uuid4().hex
+    both = [stream(layers, make_link=make_link, shared=Shared(key, len(layers))) for _ in range(2)]
+    for a, b in zip(*(streamed._sources for streamed in both), strict=True):
+        assert a.data_ptr() != b.data_ptr()
+        b[0] ^= 1
+        assert a[0] == b[0]
+        b[0] ^= 1
+    return both
+
+
+@pytest.mark.parametrize("make_link", [Simulated, None])
+def test_layers_in_shared_memory_keep_their_bits_and_strides(make_link: MakeLink | None) -> None:
+    tensors = [*AWKWARD.values(), torch.tensor([torch.nan, -0.0, torch.inf])]
+    layer = (torch.ones(1), tensors)
+    for streamed in share([layer, layer], make_link=make_link):
+        for _, made in [*streamed.held, *streamed]:
+            for before, after in zip(tensors, made, strict=True):
+                assert after.dtype == before.dtype
+                assert after.shape == before.shape
+                assert after.stride() == before.stride()
+                assert str(after.tolist()) == str(before.tolist())
+
+
+@pytest.mark.parametrize("name", LINEARS)
+def test_a_linear_multiplies_the_same_from_shared_memory(name: str) -> None:
+    linear = LINEARS[name]
+    x = quantize(draw(23, linear.shape[1], seed=1), linear.layout)
+    expected = linear(x)
+    for streamed in share([linear, linear], make_link=Simulated):
+        for made in [*streamed.held, bring(streamed.held[0], CPU)]:
+            assert torch.equal(made(x), expected)
+        for made in streamed:
+            assert torch.equal(made(x), expected)
+
+
+def test_bits_that_differ_anywhere_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "_BLOCK_BYTES", 256)
+    layer = (torch.zeros(300), torch.zeros(7, dtype=torch.int8))
+    key = uuid.uuid4().hex
+    kept = stream([layer], make_link=None, shared=Shared(key, 1))
+    for part, at in ((0, 0), (0, 63), (0, 64), (0, 299), (1, 0), (1, 6)):
+        other = (layer[0].clone(), layer[1].clone())
+        other[part][at] = -0.0 if part == 0 else 1
+        apart = stream([other], make_link=None, shared=Shared(key, 1))
+        [held] = apart
+        assert [x.tolist() for x in held] == [x.tolist() for x in other]
+        assert str(held[part][at].item()) == str(other[part][at].item())
+        held[0].fill_(5)
+        assert not kept.held[0][0].any()
 
 
 # ---- disk ------------------------------------------------------------------------------------

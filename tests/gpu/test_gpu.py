@@ -6,6 +6,7 @@ what is tested is the engine's own arithmetic, not a checkpoint.
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from logitmill.engine import pipeline
+from logitmill.engine.blocks import Blocks, powers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,8 +33,10 @@ def folder(request, tmp_path_factory) -> Path:
     shape = {"hidden_size": 768, "intermediate_size": 1536, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 6, "num_key_value_heads": 2, "vocab_size": 5003}
     config = {
-        "qwen3": Qwen3Config(**shape, **heads, head_dim=80),
-        "mistral": MistralConfig(**shape, **heads, head_dim=128, sliding_window=100),
+        "qwen3": Qwen3Config(**shape, **heads, head_dim=80, max_position_embeddings=1 << 17),
+        "mistral": MistralConfig(
+            **shape, **heads, head_dim=128, sliding_window=100, max_position_embeddings=1 << 17
+        ),
     }[request.param]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -86,7 +90,7 @@ def test_a_sequence_keeps_its_bits_in_any_batch(folder, dtype, quantization):
 
 
 def test_long_sequences_keep_their_bits_beside_others(folder):
-    """From some length on another kernel attends: its own rows, and not its neighbours'."""
+    """Whatever an attention's plans are made for."""
     draw = np.random.default_rng(3)
     inputs = [draw.integers(0, 4000, n) for n in (4095, 4096, 4097, 5000, 6143, 700)]
     pipe = pipeline(folder, dtype="bfloat16", device="cuda")
@@ -94,6 +98,61 @@ def test_long_sequences_keep_their_bits_beside_others(folder):
     for order in ([5, 4, 3, 2, 1, 0], [3, 5, 0, 1, 4, 2]):
         for i, logits in zip(order, pipe.get_logits([inputs[i] for i in order]), strict=True):
             assert torch.equal(logits, alone[i]), (order, len(inputs[i]))
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8", "int8", "int4"])
+def test_a_long_window_keeps_its_bits_in_chunks_of_any_size(folder, quantization):
+    """Linear parts go by chunks; attention is over the whole window."""
+    ids = np.random.default_rng(4).integers(0, 4000, 70_001)
+    settings = {"dtype": "bfloat16", "quantization": quantization, "device": "cuda"}
+    expected = None
+    chunks = ((32768, 2 << 30), (8192, 64 << 20), (2048, 1 << 30), (512, 16 << 20))
+    for rows, logits_memory in chunks:
+        pipe = pipeline(folder, **settings, logits_memory=logits_memory)
+        pipe._model.blocks = Blocks(powers(rows), pipe._model.blocks._agrees)
+        score = next(iter(pipe.score([ids], recipe="rolling", context=len(ids), prefix="none")))
+        assert score.record.status == "ok"
+        columns = (score.tokens.logprob, score.tokens.entropy, score.tokens.rank)
+        expected = expected or columns
+        for one, other in zip(expected, columns, strict=True):
+            assert np.array_equal(one, other), rows
+
+
+def test_a_long_window_keeps_to_the_memory_that_was_set(folder):
+    """Products of fewer rows make room; where even that is not enough, it is said."""
+    ids = np.random.default_rng(4).integers(0, 4000, 70_001)
+    whole = {"recipe": "rolling", "context": len(ids), "prefix": "none"}
+    settings = {
+        "dtype": "bfloat16",
+        "device": "cuda",
+        "max_batch_tokens": 8192,
+        "logits_memory": 16 << 20,
+    }
+
+    def load(num_bytes):
+        gc.collect()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        return pipeline(folder, **settings, device_memory=num_bytes), before
+
+    pipe, _ = load(4 << 30)
+    arrangement = pipe._model.arrangement
+    layers = (4 << 30) - arrangement.batch_bytes
+    padded = pipe._model.blocks.pad(len(ids))
+    expected = next(iter(pipe.score([ids], **whole))).tokens.logprob
+    del pipe
+    for rows in (8192, 2048, 512):
+        room = layers + arrangement.batches.count_bytes(padded, rows)
+        pipe, before = load(room)
+        torch.cuda.reset_peak_memory_stats()
+        found = next(iter(pipe.score([ids], **whole))).tokens.logprob
+        assert torch.cuda.max_memory_allocated() - before <= room, rows
+        assert np.array_equal(found, expected), rows
+        assert max(part.stop - part.start for part in pipe._model._cut(padded)) == rows
+        del pipe
+    pipe, _ = load(room - (1 << 20))
+    with pytest.raises(RuntimeError, match=f"device_memory: a window of {padded:,} tokens takes"):
+        list(pipe.score([ids], **whole))
 
 
 @pytest.mark.parametrize(

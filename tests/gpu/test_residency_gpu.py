@@ -8,7 +8,14 @@ is no GPU.
 from __future__ import annotations
 
 import gc
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+import uuid
 from collections.abc import Iterable
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -17,6 +24,7 @@ from logitmill.engine.formats import Dense, Linear, make_linear, resolve_scheme
 from logitmill.engine.layouts import Stored
 from logitmill.engine.residency import CudaLink, Layers, Resident, Streamed, bring, count_bytes
 from logitmill.engine.scratch import Scratch
+from logitmill.engine.shared import Shared
 from logitmill.engine.weights import Plain
 from logitmill.kernels.quantize import quantize
 
@@ -158,6 +166,87 @@ def test_layers_on_disk_that_are_let_go_leave_no_memory_behind(scratch: Scratch)
         run(on_disk, 16)
         del on_disk
         assert free_memory() - before <= SLACK
+
+
+def share(key: str, *, first: int = 0) -> Streamed[Layer]:
+    """Layers from the first on, two of which stay."""
+    layers = Streamed[Layer](
+        NUM_LAYERS, device=DEVICE, num_resident=2, shared=Shared(key, NUM_LAYERS)
+    )
+    for index in range(NUM_LAYERS):
+        layers.add(draw_layer(first + index))
+    return layers
+
+
+def digest(x: torch.Tensor) -> str:
+    return hashlib.sha256(x.float().cpu().numpy().tobytes()).hexdigest()
+
+
+def share_and_wait(pipe: Connection, key: str) -> None:
+    layers = share(key)
+    pipe.send([digest(run(layers, n)) for n in (64, 8192)])
+    signal.pause()
+
+
+def share_of_pages(key: str, process: int) -> int:
+    """Bytes of layers that a process has, each page divided by the number of those who have it."""
+    total, counts = 0, False
+    for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-", line):
+            counts = f"/memfd:logitmill-{key}-" in line
+        elif counts and line.startswith("Pss:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+def test_processes_stream_one_pinned_copy() -> None:
+    resident = Resident[Layer](DEVICE)
+    fill(resident)
+    expected = [digest(run(resident, n)) for n in (64, 8192)]
+    key, context = uuid.uuid4().hex, multiprocessing.get_context("spawn")
+    workers = []
+    for _ in range(2):
+        pipe, theirs = context.Pipe()
+        process = context.Process(target=share_and_wait, args=(theirs, key), daemon=True)
+        process.start()
+        workers.append((process, pipe))
+    try:
+        layers = share(key)
+        assert [digest(run(layers, n)) for n in (64, 8192)] == expected
+        for _, pipe in workers:
+            assert pipe.poll(120)
+            assert pipe.recv() == expected
+        assert all(x.is_pinned() for x in layers._sources)
+        streamed_bytes = sum(len(x) for x in layers._sources)
+        processes = [os.getpid(), *(process.pid or 0 for process, _ in workers)]
+        total = sum(share_of_pages(key, process) for process in processes)
+        assert total == pytest.approx(streamed_bytes, rel=0.02)
+    finally:
+        for process, _ in workers:
+            process.kill()
+            process.join()
+    assert digest(run(layers, 64)) == expected[0]
+    assert share_of_pages(key, os.getpid()) == pytest.approx(streamed_bytes, rel=0.02)
+    del layers
+    assert Shared(key, NUM_LAYERS).whole == set()
+
+
+def test_layers_of_other_bits_are_not_shared() -> None:
+    key = uuid.uuid4().hex
+    # Of one size are every third.
+    ours, same, others = share(key), share(key), share(key, first=3)
+    resident = Resident[Layer](DEVICE)
+    fill(resident)
+    expected = run(resident, 64)
+    assert torch.equal(run(ours, 64), expected)
+    assert torch.equal(run(same, 64), expected)
+    moved = Resident[Layer](DEVICE)
+    for index in range(NUM_LAYERS):
+        moved.add(draw_layer(3 + index))
+    assert torch.equal(run(others, 64), run(moved, 64))
+    del ours, same
+    assert torch.equal(run(others, 64), run(moved, 64))
+    assert all(x.is_pinned() for x in others._sources)
 
 
 def test_weights_of_a_cpu_are_those_of_the_gpu() -> None:
