@@ -169,6 +169,7 @@ class Intake:
                 "tokenizer: the model folder has none, so text cannot be scored; add its "
                 "tokenizer.json or give input_ids"
             )
+        check_vocabulary(self._tokenizer, self._vocab_size)
         return self._tokenizer
 
     def _encode(self, texts: Sequence[str], *, parse_special: bool = False) -> list[Encoding]:
@@ -180,13 +181,14 @@ class Intake:
         self, index: int, document: Document, context: np.ndarray, encoding: Encoding
     ) -> Work | DocumentScore:
         recipe = self._recipe
-        ids = encoding.ids
+        ids = np.concatenate([context, encoding.ids])
         if len(ids) and int(ids.max()) >= self._vocab_size:
-            raise ValueError(
-                f"tokenizer: it gives token {ids.max()}, beyond the model's vocabulary of "
-                f"{self._vocab_size}; model and tokenizer do not belong together"
+            # A token that was added to the tokenizer and not to the model.
+            error = (
+                f"text: the tokenizer gives token {ids.max()}, which is not in the model's "
+                f"vocabulary of {self._vocab_size}"
             )
-        ids = np.concatenate([context, ids])
+            return self._refuse(index, replace(document, status="invalid_ids", error=error))
         doubled = len(ids) > 0 and ids[0] == self.prefix
         wanted = not len(context) or self._prefixes_context
         num_prefix = int(self.prefix is not None and wanted and not doubled)
@@ -228,6 +230,19 @@ class Intake:
         return DocumentScore(index=index, record=record, text=document.text)
 
 
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """ValueError if text may give ids that the model does not have.
+
+    Tokens that were added to a tokenizer may well be beyond: no plain text gives them, and a
+    document that does is refused by itself.
+    """
+    if tokenizer.num_ids > vocab_size:
+        raise ValueError(
+            f"tokenizer: its vocabulary has {tokenizer.num_ids} ids, and the model's {vocab_size}; "
+            "model and tokenizer do not belong together, and token ids alone can be scored"
+        )
+
+
 def prefix_token(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
     """The id that stands in front of every document, None for none.
 
@@ -237,6 +252,11 @@ def prefix_token(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
     prefix = recipe.prefix
     if isinstance(prefix, int):
         return prefix
+    if prefix == TOKENIZER and tokenizer is not None and tokenizer.opening is not None:
+        raise ValueError(
+            f"prefix: the tokenizer puts {tokenizer.opening!r} in front of a text, which is more "
+            "than the one token that a recipe can; use eos, none or a token id"
+        )
     bos = tokenizer.bos_id if tokenizer is not None else None
     eos = tokenizer.eos_id if tokenizer is not None else None
     if prefix == NONE or (prefix == TOKENIZER and not (tokenizer and tokenizer.adds_bos)):

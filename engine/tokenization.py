@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -64,6 +66,10 @@ class Tokenizer:
         self.eos_id: int | None = self._id_of(tokenizer.eos_token)
         if self.bos_id is None and len(opening) == 1:
             self.bos_id = opening[0]  # named or not, it is what texts begin with
+        self.opening: str | None = None
+        """What it puts in front of a text where that is more than one token."""
+        if len(opening) > 1 and adds_bos is not False:
+            self.opening = "".join(map(self._backend.id_to_token, opening))
         if adds_bos is None:
             adds_bos = opening[:1] == [self.bos_id]
         self.adds_bos = adds_bos and self.bos_id is not None
@@ -73,14 +79,27 @@ class Tokenizer:
         # It adds nothing here, but it would trim spaces off the offsets.
         self._backend.post_processor = None
         self._normalizer = self._backend.normalizer
-        self._token_bytes = self._byte_lengths()
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        added = self._backend.get_added_tokens_decoder()
+        self.num_ids = 1 + max((i for i in vocabulary.values() if i not in added), default=-1)
+        """Ids of its vocabulary, without the tokens that were added to it."""
+        self._token_bytes = self._byte_lengths(vocabulary, added)
+
+    def __str__(self) -> str:
+        """For people: "4,096 ids, BOS 0, EOS 1, a chat template"."""
+        named = [
+            f"{name} {i if i is not None else 'none'}"
+            for name, i in (("BOS", self.bos_id), ("EOS", self.eos_id))
+        ]
+        template = "a chat template" if self.has_template else "no chat template"
+        return ", ".join([f"{self.num_ids:,} ids", *named, template])
 
     @classmethod
     def load(cls, folder: Path, *, trust_remote_code: bool = False) -> Tokenizer | None:
         """The tokenizer of a model folder, None where there is none.
 
-        A tokenizer.json decides alone, then a sentencepiece tokenizer.model; code that a folder
-        brings is run for other files only.
+        A tokenizer.json decides alone, then a sentencepiece tokenizer.model, then a tiktoken.model;
+        code that a folder brings is run for other files only.
 
         Raises:
             ValueError: if there are tokenizer files that cannot be loaded.
@@ -97,10 +116,7 @@ class Tokenizer:
             if (folder / "tokenizer.model").is_file() and not needs_code:
                 return _from_sentencepiece(folder, config)
             if (folder / "tiktoken.model").is_file():
-                raise ValueError(
-                    "tiktoken.model does not say how text is cut before it is merged, and the code "
-                    "beside it gives no offsets; a tokenizer.json is needed"
-                )
+                return _from_tiktoken(folder, config)
             from transformers import AutoTokenizer
 
             return cls(AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code))
@@ -151,14 +167,14 @@ class Tokenizer:
         added = encoded.special_tokens_mask
         return encoded.ids[: added.index(0)] if 0 in added else []
 
-    def _byte_lengths(self) -> np.ndarray | None:
+    def _byte_lengths(
+        self, vocabulary: Mapping[str, int], added: Mapping[int, Any]
+    ) -> np.ndarray | None:
         """Bytes of every token of a byte-level vocabulary, None for any other kind."""
         decoder = self._backend.decoder
         if decoder is None or b"ByteLevel" not in decoder.__getstate__():
             return None
         # A byte-level vocabulary spells each byte as one character; added tokens are plain text.
-        vocabulary = self._backend.get_vocab(with_added_tokens=True)
-        added = self._backend.get_added_tokens_decoder()
         lengths = np.zeros(max(vocabulary.values()) + 1, np.int64)
         for token, i in vocabulary.items():
             lengths[i] = len(token.encode()) if i in added else len(token)
@@ -223,7 +239,6 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
     from sentencepiece import sentencepiece_model_pb2 as model_pb2
     from tokenizers import AddedToken, decoders
     from tokenizers import Tokenizer as Backend
-    from transformers import PreTrainedTokenizerFast
 
     data = (folder / "tokenizer.model").read_bytes()
     try:
@@ -274,19 +289,122 @@ def _from_sentencepiece(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
         for name in ("bos", "eos", "unk")
         if (i := getattr(rules, f"{name}_id")) >= 0
     }
-    for name in (*named, "pad_token"):
-        if name in config:
-            token = config[name]
-            named[name] = token["content"] if isinstance(token, Mapping) else token
+    tokenizer = _name_tokens(folder, config, backend, named)
+    return Tokenizer(tokenizer, backend, adds_bos=config.get("add_bos_token", True))
+
+
+def _from_tiktoken(folder: Path, config: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a tiktoken.model, lines of a token in base64 and its id (Kimi).
+
+    How text is cut before it is merged stands in the code beside it alone, as the string `pat_str`,
+    which is read and not run. Ids are those of transformers' own conversion (`TikTokenConverter`).
+    `config` is tokenizer_config.json: its `added_tokens_decoder` names the special tokens, which
+    follow the vocabulary.
+    """
+    from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        lines = (line.split() for line in (folder / "tiktoken.model").read_bytes().splitlines())
+        ids = {b64decode(token, validate=True): int(i) for token, i in filter(None, lines)}
+    except ValueError as error:
+        raise ValueError(
+            f"tiktoken.model does not hold lines of a token in base64 and its id: {error}"
+        ) from None
+    characters = _byte_characters()
+    spelled = {token: "".join(characters[byte] for byte in token) for token in ids}
+    # The lowest id merges first, whatever two tokens make it up.
+    merges = sorted(
+        (i, ids[token[:cut]], ids[token[cut:]], spelled[token[:cut]], spelled[token[cut:]])
+        for token, i in ids.items()
+        for cut in range(1, len(token))
+        if token[:cut] in ids and token[cut:] in ids
+    )
+    backend: Any = Backend(
+        models.BPE(
+            {spelled[token]: i for token, i in ids.items()},
+            [(left, right) for *_, left, right in merges],
+            ignore_merges=True,
+        )
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_find_pattern(folder)), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    named = {
+        int(i): token["content"] for i, token in config.get("added_tokens_decoder", {}).items()
+    }
+    # The library numbers what is added one after another.
+    specials = [
+        named.get(i, f"<|reserved_token_{i}|>") for i in range(len(ids), 1 + max(named, default=-1))
+    ]
+    backend.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in specials])
+    for i, token in named.items():
+        if backend.token_to_id(token) != i:
+            raise ValueError(
+                f"added_tokens_decoder: {token!r} cannot have id {i} after the {len(ids)} tokens "
+                "of tiktoken.model; a tokenizer.json is needed"
+            )
+    return Tokenizer(_name_tokens(folder, config, backend, {}), backend)
+
+
+def _find_pattern(folder: Path) -> str:
+    """The `pat_str` of the Python code in a folder: a string, or strings joined by one."""
+    for path in sorted(folder.glob("*.py")):
+        try:
+            tree = ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError):
+            continue
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Assign) or "pat_str" not in map(ast.unparse, node.targets):
+                continue
+            try:
+                match node.value:
+                    case ast.Call(func=ast.Attribute(value=joiner, attr="join"), args=[parts]):
+                        return ast.literal_eval(joiner).join(ast.literal_eval(parts))
+                    case value:
+                        return str(ast.literal_eval(value))
+            except (ValueError, TypeError):
+                continue
+    raise ValueError(
+        "tiktoken.model does not say how text is cut before it is merged, and no Python code "
+        "beside it has a string `pat_str` that does; a tokenizer.json is needed"
+    )
+
+
+def _byte_characters() -> list[str]:
+    """How the byte-level vocabularies of the tokenizers library spell each byte (GPT-2)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (chr(0x100 + i) for i in range(0x100 - len(printable)))
+    return [chr(byte) if byte in printable else next(others) for byte in range(0x100)]
+
+
+def _name_tokens(
+    folder: Path, config: Mapping[str, Any], backend: Any, named: Mapping[str, str]
+) -> Any:
+    """transformers' tokenizer of a backend, with the chat template of `config` or of its own file.
+
+    Tokens are `named` so where `config` does not name others that the backend has.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    found: dict[str, str | None] = dict(named)
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        token = config.get(name)
+        token = token["content"] if isinstance(token, Mapping) else token
+        if name in config and (token is None or backend.token_to_id(token) is not None):
+            found[name] = token
     template = folder / "chat_template.jinja"
-    tokenizer = PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         chat_template=template.read_text(encoding="utf-8")
         if template.is_file()
         else config.get("chat_template"),
-        **named,
+        **found,
     )
-    return Tokenizer(tokenizer, backend, adds_bos=config.get("add_bos_token", True))
 
 
 def _model(proto: Any, names: Sequence[str], added: Mapping[int, Any]) -> Any:

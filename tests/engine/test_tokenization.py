@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from base64 import b64decode, b64encode
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from logitmill.engine import Document, pipeline
 from logitmill.engine.intake import Intake, Work, prefix_token
 from logitmill.engine.recipes import find_recipe
 from logitmill.engine.tokenization import Encoding, Tokenizer
-from oracles import assert_spans_tile, byte_tokenizer, constant_model
+from oracles import assert_spans_tile, byte_spellings, byte_tokenizer, constant_model
 
 TEXTS = [
     "plain ascii, twice  spaced",
@@ -342,8 +343,26 @@ def test_a_broken_tokenizer_is_an_error_that_names_the_folder(tmp_path: Path) ->
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     """Ids clamped in silence (Soup#681) would score something else."""
     pipe = pipeline(constant_model(tmp_path, np.zeros(100), tokenizer=byte_tokenizer()))
-    with pytest.raises(ValueError, match="model and tokenizer do not belong together"):
-        list(pipe.score(["zzz"], prefix="none"))
+    said = "its vocabulary has 256 ids, and the model's 100; model and tokenizer do not belong"
+    with pytest.raises(ValueError, match=said):
+        list(pipe.score([" "], prefix="none"))
+    (score,) = pipe.score([[1, 2, 3]], prefix="none")
+    assert score.record.num_tokens_scored == 2
+
+
+def test_a_token_that_was_added_beyond_the_model_costs_the_documents_that_spell_it(
+    tmp_path: Path,
+) -> None:
+    """As `<image_soft_token>` of Gemma 3's text models, which no plain text gives."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.add_tokens(["<img>"])
+    pipe = pipeline(constant_model(tmp_path, np.zeros(256), tokenizer=tokenizer))
+    good, bad = pipe.score(["abc", "a<img>b"], prefix="none")
+    assert (good.record.status, good.record.num_tokens_scored) == ("ok", 2)
+    assert bad.record.status == "invalid_ids"
+    assert bad.record.error == (
+        "text: the tokenizer gives token 256, which is not in the model's vocabulary of 256"
+    )
 
 
 # ---- tokenizer.json, whatever class its folder names ------------------------------------------
@@ -554,6 +573,12 @@ def test_two_tokens_in_front_are_no_bos(tmp_path: Path) -> None:
     )
     tokenizer = load(write_folder(tmp_path, backend, eos_token="</s>"))
     assert (tokenizer.bos_id, tokenizer.adds_bos) == (None, False)
+    with pytest.raises(
+        ValueError, match="prefix: the tokenizer puts '<s><unk>' in front of a text"
+    ):
+        prefix_token(find_recipe("disjoint"), tokenizer)
+    assert prefix_token(find_recipe("disjoint", prefix="none"), tokenizer) is None
+    assert prefix_token(find_recipe("rolling"), tokenizer) == tokenizer.eos_id
     assert not {1, 3} & set(encode(tokenizer, "the fox").ids.tolist())
 
 
@@ -759,18 +784,129 @@ def test_a_template_and_tokens_beside_a_tokenizer_model(model_folder: Path, tmp_
         assert at not in encode(tokenizer, text).ids.tolist()
 
 
-@pytest.mark.parametrize("name", ["tiktoken.model", "tokenizer.model"])
-@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
-def test_a_tiktoken_vocabulary_asks_for_a_tokenizer_json(
-    tmp_path: Path, name: str, model_type: str
+# ---- tiktoken.model --------------------------------------------------------------------------
+
+# As in Kimi-K2's tokenization_kimi.py, where it is all that says how text is cut.
+CODE = r'''
+raise SystemExit("was run")
+class TikTokenTokenizer(PreTrainedTokenizer):
+    pat_str = "|".join(
+        [
+            r"""[\p{Han}]+""",
+            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+            r"""[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]+[\p{Ll}\p{Lm}\p{Lo}\p{M}&&[^\p{Han}]]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?""",
+            r"""\p{N}{1,3}""",
+            r""" ?[^\s\p{L}\p{N}]+[\r\n]*""",
+            r"""\s*[\r\n]+""",
+            r"""\s+(?!\S)""",
+            r"""\s+""",
+        ]
+    )
+'''
+CUT = eval(CODE[CODE.index('"|".join') : CODE.rindex(")") + 1])
+
+
+def write_tiktoken(folder: Path, *, code: str = CODE) -> Path:
+    """A folder as Kimi's, its vocabulary trained on the texts of this file."""
+    from tokenizers import Regex, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Backend
+
+    backend = Backend(models.BPE())
+    bytes_ = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    cut = pre_tokenizers.Split(Regex(CUT), "isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([cut, bytes_])
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600, initial_alphabet=alphabet, show_progress=False, special_tokens=[]
+    )
+    backend.train_from_iterator([Path(__file__).read_text(), *TEXTS * 3], trainer)
+    of_character = {spelling: byte for byte, spelling in enumerate(byte_spellings())}
+    ids = {bytes(of_character[c] for c in token): i for token, i in backend.get_vocab().items()}
+    lines = [b64encode(token) + b" %d" % i for token, i in sorted(ids.items(), key=lambda x: x[1])]
+    (folder / "tiktoken.model").write_bytes(b"\n".join(lines) + b"\n")
+    (folder / "tokenization_kimi.py").write_text(code)
+    at = len(ids)
+    added = {at: ("[BOS]", True), at + 1: ("[EOS]", True), at + 4: ("<|im_end|>", False)}
+    config = {
+        "added_tokens_decoder": {
+            str(i): {"content": content, "special": special}
+            for i, (content, special) in added.items()
+        },
+        "auto_map": {"AutoTokenizer": ["tokenization_kimi.TikTokenTokenizer", None]},
+        "bos_token": "[BOS]",
+        "eos_token": "[EOS]",
+        "unk_token": "[UNK]",
+        "tokenizer_class": "TikTokenTokenizer",
+        "chat_template": "{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps({"model_type": "kimi_k2"}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiktoken_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiktoken(tmp_path_factory.mktemp("tiktoken"))
+
+
+@pytest.fixture(scope="module")
+def conversion(tiktoken_folder: Path) -> Any:
+    """transformers' own, but for reading the file, for which it asks for the tiktoken library."""
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    def read(path: str) -> dict[bytes, int]:
+        lines = (line.split() for line in Path(path).read_bytes().splitlines())
+        return {b64decode(token): int(i) for token, i in lines}
+
+    converter = TikTokenConverter(str(tiktoken_folder / "tiktoken.model"), pattern=CUT)
+    converter.load_tiktoken_bpe = read
+    return converter.converted()
+
+
+@given(st.one_of(st.sampled_from(TEXTS), ANY_TEXT))
+def test_ids_of_a_tiktoken_vocabulary_are_those_of_transformers_conversion(
+    tiktoken_folder: Path, conversion: Any, text: str
 ) -> None:
-    """Kimi's and Llama 3's own files. What text is cut into first stands in code alone."""
-    (tmp_path / name).write_text("IQ== 0\nIg== 1\nIw== 2\n")
+    encoding = assert_tiles(load(tiktoken_folder), text)
+    assert encoding.ids.tolist() == conversion.encode(text).ids
+    data = text.encode()
+    for i, start, end in zip(encoding.ids, encoding.byte_start, encoding.byte_end, strict=True):
+        piece = data[start:end].decode(errors="replace")
+        assert conversion.decode([int(i)], skip_special_tokens=False) == piece
+
+
+def test_a_tiktoken_vocabulary_knows_its_special_tokens(tiktoken_folder: Path) -> None:
+    tokenizer = load(tiktoken_folder)
+    at = tokenizer.num_ids
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.adds_bos) == (at, at + 1, False)
+    text = tokenizer.render([{"role": "user", "content": "the fox"}])
+    assert text == "the fox<|im_end|>"
+    assert encode(tokenizer, text, parse_special=True).ids.tolist()[-1] == at + 4
+    assert encode(tokenizer, text).ids.max() < at
+
+
+def test_a_tiktoken_vocabulary_without_a_pattern_asks_for_a_tokenizer_json(tmp_path: Path) -> None:
+    for code in ("pat_str = make_it()", "pat_str =", "PATTERN = 'x'"):
+        write_tiktoken(tmp_path, code=code)
+        for trust in (False, True):
+            with pytest.raises(ValueError, match=r"a tokenizer\.json is needed"):
+                Tokenizer.load(tmp_path, trust_remote_code=trust)
+
+
+@pytest.mark.parametrize("line", ["IQ== x", "IQ=", "!! 1", "IQ== 1 2"])
+def test_a_broken_tiktoken_vocabulary_is_named(line: str, tmp_path: Path) -> None:
+    write_tiktoken(tmp_path)
+    (tmp_path / "tiktoken.model").write_text(f"IQ== 0\n{line}\n")
+    with pytest.raises(ValueError, match=r"tiktoken\.model does not hold lines of a token"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v3"])
+def test_a_tiktoken_vocabulary_of_another_name_asks_for_a_tokenizer_json(
+    tmp_path: Path, model_type: str
+) -> None:
+    """Llama 3's own files."""
+    (tmp_path / "tokenizer.model").write_text("IQ== 0\nIg== 1\nIw== 2\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
-    if name == "tiktoken.model":
-        own = {"auto_map": {"AutoTokenizer": ["own.TikTokenTokenizer", None]}}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
-        (tmp_path / "own.py").write_text("raise SystemExit('was run')")
-    for trust in (False, True):
-        with pytest.raises(ValueError, match=r"needs? a tokenizer\.json|tokenizer\.json is needed"):
-            Tokenizer.load(tmp_path, trust_remote_code=trust)
+    with pytest.raises(ValueError, match=r"needs? a tokenizer\.json"):
+        Tokenizer.load(tmp_path)
