@@ -17,11 +17,14 @@ import torch
 from torch import nn
 
 from .blocks import LEAST, Blocks
+from .checkpoint import is_finite
 
 log = logging.getLogger(__name__)
 
 NO_LIMIT = 1 << 30
 """`max_positions` of a model that states none."""
+# Tokens that tell whether a model sees what comes later.
+_PROBE = 8
 
 
 class Fallback:
@@ -73,16 +76,20 @@ class Fallback:
                 f"model: {len(wrong)} tensors of {folder} are missing or have another shape than "
                 f"the config calls for, the first is {wrong[0]}"
             )
+        for name, weight in model.named_parameters():
+            if not is_finite(weight):
+                raise ValueError(f"model: tensor {name} of {folder} holds NaN or infinite weights")
         log.warning(
             "%s has no native spec: it runs through transformers, slower, with the same records",
             type(model).__name__,
         )
-        sizes = read_sizes(folder, trust_remote_code=trust_remote_code)
-        return cls(
+        fallback = cls(
             model.to(device).eval(),
             vocab_size=model.get_output_embeddings().weight.shape[0],
-            max_positions=sizes[1],
+            max_positions=_max_positions(config),
         )
+        fallback._check_causal()
+        return fallback
 
     def hidden(self, ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Hidden states after the final norm, float32 [T, D]; as `Decoder.hidden`."""
@@ -112,6 +119,23 @@ class Fallback:
     def agree_on_logits(self, most_rows: int) -> Blocks:
         """One number of rows, for which nothing has to be tried."""
         return Blocks([LEAST])
+
+    def _check_causal(self) -> None:
+        """ValueError if what comes later changes what a token is told by.
+
+        transformers loads encoders, too, as causal models.
+        """
+        ids_T = torch.arange(_PROBE, device=self.device) % self.vocab_size
+        others_T = torch.cat([ids_T[:1], (ids_T[1:] + _PROBE) % self.vocab_size])
+        with torch.inference_mode():
+            first, other = (self.hidden(ids, [_PROBE])[0] for ids in (ids_T, others_T))
+        # Experts that share rows otherwise may round otherwise.
+        rounding = max(1e-3, 2.5 * torch.finfo(self._model.dtype).eps)
+        if (first - other).abs().max() > rounding * first.abs().max():
+            raise ValueError(
+                f"model: {type(self._model).__name__} sees tokens that come later, so it is no "
+                "causal language model and has no log-probability of a text"
+            )
 
     def _widen_head(self) -> None:
         """Give the model a float32 head of its own: narrow logits are no source of a score."""
@@ -158,9 +182,34 @@ def _caps_scores(config: Any) -> bool:
 
 def read_sizes(folder: Path, *, trust_remote_code: bool) -> tuple[int, int]:
     """(vocab_size, max_positions) as the model folder's config says; errors as in `load`."""
-    config = _read(folder, trust_remote_code).get_text_config()
-    stated = (getattr(config, name, None) for name in ("max_position_embeddings", "n_positions"))
-    return config.vocab_size, next((n for n in stated if n), NO_LIMIT)
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = _read(folder, trust_remote_code)
+    own = getattr(config, "auto_map", None) or {}
+    vocab_size = getattr(config.get_text_config(), "vocab_size", None)
+    if vocab_size is None or not (
+        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in own
+    ):
+        raise ValueError(
+            f"model: {folder} holds a {config.model_type}, which transformers does not run as a "
+            "causal language model"
+        )
+    return vocab_size, _max_positions(config)
+
+
+def check_settings(folder: Path, *, trust_remote_code: bool) -> None:
+    """Make the model without weights; ValueError if transformers cannot, as in `load`."""
+    from transformers import AutoModelForCausalLM
+
+    config = _read(folder, trust_remote_code)
+    with _plain_errors(folder), torch.device("meta"):
+        AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def _max_positions(config: Any) -> int:
+    text = config.get_text_config()
+    stated = (getattr(text, name, None) for name in ("max_position_embeddings", "n_positions"))
+    return next((n for n in stated if n), NO_LIMIT)
 
 
 def _read(folder: Path, trust_remote_code: bool) -> Any:
@@ -175,10 +224,12 @@ def _plain_errors(folder: Path) -> Iterator[None]:
     """What transformers raises while loading, as a ValueError that says what would work."""
     try:
         yield
-    except (ValueError, OSError, ImportError, KeyError) as error:
+    except Exception as error:  # whatever the model's own code raises
         if "trust_remote_code" in str(error):
             raise ValueError(
                 f"trust_remote_code: {folder} brings its own Python code; pass "
                 "trust_remote_code=True if you have read it and trust it"
             ) from None
-        raise ValueError(f"model: transformers cannot load {folder}: {error}") from error
+        # A KeyError's message is the key alone.
+        said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
+        raise ValueError(f"model: transformers cannot load {folder}: {said}") from error

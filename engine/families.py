@@ -804,5 +804,7 @@ FAMILIES: dict[str, Family] = {
 def find_family(architecture: str) -> Family:
     """The family of an architecture; `NotNative` if there is none."""
     if architecture not in FAMILIES:
-        raise NotNative(f"{architecture} is none of {', '.join(FAMILIES)}")
+        raise NotNative(
+            f"{architecture} is none of the {len(FAMILIES)} in README.md's table of models"
+        )
     return FAMILIES[architecture]

@@ -23,7 +23,7 @@ import torch
 from ..kernels.linear import Int4, pack_int4
 from ..kernels.quantize import GROUP
 from .checkpoint import Checkpoint
-from .weights import Blocks, Groups, Quantization, Rows, Weight
+from .weights import Blocks, Groups, Plain, Quantization, Rows, Weight
 
 # Where AutoAWQ puts column c of eight: the place of its four bits in an int32.
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -342,29 +342,35 @@ _FORMATS = ("float-quantized", "int-quantized", "naive-quantized", "pack-quantiz
 
 def _compressed_tensors(settings: Mapping[str, Any]) -> Stored:
     found: dict[Quantization, StoredGroup] = {}
-    sizes: set[int] = set()
+    # What integers of so many bits have scales of, by whether they are packed into int32.
+    sizes: dict[tuple[int, bool], list[int]] = {}
     for field in ("sparsity_config", "transform_config"):
         value = settings.get(field)
         if value and value.get("format", "") != "dense":
             raise _refusal(field, value, "checkpoints without one")
     for group in settings.get("config_groups", {}).values():
-        if not group.get("weights"):
+        weights = group.get("weights")
+        if not weights:
             continue
         form = group.get("format") or settings.get("format")
         if form not in _FORMATS:
             raise _refusal("format", form, f"one of {', '.join(_FORMATS)}")
         read = _read_config_group(group, form)
-        if found.setdefault(read.kind, read) != read and read.kind != Quantization.INT4:
+        of_groups = read.kind in (Quantization.INT4, Quantization.NONE)
+        if found.setdefault(read.kind, read) != read and not of_groups:
             raise _refusal("config_groups", dict(group), f"one group of {read.kind} weights")
-        if read.kind == Quantization.INT4:
-            sizes.add(_weight_group_size(group["weights"]))
+        if weights.get("type") == "int":
+            key = (weights["num_bits"], form == "pack-quantized")
+            sizes.setdefault(key, []).append(_weight_group_size(weights))
     if not found:
         # A cache of keys and values may be all that is quantized.
         return Stored()
+    if {(4, False), (8, False)} <= set(sizes):
+        raise _refusal("config_groups", "int of 4 and of 8 bits", "one of them, or pack-quantized")
     return Stored(
         "compressed-tensors",
         tuple(found.values()),
-        partial(_read_compressed, tuple(found), tuple(sorted(sizes))),
+        partial(_read_compressed, tuple(found), sizes),
     )
 
 
@@ -373,27 +379,30 @@ def _read_config_group(group: Mapping[str, Any], form: str) -> StoredGroup:
     inputs = group.get("input_activations")
     bits, kind = weights.get("num_bits"), weights.get("type")
     strategy = weights.get("strategy")
+    packed = form == "pack-quantized"
     if inputs is not None and not inputs.get("symmetric", True):
         raise _refusal("input_activations.symmetric", False, "true")
     note = ""
     if inputs is not None and not inputs.get("dynamic", False):
         note = _ROW_BY_ROW
-    if (kind, bits, form) == ("int", 4, "pack-quantized"):
+    if (kind, bits) == ("int", 4) and form != "float-quantized":
         if strategy not in ("group", "channel"):
             raise _refusal("weights.strategy", strategy, "'group' and 'channel'")
         text = _int4_text(_weight_group_size(weights), bool(weights.get("symmetric", True)))
         # Rounding activations is the other half of such a scheme, and the half that costs.
         note = "" if inputs is None else "activations left plain"
         return StoredGroup(Quantization.INT4, text, inputs is None, note)
-    if (kind, bits) not in (("float", 8), ("int", 8)) or form == "pack-quantized":
+    if (kind, bits) not in (("float", 8), ("int", 8)) or (packed and kind == "float"):
         raise _refusal(
-            "weights",
-            f"{kind} of {bits} bits, {form}",
-            "float of 8 bits, int of 8 bits, and int of 4 bits, pack-quantized",
+            "weights", f"{kind} of {bits} bits, {form}", "float of 8 bits, and int of 4 and 8 bits"
         )
     if not weights.get("symmetric", True):
         raise _refusal("weights.symmetric", False, "true for weights of 8 bits")
     name = "fp8" if kind == "float" else "int8"
+    if packed and strategy == "group" and inputs is None:
+        # No product takes them, so they are expanded as they are read.
+        text = f"int8, groups of {_weight_group_size(weights)}, weights only, dequantized"
+        return StoredGroup(Quantization.NONE, text)
     texts = {"tensor": "a scale per tensor", "channel": "a scale per row"}
     if kind == "float":
         texts["block"] = _BLOCK_TEXT
@@ -412,21 +421,43 @@ def _read_config_group(group: Mapping[str, Any], form: str) -> StoredGroup:
 
 
 def _weight_group_size(weights: Mapping[str, Any]) -> int:
-    return _check_group_size(-1 if weights["strategy"] == "channel" else weights["group_size"])
+    """Columns that share a scale; -1 where all of a row do."""
+    if weights.get("strategy") != "group":
+        return -1
+    return _check_group_size(weights.get("group_size"))
 
 
 def _read_compressed(
     kinds: Sequence[Quantization],
-    sizes: Sequence[int],
+    sizes: Mapping[tuple[int, bool], Sequence[int]],
     source: Source,
     name: str,
     shape: tuple[int, int],
 ) -> Weight | None:
-    """`weight_packed` int32 [N, K / 8] with `weight_scale` [N, S], or `weight` in 8 bits."""
-    if f"{name}.weight_packed" not in source or not sizes:
-        return _read_8_bit(kinds, ("weight_scale",), source, name, shape)
-    source.skip(name, "input_scale", "input_zero_point")
+    """`weight_packed` int32 [N, K / 8] or [N, K / 4] with `weight_scale` [N, S], or `weight`.
+
+    `weight` has 8 bits, or 4 of them in an int8.
+    """
     num_rows, num_columns = shape
+    packed, bits = f"{name}.weight_packed" in source, 8
+    if packed and ((4, True) in sizes or (8, True) in sizes):
+        # Columns of an int32; the last of a row may be filled up.
+        counts = {math.ceil(num_columns * n / 32): n for n, of_int32 in sizes if of_int32}
+        words = source.read(f"{name}.weight_packed", *((num_rows, count) for count in counts))
+        bits = counts[words.shape[1]]
+        codes = words.contiguous().view(torch.uint8)[:, : num_columns * bits // 8].contiguous()
+    elif (4, False) in sizes and _is_int8(source, f"{name}.weight"):
+        packed, bits = False, 4
+        codes = pack_int4((source.read(f"{name}.weight", shape) + 8).to(torch.uint8))
+    else:
+        return _read_8_bit(
+            [kind for kind in kinds if kind != Quantization.NONE],
+            ("weight_scale",),
+            source,
+            name,
+            shape,
+        )
+    source.skip(name, "input_scale", "input_zero_point")
     if f"{name}.weight_shape" in source:
         stored = source.read_small(f"{name}.weight_shape", (2,)).tolist()
         if stored != list(shape):
@@ -434,12 +465,18 @@ def _read_compressed(
                 f"model: tensor {name}.weight_shape in {source.checkpoint.folder} says {stored}, "
                 f"but the config calls for {list(shape)}"
             )
-    # Eight columns an int32; the last of a row may be filled up.
-    packed = source.read(f"{name}.weight_packed", (num_rows, math.ceil(num_columns / 8)))
-    codes = packed.contiguous().view(torch.uint8)[:, : num_columns // 2].contiguous()
-    by_groups = {_num_groups(num_columns, size): size for size in sizes}
+    by_groups = {_num_groups(num_columns, size): size for size in sizes[bits, packed]}
     scales = source.read(f"{name}.weight_scale", *((num_rows, n) for n in by_groups))
     num_groups = scales.shape[1]
+    order = _read_order(source, f"{name}.weight_g_idx", num_columns, by_groups[num_groups])
+    if bits == 8:
+        # What was packed is unsigned: 128 more than what it stands for.
+        values_NK = (codes ^ 0x80).view(torch.int8)
+        if Quantization.INT8 in kinds and num_groups == 1:
+            return Rows(values_NK, scales.float())
+        if order is None:
+            order = torch.arange(num_columns, device=codes.device) * num_groups // num_columns
+        return Plain(values_NK.float().mul_(scales.float()[:, order.long()]))
     zeros = None
     zeros_name = f"{name}.weight_zero_point"
     if zeros_name in source:
@@ -450,8 +487,11 @@ def _read_compressed(
         else:
             # Before they were packed, zero points were signed as the weights are.
             zeros = (stored_zeros + 8).to(torch.uint8)
-    order = _read_order(source, f"{name}.weight_g_idx", num_columns, by_groups[num_groups])
     return _grouped(codes, scales, zeros, order)
+
+
+def _is_int8(source: Source, name: str) -> bool:
+    return name in source and source.checkpoint.dtype(name) == torch.int8
 
 
 _METHODS: dict[str, Callable[[Mapping[str, Any]], Stored]] = {

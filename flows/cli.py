@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shlex
@@ -12,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import typer
 
@@ -87,6 +88,9 @@ _Dtype = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+_Quantization = Annotated[
+    str | None, typer.Option(help=_QUANTIZATION_HELP, rich_help_panel=_ENGINE)
+]
 _Fp8Head = Annotated[bool, typer.Option("--fp8-head", help=_FP8_HEAD_HELP, rich_help_panel=_ENGINE)]
 _DeviceMemory = Annotated[
     float | None,
@@ -105,9 +109,33 @@ _Residency = Annotated[
         rich_help_panel=_ENGINE,
     ),
 ]
+_TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run the model's code.", rich_help_panel=_ENGINE),
+]
 _BatchTokens = Annotated[
     int | None, typer.Option(help="Tokens of a packed batch.", rich_help_panel=_ENGINE)
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"logitmill {version('logitmill')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _command(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, callback=_show_version, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -194,9 +222,7 @@ def score(
     ] = 8.0,
     device: _Device = None,
     dtype: _Dtype = None,
-    quantization: Annotated[
-        str | None, typer.Option(help=_QUANTIZATION_HELP, rich_help_panel=_ENGINE)
-    ] = None,
+    quantization: _Quantization = None,
     fp8_head: _Fp8Head = False,
     batch_tokens: _BatchTokens = None,
     device_memory: _DeviceMemory = None,
@@ -215,10 +241,7 @@ def score(
         float,
         typer.Option(help="Refuse to keep more logits than this.", rich_help_panel=_ENGINE),
     ] = 10.0,
-    trust_remote_code: Annotated[
-        bool,
-        typer.Option("--trust-remote-code", help="Run the model's code.", rich_help_panel=_ENGINE),
-    ] = False,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Score a corpus; run the same command again to resume or to find it done.
 
@@ -264,7 +287,7 @@ def score(
                 language_column=language_column,
                 format=format,
                 limit=limit,
-                shard_bytes=int(shard_mb * 1e6),
+                shard_bytes=_to_bytes("shard_bytes", shard_mb),
             ),
             out=out,
             recipe=find_recipe(
@@ -277,13 +300,13 @@ def score(
                 quantization=quantization,
                 fp8_head=fp8_head,
                 max_batch_tokens=batch_tokens,
-                logits_memory=None if logits_memory_mb is None else logits_memory_mb << 20,
-                device_memory=_bytes(device_memory),
+                logits_memory=_to_bytes("logits_memory", logits_memory_mb),
+                device_memory=_to_bytes("device_memory", device_memory),
                 residency=residency,
                 trust_remote_code=trust_remote_code,
             ),
             logits_dtype=logits_dtype.value,
-            max_logits_bytes=int(max_logits_gb * 1e9),
+            max_logits_bytes=_to_bytes("max_logits_bytes", max_logits_gb, least=0),
             endpoint_url=endpoint_url,
         )
         prepared = prepare(request)
@@ -327,16 +350,20 @@ def inspect(
         str, typer.Argument(help="A run's URI, or a model folder, its URI or Hub id.")
     ],
     doc: Annotated[str | None, typer.Option(help="Show this document of a run.")] = None,
-    device: Annotated[str | None, typer.Option(help="For a model: cpu, cuda, cuda:1.")] = None,
-    quantization: Annotated[
-        str | None, typer.Option(help=f"For a model. {_QUANTIZATION_HELP}")
-    ] = None,
-    fp8_head: Annotated[
-        bool, typer.Option("--fp8-head", help=f"For a model. {_FP8_HEAD_HELP}")
-    ] = False,
     endpoint_url: Annotated[str | None, typer.Option(help=_ENDPOINT_HELP)] = None,
+    device: _Device = None,
+    dtype: _Dtype = None,
+    quantization: _Quantization = None,
+    fp8_head: _Fp8Head = False,
+    batch_tokens: _BatchTokens = None,
+    device_memory: _DeviceMemory = None,
+    residency: _Residency = None,
+    trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
-    """Show what a run holds, or how a model is stored and would be run. Loads no weights.
+    """Show what a run holds, or how a model is stored and would be run.
+
+    Of a model, configs and the headers of its files are read and checked, and no weights; how it is
+    computed can be said as for `score`.
 
     Examples:
 
@@ -346,8 +373,23 @@ def inspect(
 
     `logitmill inspect Qwen/Qwen3-0.6B --quantization fp8`
     """
-    settings = {"device": device, "quantization": quantization, "fp8_head": fp8_head}
-    _or_exit(lambda: _inspect(target, doc, endpoint_url, settings))
+    _or_exit(
+        lambda: _inspect(
+            target,
+            doc,
+            endpoint_url,
+            {
+                "device": device,
+                "dtype": dtype,
+                "quantization": quantization,
+                "fp8_head": fp8_head,
+                "max_batch_tokens": batch_tokens,
+                "device_memory": _to_bytes("device_memory", device_memory),
+                "residency": residency,
+                "trust_remote_code": trust_remote_code,
+            },
+        )
+    )
 
 
 @app.command()
@@ -459,7 +501,7 @@ def bench(
             dtype=dtype,
             fp8_head=fp8_head,
             max_batch_tokens=batch_tokens,
-            device_memory=_bytes(device_memory),
+            device_memory=_to_bytes("device_memory", device_memory),
             residency=residency,
         )
         request = Request(
@@ -621,12 +663,39 @@ def _name_options(message: str) -> str:
         field = next(filter(None, match.groups()))
         return _CALLED.get(field) or "--" + field.replace("_", "-")
 
+    size, unit = _UNITS.get(message.partition(":")[0], (1, "bytes"))
+
+    def measure(match: re.Match[str]) -> str:
+        return f"{int(match[1].replace(',', '')) / size:,.6g} {unit}" if size > 1 else match[0]
+
+    def say(part: str) -> str:
+        return _FIELD.sub(name, re.sub(r"\b(\d[\d,]*) bytes\b", measure, part))
+
     parts = re.split(r"('[^']*')", message)
-    return "".join(part if i % 2 else _FIELD.sub(name, part) for i, part in enumerate(parts))
+    return "".join(part if i % 2 else say(part) for i, part in enumerate(parts))
 
 
-def _bytes(gigabytes: float | None) -> int | None:
-    return None if gigabytes is None else int(gigabytes * 1e9)
+# What one of an option's units is in bytes, by the field that the option sets.
+_UNITS = {
+    "shard_bytes": (10**6, "MB"),
+    "logits_memory": (1 << 20, "MB"),
+    "device_memory": (10**9, "GB"),
+    "max_logits_bytes": (10**9, "GB"),
+}
+
+
+@overload
+def _to_bytes(field: str, amount: float, *, least: int = 1) -> int: ...
+@overload
+def _to_bytes(field: str, amount: None) -> None: ...
+def _to_bytes(field: str, amount: float | None, *, least: int = 1) -> int | None:
+    """An option's amount in bytes; ValueError, in the option's own unit, below `least` bytes."""
+    if amount is None:
+        return None
+    size, unit = _UNITS[field]
+    if not least <= amount * size < math.inf:
+        raise ValueError(f"{field}: {amount:g} {unit} is no size; give a number above 0")
+    return int(amount * size)
 
 
 def _say_way(facts: ModelFacts) -> str:
@@ -670,11 +739,13 @@ def _say_result(uri: str, storage_options: Mapping[str, Any]) -> None:
         typer.echo("scored now: nothing, the run was complete")
     typer.echo(f"run:    {uri}")
     typer.echo(f"report: {run.report_path}")
+    counts = run.manifest
+    assert counts is not None
+    if counts["documents"] and counts["failed"] == counts["documents"]:
+        raise RuntimeError(f"none of the {counts['documents']:,} documents could be scored")
 
 
 def _show_totals(run: Run) -> None:
-    import math
-
     m = run.manifest
     assert m is not None
     line = f"{m['documents']:,} documents, {m['tokens']:,} tokens, {m['bytes']:,} bytes"
@@ -751,15 +822,31 @@ def _inspect(
             typer.echo("" if i else None, nl=bool(i))
             _show_run(open_run(folder.uri, partial=True, storage_options=options))
     else:
-        from ..engine.checkpoint import find_model
-        from ..engine.pipeline import EngineSettings, inspect_model
+        _show_model(target, options, settings)
 
-        model_folder = find_model(target, storage_options=options)
-        facts = inspect_model(model_folder, EngineSettings(**settings))
-        for name, value in vars(facts).items():
-            if name == "reason":
-                name, value = "runs", _say_way(facts)
-            typer.echo(f"{name:14} {value}")
+
+def _show_model(
+    target: str, storage_options: Mapping[str, Any], settings: Mapping[str, Any]
+) -> None:
+    from ..engine.checkpoint import find_model
+    from ..engine.intake import check_vocabulary
+    from ..engine.pipeline import EngineSettings, inspect_model, inspect_placement
+    from ..engine.tokenization import Tokenizer
+
+    folder = find_model(target, storage_options=storage_options)
+    engine = EngineSettings(**settings)
+    facts = inspect_model(folder, engine)
+    tokenizer = Tokenizer.load(folder, trust_remote_code=engine.trust_remote_code)
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, facts.vocab_size)
+    shown = vars(facts) | {
+        "reason": _say_way(facts),
+        "tokenizer": tokenizer or "none: token ids can be scored, texts cannot",
+    }
+    for name, value in shown.items():
+        typer.echo(f"{'runs' if name == 'reason' else name:14} {value}")
+    # Last, as it takes longest, and a model that does not fit is still what it is.
+    typer.echo(f"{'placement':14} {inspect_placement(folder, engine)}")
 
 
 def _show_run(run: Run) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..engine.checkpoint import digest, find_model, read_config
 from ..engine.head import most_rows
-from ..engine.intake import Intake
+from ..engine.intake import Intake, check_vocabulary
 from ..engine.pipeline import EngineSettings, ModelFacts, inspect_model, name_device
 from ..engine.recipes import Recipe, find_recipe
 from ..engine.tokenization import Tokenizer
@@ -253,6 +253,8 @@ def _check_fit(
             f"tokenizer: the model folder {str(folder)!r} has none, so text cannot be scored; add "
             "its tokenizer.json or score a column of token ids (ids_column)"
         )
+    if tokenizer is not None and spec.ids_column is None:
+        check_vocabulary(tokenizer, vocab_size)
     # It refuses a prefix that the tokenizer or the model does not have.
     Intake(recipe, tokenizer, vocab_size)
     if spec.messages_column is not None and tokenizer and not tokenizer.has_template:
@@ -302,8 +304,8 @@ def _check_size(
     expected, limit = num_tokens * vocab_size * width, request.max_logits_bytes
     if expected > limit:
         raise ValueError(
-            f"max_logits_bytes: {limit:,} ({limit / 1e9:,.2f} GB) is less than the "
-            f"{expected / 1e9:,.2f} GB that logits of about {num_tokens:,} tokens take; raise it "
-            "to confirm, score fewer documents (limit), or keep tokens instead"
+            f"max_logits_bytes: {limit:,} bytes is less than the {expected:,} bytes that logits of "
+            f"about {num_tokens:,} tokens take; raise it to confirm, score fewer documents "
+            "(limit), or keep tokens instead"
         )
     return expected

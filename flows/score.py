@@ -184,6 +184,8 @@ def score_corpus(
         )
     publish(folder, receipts)
     _leave_artifacts(folder, receipts)
+    if all(receipt.failed == receipt.documents for receipt in receipts):
+        log.warning("%s: none of its documents could be scored", folder.uri)
     return folder.uri
 
 

@@ -229,7 +229,7 @@ def byte_tokenizer(*, specials: Sequence[str] = (), bos: str | None = None) -> A
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {spelling: byte for byte, spelling in enumerate(_byte_spellings())}
+    vocabulary = {spelling: byte for byte, spelling in enumerate(byte_spellings())}
     backend = Tokenizer(models.BPE(vocabulary, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
@@ -237,7 +237,7 @@ def byte_tokenizer(*, specials: Sequence[str] = (), bos: str | None = None) -> A
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos)
 
 
-def _byte_spellings() -> list[str]:
+def byte_spellings() -> list[str]:
     """GPT-2's character for each byte: printable ones spell themselves."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in printable]

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 from logitmill.engine import pipeline
-from logitmill.engine.checkpoint import Checkpoint, digest, find_model
+from logitmill.engine.checkpoint import Checkpoint, Sizes, digest, find_model
+from logitmill.engine.pipeline import EngineSettings, inspect_model, inspect_placement
 from logitmill.engine.staging import Stage
 from oracles import byte_tokenizer, shard, table_model
 from safetensors.torch import load_file, save_file
@@ -40,7 +41,12 @@ def change_config(folder: Path, **changes: Any) -> None:
 def refusal(folder: Path | str) -> str:
     with pytest.raises(ValueError) as raised:  # noqa: PT011 - the callers look at the message
         pipeline(folder, device="cpu")
-    return str(raised.value)
+    said = str(raised.value)
+    if Path(folder).is_dir() and "NaN or infinite" not in said:
+        with pytest.raises(ValueError) as inspected:  # noqa: PT011
+            inspect_placement(Path(folder), EngineSettings(device="cpu"))
+        assert str(inspected.value) == said, "what needs no weights is told without them"
+    return said
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -113,6 +119,18 @@ def test_a_tensor_that_the_index_places_wrongly_is_named(folder: Path) -> None:
     state["weight_map"][Q] = (others - {state["weight_map"][Q]}).pop()
     index.write_text(json.dumps(state))
     assert Q in refusal(folder)
+
+
+def test_sizes_are_those_of_all_files(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+    for num_files in (1, 3):
+        sizes = Checkpoint.open(folder).check_files()
+        assert sizes == Sizes(len(tensors), num_bytes, num_files)
+        if num_files == 1:
+            shard(folder, 3)
+    said = f"{len(tensors)} tensors, {num_bytes / 1e9:.2f} GB in 3 files"
+    assert inspect_model(folder, EngineSettings(device="cpu")).weights == said
 
 
 def test_a_pickle_is_never_read(folder: Path) -> None:

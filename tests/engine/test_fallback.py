@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 import torch
 from logitmill.engine import pipeline
+from logitmill.engine.families import FAMILIES
+from logitmill.engine.pipeline import EngineSettings, inspect_model
 from oracles import randomise, reference_logits, row_statistics_float64, save
+from safetensors.torch import load_file, save_file
 
 TOLERANCE = 1e-4
 DOCUMENTS = [[3, 1, 4, 1, 5, 9, 2, 6], [27], list(range(60)), [8] * 17]
@@ -128,9 +131,79 @@ def test_remote_code_is_asked_for_by_name(tmp_path: Path) -> None:
         pipeline(tmp_path, device="cpu")
 
 
+def test_what_is_no_language_model_is_a_line_that_says_so(tmp_path: Path) -> None:
+    from transformers import T5Config, ViTConfig
+
+    for config in (T5Config(architectures=["T5ForConditionalGeneration"]), ViTConfig()):
+        config.architectures = config.architectures or ["ViTForImageClassification"]
+        config.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="not run as a causal language model") as raised:
+            inspect_model(tmp_path, EngineSettings(device="cpu"))
+        assert str(raised.value).startswith(f"model: {tmp_path} holds a {config.model_type}")
+        assert len(str(raised.value)) < 250
+
+
+def test_a_model_that_sees_what_comes_later_is_refused(tmp_path: Path) -> None:
+    """transformers loads BERT as a causal model, and its scores would be of no use."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(**SMALL | {"pad_token_id": 0})
+    save(randomise(BertForMaskedLM(config), seed=1), tmp_path)
+    with pytest.raises(ValueError, match="model: BertLMHeadModel sees tokens that come later"):
+        pipeline(tmp_path, device="cpu")
+
+
 def test_an_unknown_architecture_is_an_error_that_names_the_folder(tmp_path: Path) -> None:
     config = {"architectures": ["NobodyKnows"], "model_type": "nobody_knows"}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="transformers cannot load") as raised:
         pipeline(tmp_path, device="cpu")
     assert str(tmp_path) in str(raised.value)
+
+
+def test_an_architecture_without_a_spec_is_said_in_a_line_that_can_be_read(tmp_path: Path) -> None:
+    facts = inspect_model(write(tmp_path, "learned positions"), EngineSettings(device="cpu"))
+    assert (
+        facts.reason
+        == f"OPTForCausalLM is none of the {len(FAMILIES)} in README.md's table of models"
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("rope_parameters", {"rope_type": "spiral", "rope_theta": 1e4}), ("hidden_act", "wave")],
+)
+def test_a_setting_that_transformers_lacks_too_is_named_with_what_is_known(
+    field: str, value: Any, tmp_path: Path
+) -> None:
+    from test_families import make_model, shape
+
+    save(make_model("Llama", shape(), seed=1), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="transformers cannot load") as raised:
+        inspect_model(tmp_path, EngineSettings(device="cpu"))
+    known = {
+        "rope_parameters": "model: rope_type: 'spiral' is not one of default, linear",
+        "hidden_act": "model: hidden_act: 'wave' is not one of silu",
+    }
+    assert str(raised.value).startswith(known[field])
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_name(value: float, tmp_path: Path) -> None:
+    write(tmp_path, "learned positions")
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.fc1.weight"))
+    tensors[name][0, 3] = value
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=rf"tensor {name} of .* holds NaN or infinite weights"):
+        pipeline(tmp_path, device="cpu")
+
+
+def test_a_cut_file_is_found_before_anything_loads(tmp_path: Path) -> None:
+    file = write(tmp_path, "learned positions") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="not a whole safetensors file: it ends at byte"):
+        inspect_model(tmp_path, EngineSettings(device="cpu"))

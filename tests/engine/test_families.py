@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from logitmill.engine import pipeline
-from logitmill.engine.pipeline import EngineSettings, inspect_model
+from logitmill.engine.pipeline import EngineSettings, inspect_model, inspect_placement
 from oracles import randomise, reference_logits, save, shard
 from safetensors.torch import load_file, save_file
 
@@ -136,6 +136,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         | {"original_max_position_embeddings": 24},
     ),
     "gemma": ("Gemma", shape(head_dim=80, tie_word_embeddings=True)),
+    "gemma gelu": ("Gemma", shape(hidden_act="gelu", hidden_activation=None)),
     "gemma2": (
         "Gemma2",
         shape(sliding_window=11, query_pre_attn_scalar=50, tie_word_embeddings=True),
@@ -342,6 +343,8 @@ def assert_agrees(
 ) -> None:
     """Within TOLERANCE of transformers on every sequence, and the same bits packed or alone."""
     pipe = pipeline(folder, device="cpu", dtype="float32")
+    told = inspect_placement(folder, EngineSettings(device="cpu", dtype="float32"))
+    assert told == pipe.placement, "headers alone tell where layers live"
     documents = sequences(pipe.vocab_size, seed=1)
     packed = pipe.get_logits(documents)
     assert isinstance(packed, list)

@@ -26,7 +26,9 @@ from logitmill.engine.formats import (
     resolve_scheme,
 )
 from logitmill.engine.layouts import read_stored
-from logitmill.engine.loading import load_decoder
+from logitmill.engine.loading import load_decoder, measure
+from logitmill.engine.pipeline import EngineSettings
+from logitmill.engine.residency import count_bytes
 from logitmill.engine.weights import Quantization, round_to
 from oracles import save
 from quantizers import Quantizer, compressed, fake_quantize, quantize_folder
@@ -70,6 +72,18 @@ LAYOUTS: dict[str, Callable[[], Quantizer]] = {
     "packed 32": lambda: int4(32, False),
     "packed 128 symmetric": lambda: int4(128, True, torch.float16),
     "packed channel": lambda: int4(-1, False),
+    "packed 8 bits": lambda: eight(
+        INT8_ARGS | {"strategy": "group", "group_size": 64}, None, "pack-quantized", "plain"
+    ),
+    "packed 8 bits channel": lambda: eight(
+        INT8_ARGS | {"strategy": "channel"}, None, "pack-quantized", "plain"
+    ),
+    "int4 unpacked": lambda: eight(
+        INT4_ARGS | {"strategy": "group", "group_size": 32, "symmetric": True},
+        None,
+        "int-quantized",
+        "plain",
+    ),
     "fp8 blocks": quantizers.fp8_blocks,
     "fp8 tensors": quantizers.fp8_tensors,
     "fp8 tensors static": lambda: quantizers.fp8_tensors(static=True),
@@ -189,6 +203,25 @@ def test_a_layout_means_what_its_writer_says(name: str, llama: Path, tmp_path: P
     expected = reference(meant, quantizer.activations)
     assert (expected - reference(llama, "plain")).abs().max() > 0.02
     assert_rows_agree(logits(load(folder)), expected, quantizer.activations)
+
+
+@pytest.mark.parametrize("capability", [None, HOPPER])
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_headers_tell_what_layers_take(
+    name: str, capability: Capability, llama: Path, tmp_path: Path
+) -> None:
+    folder, _ = quantize_folder(llama, tmp_path / "quantized", LAYOUTS[name]())
+    checkpoint = Checkpoint.open(folder)
+    scheme = resolve_scheme(read_stored(checkpoint.config), None, capability)
+    told = measure(
+        checkpoint,
+        FAMILIES["LlamaForCausalLM"],
+        dtype=torch.bfloat16,
+        scheme=scheme,
+        room=EngineSettings(device="cpu").resolve_room(131),
+    )
+    layers = load(folder, None, torch.bfloat16, capability)._layers
+    assert told.placement.resident_bytes == sum(map(count_bytes, layers))
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,15 @@ SCHEMES: dict[str, tuple[Args, Args | None, str]] = {
         None,
         "plain",
     ),
+    "pack-quantized 8 bits channel": (INT8_ARGS | {"strategy": "channel"}, None, "plain"),
+    "pack-quantized 8 bits": (INT8_ARGS | {"strategy": "group", "group_size": 128}, None, "plain"),
+    "pack-quantized 8 bits actorder": (
+        INT8_ARGS | {"strategy": "group", "group_size": 32, "actorder": "weight"},
+        None,
+        "plain",
+    ),
+    "int-quantized 4 bits": (by_group(32, True), INT8_ARGS | BY_TOKEN, "plain"),
+    "int-quantized 4 bits asymmetric": (by_group(64, False), INT8_ARGS | BY_TOKEN, "plain"),
     "float-quantized tensor": (
         FP8_ARGS | {"strategy": "tensor"},
         FP8_ARGS | {"strategy": "tensor"},

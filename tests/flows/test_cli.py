@@ -6,9 +6,11 @@ import json
 import os
 import pty
 import re
+import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -122,14 +124,24 @@ def test_each_mistake_names_its_field(
         (("--limit", "-3"), "--limit=-3"),
         (("--limit", "x"), "'--limit': Input should be a valid integer"),
         (("--batch-tokens", "0"), "--batch-tokens: 0"),
-        (("--logits-memory-mb", "0"), "--logits-memory-mb: 0 is not at least 1"),
-        (("--logits-memory-mb", "1"), "--logits-memory-mb: 1048576 bytes is less than the 3145728"),
-        (("--shard-mb", "0"), "--shard-mb=0"),
+        (("--logits-memory-mb", "0"), "--logits-memory-mb: 0 MB is no size"),
+        (
+            ("--logits-memory-mb", "1"),
+            "--logits-memory-mb: 1 MB is less than the 3 MB that 64 rows",
+        ),
+        (("--device-memory", "-2"), "--device-memory: -2 GB is no size"),
+        (("--device-memory", "nan"), "--device-memory: nan GB is no size"),
+        (("--max-logits-gb", "inf"), "--max-logits-gb: inf GB is no size"),
+        (("--device-memory", "24"), "--device-memory: 24.0 GB is of a GPU's memory"),
+        (("--shard-mb", "0"), "--shard-mb: 0 MB is no size"),
         (("--text-column", "nope"), "--text-column='nope'"),
         (("--context-column", "q"), "--context-column: 'q' is not read"),
         (("--split", "test"), "--split='test' is for Hugging Face datasets, but CORPUS="),
         (("--ids-column", "i", "--messages-column", "m"), "--messages-column='m' and --ids-col"),
-        (("--max-logits-gb", "0", "--keep", "logits"), "--max-logits-gb: 0"),
+        (
+            ("--max-logits-gb", "0", "--keep", "logits"),
+            "--max-logits-gb: 0 GB is less than the 0.0",
+        ),
         (("--nonsense",), "No such option: --nonsense"),
     ]
     for arguments, expected in cases:
@@ -154,6 +166,9 @@ def test_fields_are_named_as_options_but_not_what_is_quoted() -> None:
         ),
         "trust_remote_code: x brings code; pass trust_remote_code=True": (
             "--trust-remote-code: x brings code; pass --trust-remote-code"
+        ),
+        "logits_memory: 1572864 bytes is less than the 'x 3 bytes'": (
+            "--logits-memory-mb: 1.5 MB is less than the 'x 3 bytes'"
         ),
         "quantization_config: the model's format: 3": "quantization_config: the model's format: 3",
     }
@@ -201,6 +216,17 @@ def test_inspect_and_report(
     settings = ("--quantization", "fp8", "--fp8-head", "--device", "cpu")
     code, out, _ = in_process(capsys, "inspect", demo_folder, *settings)
     assert code == 0 and "unquantized -> rounded to fp8" in out and "head rounded to fp8" in out
+    code, out, _ = in_process(capsys, "inspect", demo_folder, "--dtype", "bfloat16")
+    assert code == 0 and "unquantized -> bfloat16" in out
+    for line in (
+        "runs           native decoder",
+        "weights        47 tensors, 0.01 GB in 1 file",
+        "placement      all 5 layers resident (0.00 GB)",
+        "tokenizer      4,096 ids, BOS 0, EOS 1, a chat template",
+    ):
+        assert line in out.splitlines()
+    code, out, _ = in_process(capsys, "inspect", demo_folder, "--residency", "disk")
+    assert code == 0 and "0 of 5 layers resident, 5 read from disk for every batch" in out
     code, _, err = in_process(capsys, "inspect", finished.uri, "--quantization", "fp8")
     assert code == 2 and err.startswith("error: --quantization: ") and "is a run" in err
     code, _, err = in_process(capsys, "inspect", tmp_path / "nothing")
@@ -211,6 +237,21 @@ def test_inspect_and_report(
     assert finished.plan["run_key"] in (tmp_path / "r.html").read_text()
     code, _, err = in_process(capsys, "report", tmp_path)
     assert code == 2 and err.startswith(f"error: run: there is no run in '{tmp_path}'")
+
+
+def test_a_model_that_cannot_be_loaded_is_no_model_to_inspect(
+    demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(demo_folder, tmp_path / "model")
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    code, out, err = in_process(capsys, "inspect", model)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"error: MODEL: {file} is not a whole safetensors file: it ends at byte")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert in_process(capsys, "--version")[:2] == (0, f"logitmill {version('logitmill')}\n")
 
 
 def test_a_server_that_is_set_up_but_not_there_is_one_line(
@@ -351,3 +392,21 @@ def test_documents_that_failed_are_named(
     )
     assert code == 0
     assert "empty.txt: empty, " in out
+
+
+def test_a_run_without_a_single_score_is_status_1(
+    demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every time it is asked for, though the run stands: nobody wants such a corpus."""
+    (tmp_path / "corpus").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "corpus" / f"{name}.txt").write_text("")
+    for _ in range(2):
+        code, out, err = in_process(
+            capsys, "score", demo_folder, tmp_path / "corpus", "--out", tmp_path / "runs"
+        )
+        assert code == 1
+        assert "2 documents, 0 tokens, 0 bytes; 2 could not be scored:" in out
+        assert "one.txt: empty, " in out
+        assert err.splitlines()[-1] == "error: none of the 2 documents could be scored"
+    assert open_run(str(tmp_path / "runs")).table().num_rows == 2

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from flow_helpers import write_lines
 from logitmill.engine import EngineSettings, find_recipe
 from logitmill.flows import CorpusSpec
 from logitmill.flows.request import Request, prepare
+from safetensors.torch import load_file, save_file
 
 ROW = {"text": "w3 w4", "context": "w5", "chat": [{"role": "user", "content": "w3"}], "ids": [3, 4]}
 
@@ -66,12 +70,38 @@ def test_what_does_not_go_together_is_refused(
     said: str,
 ) -> None:
     model = Path(shutil.copytree(word_model, tmp_path / "model"))
-    # Nothing is loaded for it.
-    (model / "model.safetensors").write_bytes(b"")
+    # Nothing is loaded for it, or this would be what is refused.
+    weights = load_file(model / "model.safetensors")
+    nothing = {name: torch.full_like(weight, torch.nan) for name, weight in weights.items()}
+    save_file(nothing, model / "model.safetensors")
     spec = CorpusSpec(uri=str(table), **columns)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=f"^{re.escape(said)}") as raised:
         prepare(Request(model=str(model), corpus=spec, out=str(tmp_path / "runs"), **settings))
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_of_weights_that_is_not_whole_is_refused(
+    word_model: Path, table: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(word_model, tmp_path / "model"))
+    file = model / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"^model: .* is not a whole safetensors file: it ends at"):
+        prepare(Request(model=str(model), corpus=str(table), out=str(tmp_path / "runs")))
+
+
+def test_a_tokenizer_of_another_model_is_refused_where_there_is_text(
+    word_model: Path, table: Path, tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(word_model, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text()) | {"vocab_size": 20}
+    (model / "config.json").write_text(json.dumps(config))
+    request = Request(model=str(model), corpus=str(table), out=str(tmp_path / "runs"))
+    with pytest.raises(
+        ValueError, match=r"^tokenizer: its vocabulary has 32 ids, and the model's 20"
+    ):
+        prepare(request)
+    prepare(replace(request, corpus=CorpusSpec(uri=str(table), ids_column="ids")))
 
 
 def test_what_goes_together_is_not(word_model: Path, table: Path, tmp_path: Path) -> None:
