@@ -21,8 +21,8 @@ LEAST = 512
 """Fewest rows of a block: below, libraries split sums to fill the device."""
 STANDARD = 8192
 """Rows that the other sizes are compared with, if there may be so many."""
-# Share of a batch that padding may add, about.
-_PADDING = 1 / 16
+PADDING = 1 / 16
+"""Share of a batch that padding may add, about."""
 
 
 class Blocks:
@@ -38,7 +38,7 @@ class Blocks:
 
     def pad(self, num_rows: int) -> int:
         """Rows with padding: few blocks, and little padding in many rows."""
-        unit = next((s for s in self.sizes if s <= num_rows * _PADDING), self.sizes[-1])
+        unit = next((s for s in self.sizes if s <= num_rows * PADDING), self.sizes[-1])
         for size in reversed(self.sizes):
             padded = max(1, -(-num_rows // size)) * size
             if size >= unit and self._cover(padded) is not None:

@@ -188,7 +188,7 @@ class Decoder:
         """
         spec = self.spec
         positions_T, sequence_T = _place(lengths, len(ids_T))
-        blocks = self._cut(len(ids_T))
+        blocks = self._cut(len(ids_T), sum(lengths))
         stream = _Stream(
             self._embed(ids_T, positions_T),
             blocks,
@@ -216,13 +216,18 @@ class Decoder:
             del mixed_THD
         return self._finish(stream)
 
-    def _cut(self, num_rows: int) -> list[slice]:
-        """Blocks of rows, smaller ones where a long window leaves no room for large ones."""
+    def _cut(self, num_rows: int, num_tokens: int) -> list[slice]:
+        """Blocks of rows, smaller ones where a long window leaves no room for large ones.
+
+        `num_rows` are those of `num_tokens` with their padding.
+        """
         blocks = self.blocks
-        while self.arrangement and not self.arrangement.holds(num_rows, blocks.sizes[0]):
+        while self.arrangement and not self.arrangement.holds(
+            num_tokens, num_rows, blocks.sizes[0]
+        ):
             smaller = blocks.shrink()
             if smaller is None:
-                raise self.arrangement.refuse(num_rows, blocks.sizes[0])
+                raise self.arrangement.refuse(num_tokens, num_rows, blocks.sizes[0])
             blocks = smaller
         return blocks.cut(num_rows)
 

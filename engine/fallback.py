@@ -121,7 +121,7 @@ class Fallback:
         return Blocks([LEAST])
 
     def _check_causal(self) -> None:
-        """ValueError if what comes later changes what a token is told by.
+        """ValueError if a token's hidden states change with the tokens that come later.
 
         transformers loads encoders, too, as causal models.
         """

@@ -237,9 +237,12 @@ class Scheme:
 
     def expanded(self, dtype: torch.dtype) -> int:
         """Most bytes that a weight's number takes in front of a product; 0 if none is expanded."""
-        widths = {Quantization.INT4: dtype.itemsize, Quantization.INT4_FP8: 1}
-        # What is exact in groups of one size is expanded to the dtype in others.
-        widths[Quantization.INT4_FP8_EXACT] = dtype.itemsize
+        widths = {
+            Quantization.INT4: dtype.itemsize,
+            Quantization.INT4_FP8: 1,
+            # In groups of other sizes than the one that is exact.
+            Quantization.INT4_FP8_EXACT: dtype.itemsize,
+        }
         return max(widths.get(run, 0) for run in self.runs.values())
 
     def describe(self, dtype: str) -> str:
@@ -407,8 +410,8 @@ def make_linear(
     return Parts(parts)
 
 
-def make_head(weight_VD: torch.Tensor, scheme: Scheme) -> Linear:
-    """The head, whose products are float32 whatever its weights are.
+def make_head(weight_VD: torch.Tensor, scheme: Scheme, *, on_gpu: bool) -> Linear:
+    """The head, whose products are float32 whatever its weights are, to run on a GPU or a CPU.
 
     Raises:
         ValueError: if it shall be rounded to fp8 and has a shape that fp8 products do not take.
@@ -425,7 +428,7 @@ def make_head(weight_VD: torch.Tensor, scheme: Scheme) -> Linear:
         assert made is not None
         return made
     # Only a GPU multiplies 16-bit operands into a float32 result.
-    return WideDense(weight_VD.float() if weight_VD.is_cpu else weight_VD)
+    return WideDense(weight_VD if on_gpu else weight_VD.float())
 
 
 def _make_dense(

@@ -254,8 +254,8 @@ def prefix_token(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:
         return prefix
     if prefix == TOKENIZER and tokenizer is not None and tokenizer.opening is not None:
         raise ValueError(
-            f"prefix: the tokenizer puts {tokenizer.opening!r} in front of a text, which is more "
-            "than the one token that a recipe can; use eos, none or a token id"
+            f"prefix: {prefix!r} is {tokenizer.opening!r}, which the tokenizer puts in front of a "
+            "text, and a recipe can put one token there; use eos, none or a token id"
         )
     bos = tokenizer.bos_id if tokenizer is not None else None
     eos = tokenizer.eos_id if tokenizer is not None else None

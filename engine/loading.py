@@ -62,7 +62,7 @@ def load_decoder(
             memory that is short.
     """
     spec = family.spec(checkpoint.config)
-    reader = _Reader(checkpoint, family, spec, scheme, device, dtype)
+    reader = _Reader(checkpoint, family, spec, scheme, device, dtype, on_gpu=device.type != "cpu")
     embedding_VD, positions_PD, head = tables = reader.tables()
     key = identify(checkpoint, scheme, device=device, dtype=dtype)
     layers, arrangement = _read_layers(reader, spec, count_bytes(tables), room, device, key)
@@ -89,7 +89,9 @@ def measure(
         ValueError: as `load_decoder`, but for weights that are not finite.
     """
     spec = family.spec(checkpoint.config)
-    reader = _Reader(checkpoint, family, spec, scheme, torch.device("meta"), dtype)
+    reader = _Reader(
+        checkpoint, family, spec, scheme, torch.device("meta"), dtype, on_gpu=not room.is_host
+    )
     fixed_bytes = count_bytes(reader.tables())
     layer_bytes = [count_bytes(reader.layer(i)) for i in range(spec.num_layers)]
     reader.final_norm()
@@ -187,6 +189,8 @@ class _Reader:
         scheme: Scheme,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        on_gpu: bool,
     ) -> None:
         self._source = Source(checkpoint, device)
         self._tensors = family.tensors_of(checkpoint.config)
@@ -194,6 +198,7 @@ class _Reader:
         self._spec = spec
         self._scheme = scheme
         self._dtype = dtype
+        self._on_gpu = on_gpu
         self.found_quantized = False
         """Whether any tensor was stored as the config says."""
         self._last: tuple[str, Weight] | None = None
@@ -220,7 +225,7 @@ class _Reader:
         if spec.positions is not None:
             positions_PD = self.table("positions", spec.positions, d)
         head_VD = embedding_VD if spec.tied_head else self.table("head", spec.vocab_size, d)
-        return embedding_VD, positions_PD, make_head(head_VD, self._scheme)
+        return embedding_VD, positions_PD, make_head(head_VD, self._scheme, on_gpu=self._on_gpu)
 
     def final_norm(self) -> NormWeights:
         """The norm in front of the head."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .blocks import LEAST
+from .blocks import LEAST, PADDING
 from .spec import DecoderSpec, Experts, Rotary
 
 RESIDENCIES = ("device", "host", "disk")
@@ -183,18 +183,21 @@ class Arrangement:
         """One line for people: where layers live, and what that costs."""
         return self.placement.describe(self.batch_tokens)
 
-    def holds(self, tokens: int, rows: int) -> bool:
-        """Whether a batch fits with so many rows of a product at a time."""
+    def holds(self, tokens: int, padded: int, rows: int) -> bool:
+        """Whether a batch of `tokens`, which padding makes `padded`, fits with products of `rows`.
+
+        One of no more than `batch_tokens` does: what is counted for libraries holds its padding.
+        """
         if self.batch_bytes is None or tokens <= self.batch_tokens:
             return True
-        return self.batches.count_bytes(tokens, rows) <= self.batch_bytes
+        return self.batches.count_bytes(padded, rows) <= self.batch_bytes
 
-    def refuse(self, tokens: int, rows: int) -> RuntimeError:
+    def refuse(self, tokens: int, padded: int, rows: int) -> RuntimeError:
         """What to do about a window that does not fit."""
         assert self.batch_bytes is not None
-        needed = self.batches.count_bytes(tokens, rows)
+        needed = self.batches.count_bytes(padded, rows)
         rest = self.batch_bytes - self.batches.count_bytes(0, rows)
-        most = max(self.batch_tokens, rest // self.batches.token_bytes)
+        most = max(self.batch_tokens, int(rest / self.batches.token_bytes / (1 + PADDING)))
         return RuntimeError(
             f"device_memory: a window of {tokens:,} tokens takes {show_gb(needed, up=True)}, and "
             f"layers leave {show_gb(self.batch_bytes)}; give more or use a context of at most "

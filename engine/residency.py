@@ -524,13 +524,22 @@ class Streamed(Generic[_T]):
             MemoryError: if it cannot be pinned.
         """
         index, is_gpu = len(self.held), self._device.type == "cuda"
-        with shared.take(index, count_bytes(layer)) as (room, is_whole):
-            if is_gpu:
-                if not is_whole:
-                    _touch(room)
-                _pin(room)
-            self._sources.append(room)
-            packed = _match(layer, room) if is_whole else _pack(layer, room)
+        try:
+            with shared.take(index, count_bytes(layer)) as (room, is_whole):
+                if is_gpu:
+                    if not is_whole:
+                        _touch(room)
+                    _pin(room)
+                self._sources.append(room)
+                packed = _match(layer, room) if is_whole else _pack(layer, room)
+        except OSError as error:
+            log.warning(
+                "host memory: layer %d cannot be shared with other processes (%s); this one keeps "
+                "a copy of its own",
+                index,
+                error,
+            )
+            return False
         if packed is not None:
             self.held.append(packed)
             return True

@@ -56,6 +56,8 @@ class Runner:
     def __init__(self, model: Model, head: Head) -> None:
         self._model = model
         self._head = head
+        # One for all streams of rows: memory that is used on a stream is kept for that stream.
+        self._aside = Aside(model.device)
         self._limit: int | None = None
         """Most tokens of a batch, once memory has run out."""
 
@@ -85,22 +87,22 @@ class Runner:
         """
         under_way: deque[Arrival[list[LogitRows]]] = deque()
         outbox = Outbox(self._model.device, dtype, self.depth + 2)
-        aside = Aside(self._model.device)
-        compute = partial(self._marked, aside)
-        parts = (p for batch in batches for p in self._parts(batch, compute, under_way))
+        parts = (p for batch in batches for p in self._parts(batch, self._marked, under_way))
         first = 0
         # The next batch is launched before the rows of this one leave, which takes about as long.
         for part, (hidden, mark) in _ahead(parts, min(1, self.depth)):
             sizes = [len(r.targets) for r in part]
-            aside.follow(mark, *hidden[:2])
+            self._aside.follow(mark, *hidden[:2])
             chunks = self._head.rows(*hidden, outbox, normalised=normalised)
-            while chunk := self._next(chunks, aside):
+            while chunk := self._next(chunks):
                 rows, arrival = chunk
                 cut = _cut(sizes, rows, first)
                 under_way.append(arrival.then(partial(_split, cut)))
                 if len(under_way) > self.depth:
                     yield under_way.popleft().wait()
             first += len(part)
+            # Or they would still be held while the batch after the next one is computed.
+            del hidden, chunks
         while under_way:
             yield under_way.popleft().wait()
 
@@ -132,13 +134,13 @@ class Runner:
         with torch.inference_mode(), on(self._model.device):
             return self._head.score(hidden_RD, targets_R, num_rows, num_top=num_top)
 
-    def _marked(self, aside: Aside, requests: Sequence[Request]) -> tuple[_Hidden, Mark]:
+    def _marked(self, requests: Sequence[Request]) -> tuple[_Hidden, Mark]:
         hidden = self._hidden(requests)
-        return hidden, aside.mark()
+        return hidden, self._aside.mark()
 
-    def _next(self, chunks: Iterator[_T], aside: Aside) -> _T | None:
+    def _next(self, chunks: Iterator[_T]) -> _T | None:
         """The next chunk; between chunks, the caller's code runs outside of inference mode."""
-        with torch.inference_mode(), on(self._model.device), torch.cuda.stream(aside.stream):
+        with torch.inference_mode(), on(self._model.device), self._aside.current():
             return next(chunks, None)
 
     def _hidden(self, requests: Sequence[Request]) -> _Hidden:

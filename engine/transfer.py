@@ -66,16 +66,20 @@ class Aside:
     was launched later here; on a CPU there is none, and everything is done at once."""
 
     def __init__(self, device: torch.device) -> None:
-        self.stream: torch.cuda.Stream | None = None
-        """For `torch.cuda.stream`, which takes None as no stream in particular."""
+        self._stream: torch.cuda.Stream | None = None
         self._device = device
         if device.type == "cuda":
             # What has results that somebody waits for comes first.
-            self.stream = torch.cuda.Stream(device, priority=-1)
+            self._stream = torch.cuda.Stream(device, priority=-1)
+
+    def current(self) -> AbstractContextManager[object]:
+        """Makes it the current stream."""
+        # torch's own context of no stream would start CUDA, for a CPU's work as well.
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def mark(self) -> Mark:
         """What has been launched so far on the current stream."""
-        if self.stream is None:
+        if self._stream is None:
             return None
         event = torch.cuda.Event()
         event.record(torch.cuda.current_stream(self._device))
@@ -83,11 +87,11 @@ class Aside:
 
     def follow(self, mark: Mark, *tensors: torch.Tensor) -> None:
         """What is launched aside from now on comes after the mark, and may use `tensors`."""
-        if self.stream is None or mark is None:
+        if self._stream is None or mark is None:
             return
-        self.stream.wait_event(mark)
+        self._stream.wait_event(mark)
         for tensor in tensors:
-            tensor.record_stream(self.stream)
+            tensor.record_stream(self._stream)
 
 
 class Outbox:

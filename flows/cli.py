@@ -694,7 +694,8 @@ def _to_bytes(field: str, amount: float | None, *, least: int = 1) -> int | None
         return None
     size, unit = _UNITS[field]
     if not least <= amount * size < math.inf:
-        raise ValueError(f"{field}: {amount:g} {unit} is no size; give a number above 0")
+        works = "a number above 0" if least else "0 or more"
+        raise ValueError(f"{field}: {amount:g} {unit} is no size; give {works}")
     return int(amount * size)
 
 

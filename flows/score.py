@@ -184,7 +184,7 @@ def score_corpus(
         )
     publish(folder, receipts)
     _leave_artifacts(folder, receipts)
-    if all(receipt.failed == receipt.documents for receipt in receipts):
+    if 0 < sum(r.documents for r in receipts) == sum(r.failed for r in receipts):
         log.warning("%s: none of its documents could be scored", folder.uri)
     return folder.uri
 

@@ -51,7 +51,8 @@ def attend(
     if q_THD.dtype in (torch.bfloat16, torch.float16):
         choice, size = choose(q_THD.device), q_THD.shape[2]
         packable = size % 8 == 0 and size <= _PACKED_HEAD
-        if packable and not changed and choice.takes_cudnn(size, window) and _has_cudnn():
+        is_faster = packable and not changed and choice.takes_cudnn(size, window)
+        if is_faster and _suits_cudnn(q_THD, k_TGD, v_TGD, scale, window):
             return _attend_cudnn(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
         if choice.attention == "triton" and packable:
             return _attend_triton(
@@ -99,10 +100,16 @@ def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
             count = 0
 
 
-def _has_cudnn() -> bool:
+def _suits_cudnn(
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    scale: float,
+    window: int | None,
+) -> bool:
     from .gpu import cudnn
 
-    return cudnn.is_there()
+    return cudnn.suits(q_THD, k_TGD, v_TGD, scale=scale, window=window)
 
 
 def _attend_cudnn(

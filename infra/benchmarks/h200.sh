@@ -35,6 +35,9 @@ bench qwen32b-mixed --limit 60 --repeat 1
 bench qwen32b-mixed --device-memory 24 --limit 60 --repeat 1
 bench qwen32b-mixed --device-memory 12 --limit 60 --repeat 1
 bench qwen32b-mixed --quantization int4 --device-memory 8 --limit 60 --repeat 1
-bench llama70b-mixed --quantization fp8 --residency host --limit 60 --repeat 1
+bench llama70b-mixed --quantization fp8 --limit 40 --repeat 1
+bench llama70b-mixed --quantization fp8 --residency host --limit 40 --repeat 1
+# Documents longer than a batch: minutes.
 bench llama8b-256k --quantization fp8 --repeat 1
+bench llama8b-1m-slice --quantization fp8 --repeat 1
 exit $failed

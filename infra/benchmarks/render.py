@@ -160,8 +160,10 @@ def name_case(record: Record) -> str:
     case = record.passes[0].unit if record.case in ("stored", "none") else record.case
     if "streamed" not in record.placement:
         return case
-    resident, _, budget = record.placement.partition(", ")
-    return f"{case}, {resident.replace(' layers', '')} within {budget.rpartition(' of ')[2]}"
+    resident, _, reason = record.placement.partition(", ")
+    resident = f"{case}, {resident.replace(' layers', '')}"
+    budget = reason.partition(": all would take ")[2].partition(" of ")[2]
+    return f"{resident} within {budget}" if budget else resident
 
 
 def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -3,12 +3,15 @@
 torch has cuDNN attend to sequences of one length, with a new plan for every shape. Here sequences
 are of any length, and plans are made for numbers of sequences and longest lengths that are rounded
 up, so that a run needs few. Which plan a sequence runs in decides no bit of it.
+
+Legend: T packed tokens, H query heads, G key/value heads, D head size.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,21 +21,29 @@ import torch
 
 log = logging.getLogger(__name__)
 
+# The version that was measured; some before it have bugs in attention, or windows, that are known.
+_LEAST = 91900
 # Least numbers that plans are made for: what is not there costs next to nothing.
 _SEQUENCES, _LENGTH = 64, 8192
-# Bits of a sequence's place in memory, in numbers: an int32 holds 350,000 tokens of an 8B model.
-_OFFSETS = torch.int64
 
 
 @lru_cache(maxsize=1)
-def is_there() -> bool:
-    """Whether the front end is installed and finds cuDNN."""
+def find_version() -> int | None:
+    """cuDNN's version, 91900 for 9.19, if the front end is installed and the version will do."""
     try:
         import cudnn
+
+        found = int(cudnn.backend_version())
     except ImportError:
-        log.info("attention: without cuDNN's front end; `pip install 'logitmill[cudnn]'` is faster")
-        return False
-    return int(cudnn.backend_version()) >= 90900
+        log.info("attention: without cuDNN's front end, which is faster: see README.md, On a GPU")
+        return None
+    except (OSError, RuntimeError, AssertionError) as error:
+        log.warning("attention: cuDNN's front end finds no cuDNN (%s), so it is not used", error)
+        return None
+    if found < _LEAST:
+        log.warning("attention: cuDNN is %d and not at least %d, so it is not used", found, _LEAST)
+        return None
+    return found
 
 
 @dataclass(frozen=True)
@@ -66,15 +77,54 @@ class _Plan:
     workspace_bytes: int
 
 
-class _Local(threading.local):
-    """Handles of devices and plans of a thread: cuDNN wants its own for each."""
+class _Handle:
+    """cuDNN's state on one device for one thread."""
 
     def __init__(self) -> None:
-        self.handles: dict[torch.device, Any] = {}
-        self.plans: dict[tuple[torch.device, _Shape], _Plan] = {}
+        import cudnn
+
+        self.raw = cudnn.create_handle()
+        weakref.finalize(self, cudnn.destroy_handle, self.raw).atexit = False
+
+
+class _Local(threading.local):
+    """What cuDNN wants each thread to have for itself."""
+
+    def __init__(self) -> None:
+        self.handles: dict[torch.device, _Handle] = {}
+        self.plans: dict[tuple[torch.device, _Shape], _Plan | None] = {}
+        """None where there is none."""
 
 
 _local = _Local()
+
+
+def suits(
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None,
+) -> bool:
+    """Whether cuDNN is there and has a kernel for heads like these.
+
+    It goes by no number of sequences or length: those must not decide a bit.
+    """
+    if find_version() is None:
+        return False
+    device, shape = q_THD.device, _shape(q_THD, k_TGD, v_TGD, (1,), scale, window)
+    if (device, shape) not in _local.plans:
+        try:
+            _local.plans[device, shape] = _make_plan(shape, _handle(device))
+        except RuntimeError as error:
+            log.warning(
+                "attention: cuDNN has none for heads of %d, so it is not used (%s)",
+                shape.size,
+                error,
+            )
+            _local.plans[device, shape] = None
+    return _local.plans[device, shape] is not None
 
 
 def attend(
@@ -87,14 +137,38 @@ def attend(
     scale: float,
     window: int | None = None,
 ) -> None:
-    """Attention of packed sequences of `lengths` into `out_THD`; rows behind them are left alone.
+    """Attention of packed sequences of `lengths` into `out` [T, H, D], whose other rows stay.
 
-    The heads of a token lie side by side in each of q, k, v; rows may have strides of their own.
+    bfloat16 or float16 on one GPU. The heads of a token lie side by side in each of q, k, v; rows
+    may have strides of their own. What stands on the device for `lengths` is kept for the next
+    call and belongs to the stream that is current.
+
+    Raises:
+        RuntimeError: if cuDNN has no kernel for them, which `suits` tells.
     """
-    import cudnn
+    device = q_THD.device
+    shape = _shape(q_THD, k_TGD, v_TGD, lengths, scale, window)
+    handle = _handle(device)
+    plan = _local.plans.get((device, shape))
+    if plan is None:
+        plan = _local.plans[device, shape] = _make_plan(shape, handle)
+    given = {plan.q: q_THD, plan.k: k_TGD, plan.v: v_TGD, plan.out: out_THD}
+    for name, stride in zip(plan.starts, (*shape.strides, out_THD.stride(0)), strict=True):
+        given[name] = _starts(lengths, shape.num_sequences, stride, device)
+    given[plan.lengths] = _lengths(lengths, shape.num_sequences, device)
+    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
+    plan.graph.execute(given, workspace, handle=handle)
 
-    device, tensors = q_THD.device, (q_THD, k_TGD, v_TGD)
-    shape = _Shape(
+
+def _shape(
+    q_THD: torch.Tensor,
+    k_TGD: torch.Tensor,
+    v_TGD: torch.Tensor,
+    lengths: tuple[int, ...],
+    scale: float,
+    window: int | None,
+) -> _Shape:
+    return _Shape(
         num_sequences=_round_up(len(lengths), _SEQUENCES),
         longest=_round_up(max(lengths), _LENGTH),
         num_heads=q_THD.shape[1],
@@ -105,20 +179,17 @@ def attend(
         scale=scale,
         window=window,
     )
+
+
+def _handle(device: torch.device) -> Any:
+    """The thread's handle, set to the current stream."""
+    import cudnn
+
     if device not in _local.handles:
-        _local.handles[device] = cudnn.create_handle()
-    handle = _local.handles[device]
-    stream = torch.cuda.current_stream(device).cuda_stream
-    cudnn.set_stream(handle=handle, stream=stream)
-    if (device, shape) not in _local.plans:
-        _local.plans[device, shape] = _make_plan(shape, handle)
-    plan = _local.plans[device, shape]
-    given = dict(zip((plan.q, plan.k, plan.v), tensors, strict=True)) | {plan.out: out_THD}
-    for name, stride in zip(plan.starts, (*shape.strides, out_THD.stride(0)), strict=True):
-        given[name] = _starts(lengths, shape.num_sequences, stride, device)
-    given[plan.lengths] = _lengths(lengths, shape.num_sequences, device)
-    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
-    plan.graph.execute(given, workspace, handle=handle)
+        _local.handles[device] = _Handle()
+    handle = _local.handles[device].raw
+    cudnn.set_stream(handle=handle, stream=torch.cuda.current_stream(device).cuda_stream)
+    return handle
 
 
 def _make_plan(shape: _Shape, handle: Any) -> _Plan:
@@ -193,7 +264,8 @@ def _starts(
 
     Kept for the layers of a batch, which all ask for the same.
     """
-    starts = torch.zeros(num_sequences + 1, dtype=_OFFSETS)
+    # An int32 would hold 350,000 tokens of an 8B model.
+    starts = torch.zeros(num_sequences + 1, dtype=torch.int64)
     starts[1 : len(lengths) + 1] = torch.tensor(lengths).cumsum(0)
     starts[len(lengths) + 1 :] = sum(lengths)
     return (starts * stride).pin_memory().to(device, non_blocking=True)

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 from logitmill.engine import pipeline
+from logitmill.engine.blocks import Blocks
+from logitmill.engine.head import Head
+from logitmill.engine.transfer import Outbox
 from oracles import constant_model, row_statistics_float64, table_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -75,3 +78,20 @@ def test_statistics_are_those_of_the_rows_whatever_the_chunk(
     expected = row_statistics_float64(table[ids[:-1]].astype(np.float32), ids[1:])
     for name, values in expected.items():
         np.testing.assert_allclose(getattr(score.tokens, name), values, atol=3e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("num_slots", "largest"), [(2, 2048), (4, 1024), (16, 512), (1000, 512)])
+def test_chunks_make_room_for_rows_that_are_on_their_way(
+    demo: Any, num_slots: int, largest: int
+) -> None:
+    """4,096 logits a row: 4 bytes each, and as many in each slot."""
+    head = Head(demo._model, logits_memory=2048 * 4096 * 12)
+    head.blocks = Blocks([4096, 2048, 1024, 512])
+    hidden_RD = torch.zeros(4096, demo._model.spec.hidden_size)
+    targets_R = torch.zeros(4096, dtype=torch.int64)
+    outbox = Outbox(torch.device("cpu"), torch.float32, num_slots)
+    with torch.inference_mode():
+        chunks = head.rows(hidden_RD, targets_R, 4000, outbox, normalised=False)
+        sizes = [rows.stop - rows.start for rows, _ in chunks]
+    assert sizes[:-1] == [largest] * (len(sizes) - 1)
+    assert sum(sizes) == 4000

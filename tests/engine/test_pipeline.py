@@ -180,6 +180,33 @@ def test_wrong_dtype_is_named(demo: Pipeline) -> None:
         demo.get_logits(IDS, dtype="int8")
 
 
+def test_a_cpu_starts_no_cuda(demo: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is a GPU as well, which may be another process's alone."""
+
+    def start() -> int:
+        raise RuntimeError("CUDA is started")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", start)
+    demo.get_logits(IDS)
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_result_that_cannot_be_written_is_an_error(
+    which: int, demo: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the thread that writes results: also of the last one, which nothing comes after."""
+    copies = iter(range(2))
+
+    def copy(chunk: Any, results: Any) -> None:
+        if next(copies) == which:
+            raise MemoryError("no room")
+
+    monkeypatch.setattr(engine_pipeline, "_copy", copy)
+    with pytest.raises(MemoryError, match="no room"):
+        demo.get_logits([[7] * 600, [8] * 300])
+
+
 # ---- get_ppl ---------------------------------------------------------------------------------
 
 

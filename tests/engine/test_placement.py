@@ -226,7 +226,7 @@ def test_a_disk_comes_after_batches_that_are_as_small_as_may_be() -> None:
 
 def test_what_was_set_holds_for_windows_longer_than_a_batch() -> None:
     free = arrange(SPEC, [GB] * 10, GB, room(device_bytes=60 * GB, host_bytes=0), width=2)
-    assert free.holds(1 << 30, 32768)
+    assert free.holds(1 << 30, 1 << 30, 32768)
     made = arrange(
         SPEC, [GB] * 10, GB, room(device_bytes=60 * GB, host_bytes=0, is_set=True), width=2
     )
@@ -234,12 +234,16 @@ def test_what_was_set_holds_for_windows_longer_than_a_batch() -> None:
     batches = made.batches
     most = (49 * GB - batches.count_bytes(0, 512)) // batches.token_bytes
     assert most > 32768
-    assert made.holds(most, 512)
-    assert not made.holds(most + 1, 512)
+    assert made.holds(most, most, 512)
+    assert not made.holds(most, most + 1, 512)
+    assert made.holds(made.batch_tokens, most + 1, 512), "padding alone is no reason to refuse"
     assert batches.count_bytes(most, 512) <= 49 * GB < batches.count_bytes(most + 1, 512)
-    refused = str(made.refuse(most + 1, 512))
-    assert refused.startswith(f"device_memory: a window of {most + 1:,} tokens takes 49.")
-    assert refused.endswith(f"use a context of at most {most:,} tokens")
+    refused = str(made.refuse(most, most + 1, 512))
+    assert refused.startswith(f"device_memory: a window of {most:,} tokens takes 49.")
+    advised = int(refused.split()[-2].replace(",", ""))
+    # With its padding it fits, and not much more would.
+    assert made.holds(advised, advised + advised // 16, 512)
+    assert not made.holds(advised, advised + advised // 15, 512)
 
 
 @pytest.mark.parametrize("expanded", [0, 1, 2])

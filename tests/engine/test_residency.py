@@ -199,7 +199,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
 def linears() -> Iterator[tuple[str, Linear]]:
     """Every format, with and without a bias, of rows and groups in awkward numbers."""
     plain = resolve_scheme(Stored(), None, None)
-    yield "head", make_head(draw(37, 20), plain)
+    yield "head", make_head(draw(37, 20), plain, on_gpu=False)
     yield "odd", make_linear([Plain(draw(37, 19))], draw(37), plain, torch.float32)
     for kind in Quantization:
         for capability in (HOPPER, None):

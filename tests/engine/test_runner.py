@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
 from itertools import chain
 
 import numpy as np
@@ -33,6 +35,25 @@ class Small:
         return self._model.logits(hidden_RD)
 
 
+class Ahead(Runner):
+    """Launches ahead, as on a GPU; counts earlier batches' hidden states as each is computed."""
+
+    def __init__(self, model, head: Head) -> None:
+        super().__init__(model, head)
+        self.num_held: list[int] = []
+        self._made: list[weakref.ref[torch.Tensor]] = []
+
+    @property
+    def depth(self) -> int:
+        return 2
+
+    def _hidden(self, requests):
+        self.num_held.append(sum(made() is not None for made in self._made))
+        hidden = super()._hidden(requests)
+        self._made.append(weakref.ref(hidden[0]))
+        return hidden
+
+
 def requests() -> list[Request]:
     draw = np.random.default_rng(0)
     ids = [draw.integers(0, 500, n) for n in (700, 300, 5, 900, 1, 260)]
@@ -53,17 +74,28 @@ def test_batches_are_halved_until_they_fit(demo, caplog):
     assert model.blocks.sizes == (1024, 512)
 
 
-def test_rows_of_streams_come_in_order_from_halved_batches(demo):
+@pytest.mark.parametrize("ahead", [False, True])
+def test_rows_of_streams_come_in_order_from_halved_batches(demo, ahead):
     expected = demo.get_logits([r.ids for r in requests()])
     model = Small(demo._model, tokens=1024)
-    runner = Runner(model, Head(model, 256 << 20))
+    runner = (Ahead if ahead else Runner)(model, Head(model, 256 << 20))
     found = [[] for _ in expected]
-    chunks = runner.stream([requests()], torch.float32, normalised=False)
+    batches = [requests()[:1], [], requests()[1:]]
+    chunks = runner.stream(batches, torch.float32, normalised=False)
     for rows in chain.from_iterable(chunks):
         assert rows.first_row == sum(map(len, found[rows.request]))
         found[rows.request].append(rows.values.clone())
     for own, logits in zip(found, expected, strict=True):
         assert torch.equal(torch.cat(own), logits)
+
+
+def test_hidden_states_are_let_go_before_the_batch_after_the_next(demo):
+    runner = Ahead(demo._model, Head(demo._model, 256 << 20))
+    batches = [[request] for request in requests()]
+    for _ in runner.stream(batches, torch.float32, normalised=False):
+        pass
+    # Beside each batch that is computed, the one before it, whose rows are yet to leave.
+    assert runner.num_held == [0, *[1] * (len(batches) - 1)]
 
 
 def test_one_window_is_run_in_smaller_blocks(demo):
@@ -82,3 +114,14 @@ def test_a_window_that_cannot_fit_is_an_error(demo):
     runner = Runner(model, Head(model, 256 << 20))
     with pytest.raises(RuntimeError, match="a window of 900 tokens does not fit"):
         runner.launch(requests()[3:4])
+
+
+def test_what_was_set_refuses_long_windows_and_no_batch_for_its_padding(demo, monkeypatch):
+    """600 tokens are padded to 1,024 rows, and there is room for 600."""
+    arrangement = replace(demo._model.arrangement, batch_tokens=600)
+    room = arrangement.batches.count_bytes(600, demo._model.blocks.sizes[-1])
+    monkeypatch.setattr(demo._model, "arrangement", replace(arrangement, batch_bytes=room))
+    ids = np.zeros(601, np.int64)
+    assert len(launch(demo._runner, [Request(ids[:600], ids[:600])])) == 600
+    with pytest.raises(RuntimeError, match="device_memory: a window of 601 tokens takes"):
+        launch(demo._runner, [Request(ids, ids)])

@@ -151,8 +151,10 @@ def test_a_head_returns_float32(fp8_head: bool) -> None:
         pytest.skip(str(error))
     torch.manual_seed(0)
     weight = (0.02 * torch.randn(HEAD, device=DEVICE)).bfloat16()
-    head = make_head(weight, on_gpu)
-    meant = make_head(ends(weight).cpu(), scheme("none", on_gpu=False, fp8_head=fp8_head))
+    head = make_head(weight, on_gpu, on_gpu=True)
+    meant = make_head(
+        ends(weight).cpu(), scheme("none", on_gpu=False, fp8_head=fp8_head), on_gpu=False
+    )
     x = torch.randn(NUM_TOKENS, HEAD[1], device=DEVICE).bfloat16()
     taken = quantize(x, head.layout)
     weights = meant.weight_NK.to(DEVICE).double()  # type: ignore[attr-defined]

@@ -148,10 +148,11 @@ def test_a_long_window_keeps_to_the_memory_that_was_set(folder):
         found = next(iter(pipe.score([ids], **whole))).tokens.logprob
         assert torch.cuda.max_memory_allocated() - before <= room, rows
         assert np.array_equal(found, expected), rows
-        assert max(part.stop - part.start for part in pipe._model._cut(padded)) == rows
+        parts = pipe._model._cut(padded, len(ids))
+        assert max(part.stop - part.start for part in parts) == rows
         del pipe
     pipe, _ = load(room - (1 << 20))
-    with pytest.raises(RuntimeError, match=f"device_memory: a window of {padded:,} tokens takes"):
+    with pytest.raises(RuntimeError, match="device_memory: a window of 70,001 tokens takes"):
         list(pipe.score([ids], **whole))
 
 

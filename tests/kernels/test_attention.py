@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -393,7 +395,7 @@ def test_cudnn_is_taken_where_it_is_there_and_faster(
         sent.append(options | {"lengths": given[3]})
         given[4][: sum(given[3])] = 7.0
 
-    monkeypatch.setattr(cudnn, "is_there", lambda: is_there)
+    monkeypatch.setattr(cudnn, "suits", lambda *_, **__: is_there)
     monkeypatch.setattr(cudnn, "attend", stand_in)
     lengths = [3, 70, 40]
     q, k, v = pack(lengths, lengths, 2, 1, size)
@@ -416,7 +418,7 @@ def test_cudnn_is_taken_where_it_is_there_and_faster(
 def _cudnn() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")
-    if not cudnn.is_there():
+    if cudnn.find_version() is None:
         pytest.skip("needs cuDNN's front end")
 
 
@@ -474,6 +476,7 @@ def test_cudnn_keeps_the_bits_of_a_sequence(size: int, window: int | None) -> No
             ([5] * 90, [length]),
             ([7], [9000]),
             ([20000], []),
+            ([1] * 5000, [70_000]),
         ]:
             lengths = [*before, length, *after]
             packed = torch.cat(pack(lengths, lengths, 4, 4, size), 1)[:, :8]
@@ -485,6 +488,49 @@ def test_cudnn_keeps_the_bits_of_a_sequence(size: int, window: int | None) -> No
             out = torch.full((len(packed), 4, size), torch.nan, dtype=BF16, device="cuda")
             cudnn.attend(*wide, tuple(lengths), out, scale=0.3, window=window)
             assert torch.equal(out[rows].cpu(), alone), (length, len(before), len(after))
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("_cudnn")
+def test_heads_that_cudnn_does_not_take_are_said_to_be_so(caplog: pytest.LogCaptureFixture) -> None:
+    for size, suits in ((64, True), (256, True), (100, False)):
+        q, k, v = (x.cuda() for x in pack([3], [3], 2, 1, size))
+        assert cudnn.suits(q, k, v, scale=0.3, window=None) is suits
+    assert "cuDNN has none for heads of 100" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (91900, 91900),
+        (92000, 92000),
+        (91001, None),
+        (ImportError(), None),
+        (OSError("no libcudnn"), None),
+        (AssertionError("two of them"), None),
+    ],
+)
+def test_cudnn_is_asked_for_its_version(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    found: int | Exception,
+    expected: int | None,
+) -> None:
+    def backend_version() -> int:
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    frontend = None if isinstance(found, ImportError) else types.ModuleType("cudnn")
+    if frontend is not None:
+        frontend.backend_version = backend_version  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cudnn", frontend)
+    cudnn.find_version.cache_clear()
+    try:
+        assert cudnn.find_version() == expected
+    finally:
+        cudnn.find_version.cache_clear()
+    assert bool(caplog.records) == (expected is None and frontend is not None)
 
 
 @pytest.mark.gpu
