@@ -113,11 +113,13 @@ def suits(
     """
     if find_version() is None:
         return False
+    import cudnn
+
     device, shape = q_THD.device, _shape(q_THD, k_TGD, v_TGD, (1,), scale, window)
     if (device, shape) not in _local.plans:
         try:
             _local.plans[device, shape] = _make_plan(shape, _handle(device))
-        except RuntimeError as error:
+        except (cudnn.cudnnGraphNotSupportedError, RuntimeError, ValueError) as error:
             log.warning(
                 "attention: cuDNN has none for heads of %d, so it is not used (%s)",
                 shape.size,
@@ -144,7 +146,7 @@ def attend(
     call and belongs to the stream that is current.
 
     Raises:
-        RuntimeError: if cuDNN has no kernel for them, which `suits` tells.
+        cudnn.cudnnGraphNotSupportedError: if there is no kernel for them, which `suits` tells.
     """
     device = q_THD.device
     shape = _shape(q_THD, k_TGD, v_TGD, lengths, scale, window)
