@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import mmap
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -92,8 +94,7 @@ class Checkpoint:
                         f"{name}"
                     )
         elif (folder / _SINGLE).is_file():
-            with _open(folder / _SINGLE) as handle:
-                files = dict.fromkeys(handle.keys(), folder / _SINGLE)
+            files = dict.fromkeys(_list_tensors(folder / _SINGLE), folder / _SINGLE)
         else:
             raise ValueError(_no_weights(folder, [path.name for path in folder.iterdir()]))
         return cls(folder, config, files)
@@ -197,12 +198,13 @@ class _File:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._handle = _open(path)
+        # The library checks it: entries that tile the file, and dtypes and shapes that fit.
+        _list_tensors(path)
         self._raw: BinaryIO = path.open("rb")
         size = int.from_bytes(self._raw.read(8), "little")
-        # The library has checked it: entries that tile the file, and dtypes and shapes that fit.
         self._header: dict[str, Any] = json.loads(self._raw.read(size))
         self._start = 8 + size
+        self._pages: mmap.mmap | None = None
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._entry(name)["shape"])
@@ -221,13 +223,26 @@ class _File:
         return stop - start
 
     def load(self, name: str) -> torch.Tensor:
-        """The tensor in host memory; ValueError if it is not finite."""
+        """The tensor over the file's pages, not to be written to; ValueError if not finite."""
+        shape, dtype = self.shape(name), self.dtype(name)
+        if not math.prod(shape):
+            return torch.empty(shape, dtype=dtype)
         try:
-            tensor = self._handle.get_tensor(name)
-        except SafetensorError as error:
+            # Shared and read-only it takes nothing of the memory that the system may promise.
+            self._pages = self._pages or mmap.mmap(self._raw.fileno(), 0, access=mmap.ACCESS_READ)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The given buffer is not writable")
+                data = torch.frombuffer(
+                    self._pages,
+                    dtype=torch.uint8,
+                    count=math.prod(shape) * dtype.itemsize,
+                    offset=self._start + self._entry(name)["data_offsets"][0],
+                )
+        except (OSError, ValueError) as error:
             raise ValueError(
                 f"model: tensor {name} cannot be read from {self.path}: {error}"
             ) from None
+        tensor = data.view(dtype).view(shape)
         if not is_finite(tensor):
             raise ValueError(_not_finite(name, self.path))
         return tensor
@@ -278,11 +293,13 @@ def find_model(
     *,
     revision: str | None = None,
     storage_options: Mapping[str, Any] | None = None,
+    headers_only: bool = False,
 ) -> Path:
     """The local folder of a model: a path as it is, a Hub id through the Hub's cache.
 
     A URI of any file system that fsspec opens (`s3://bucket/model/`) is fetched into a cache of
-    this machine (`mirror`); `storage_options` are what it is opened with.
+    this machine (`mirror`); `storage_options` are what it is opened with. With `headers_only` no
+    numbers are fetched from there, and what is returned can be inspected and not loaded.
 
     Raises:
         ValueError: if there is neither such a folder nor such a model on the Hub, or if files of a
@@ -291,7 +308,7 @@ def find_model(
     if "://" in model:
         if revision is not None:
             raise ValueError(f"revision: {revision!r} is for Hub ids; {model!r} has none")
-        return _fetch_model(RemoteFolder(model, storage_options or {}))
+        return _fetch_model(RemoteFolder(model, storage_options or {}), headers_only)
     path = Path(model).expanduser()
     if path.is_dir():
         return path
@@ -322,7 +339,7 @@ def find_model(
         ) from None
 
 
-def _fetch_model(remote: RemoteFolder) -> Path:
+def _fetch_model(remote: RemoteFolder, headers_only: bool) -> Path:
     if remote.local is not None:
         return find_model(str(remote.local))
     if "config.json" not in remote.names:
@@ -331,7 +348,8 @@ def _fetch_model(remote: RemoteFolder) -> Path:
         raise ValueError(_no_weights(remote.uri, remote.names))
     # Just what the digest is of, so that a model has one digest wherever it lies.
     return remote.fetch(
-        [name for name in remote.names if any(fnmatch(name, pattern) for pattern in _DIGESTED)]
+        [name for name in remote.names if any(fnmatch(name, pattern) for pattern in _DIGESTED)],
+        headers_only=headers_only,
     )
 
 
@@ -399,9 +417,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _open(path: Path) -> Any:
+def _list_tensors(path: Path) -> list[str]:
+    """Names of the tensors of a file; ValueError if it is not whole."""
     try:
-        return safe_open(path, framework="pt")
+        # For torch the library maps all of it to be written to, which a system may refuse where
+        # the file is larger than memory.
+        with safe_open(path, framework="np") as handle:
+            return list(handle.keys())
     except (SafetensorError, OSError) as error:
         cut = _find_cut(path)
         raise ValueError(f"model: {path} is not a whole safetensors file: {cut or error}") from None

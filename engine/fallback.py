@@ -8,7 +8,7 @@ soft caps) is done and the logits of a whole document never exist.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ NO_LIMIT = 1 << 30
 """`max_positions` of a model that states none."""
 # Tokens that tell whether a model sees what comes later.
 _PROBE = 8
+# Model types whose config has `is_decoder` and whose code does not look at it.
+_DECODERS_ANYWAY = ("gpt_neox", "gpt_neox_japanese")
 
 
 class Fallback:
@@ -65,17 +67,12 @@ class Fallback:
                 trust_remote_code=trust_remote_code,
                 use_safetensors=True,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,
                 # transformers' other implementations leave soft caps out.
                 attn_implementation="eager" if _caps_scores(config) else None,
             )
         model, found = loaded
-        # transformers fills in what is missing at random.
-        wrong = sorted(map(str, [*found["missing_keys"], *found["mismatched_keys"]]))
-        if wrong:
-            raise ValueError(
-                f"model: {len(wrong)} tensors of {folder} are missing or have another shape than "
-                f"the config calls for, the first is {wrong[0]}"
-            )
+        _check_found(folder, model, found)
         for name, weight in model.named_parameters():
             if not is_finite(weight):
                 raise ValueError(f"model: tensor {name} of {folder} holds NaN or infinite weights")
@@ -132,10 +129,7 @@ class Fallback:
         # Experts that share rows otherwise may round otherwise.
         rounding = max(1e-3, 2.5 * torch.finfo(self._model.dtype).eps)
         if (first - other).abs().max() > rounding * first.abs().max():
-            raise ValueError(
-                f"model: {type(self._model).__name__} sees tokens that come later, so it is no "
-                "causal language model and has no log-probability of a text"
-            )
+            raise ValueError(_not_causal(self._model))
 
     def _widen_head(self) -> None:
         """Give the model a float32 head of its own: narrow logits are no source of a score."""
@@ -197,13 +191,75 @@ def read_sizes(folder: Path, *, trust_remote_code: bool) -> tuple[int, int]:
     return vocab_size, _max_positions(config)
 
 
-def check_settings(folder: Path, *, trust_remote_code: bool) -> None:
-    """Make the model without weights; ValueError if transformers cannot, as in `load`."""
-    from transformers import AutoModelForCausalLM
+def check_model(folder: Path, *, trust_remote_code: bool) -> None:
+    """Make the model without weights.
+
+    Raises:
+        ValueError: if transformers cannot, as in `load`, or if the model is known as an encoder.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
     config = _read(folder, trust_remote_code)
     with _plain_errors(folder), torch.device("meta"):
-        AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+        model: Any = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    # A decoder of its own class has said so in its config when it was made.
+    is_encoder = getattr(model.config, "is_decoder", None) is False
+    is_known = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    if is_encoder and is_known and config.model_type not in _DECODERS_ANYWAY:
+        raise ValueError(_not_causal(model))
+
+
+def check_tensors(folder: Path, *, trust_remote_code: bool) -> None:
+    """Hold the headers of files against the model, where `can_check_tensors`.
+
+    Raises:
+        ValueError: naming a tensor that is missing or misshapen, as in `load`.
+    """
+    from transformers import AutoModelForCausalLM
+
+    if not can_check_tensors():
+        return
+    with _plain_errors(folder):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            device_map="meta",
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    _check_found(folder, *loaded)
+
+
+def can_check_tensors() -> bool:
+    """Whether transformers can load without memory for weights, for which it wants accelerate."""
+    from transformers.utils import is_accelerate_available
+
+    return is_accelerate_available()
+
+
+def _check_found(folder: Path, model: Any, found: Mapping[str, Any]) -> None:
+    """ValueError for tensors that transformers has made up; a warning for what it left out."""
+    misshapen = [key if isinstance(key, str) else key[0] for key in found["mismatched_keys"]]
+    wrong = sorted([*found["missing_keys"], *misshapen])
+    if wrong:
+        raise ValueError(
+            f"model: {len(wrong)} tensors of {folder} are missing or have another shape than "
+            f"the config calls for, the first is {wrong[0]}"
+        )
+    left = sorted(found["unexpected_keys"])
+    if left:
+        log.warning(
+            "model: %d tensors of %s have no place in %s and are left out, the first is %s",
+            *(len(left), folder, type(model).__name__, left[0]),
+        )
+
+
+def _not_causal(model: Any) -> str:
+    return (
+        f"model: {type(model).__name__} sees tokens that come later, so it is no causal language "
+        "model and has no log-probability of a text"
+    )
 
 
 def _max_positions(config: Any) -> int:
@@ -221,9 +277,13 @@ def _read(folder: Path, trust_remote_code: bool) -> Any:
 
 @contextmanager
 def _plain_errors(folder: Path) -> Iterator[None]:
-    """What transformers raises while loading, as a ValueError that says what would work."""
+    """What transformers raises while loading, as a ValueError that says what would work.
+
+    What it shows besides (bars, reports in colour) is for its own users, and stays away.
+    """
     try:
-        yield
+        with _hushed():
+            yield
     except Exception as error:  # whatever the model's own code raises
         if "trust_remote_code" in str(error):
             raise ValueError(
@@ -233,3 +293,18 @@ def _plain_errors(folder: Path) -> Iterator[None]:
         # A KeyError's message is the key alone.
         said = f"{type(error).__name__}: {error}" if isinstance(error, KeyError) else error
         raise ValueError(f"model: transformers cannot load {folder}: {said}") from error
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    from transformers.utils import logging as theirs
+
+    level, had_bars = theirs.get_verbosity(), theirs.is_progress_bar_enabled()
+    theirs.set_verbosity_error()
+    theirs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        theirs.set_verbosity(level)
+        if had_bars:
+            theirs.enable_progress_bar()

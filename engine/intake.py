@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -241,6 +242,32 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
             f"tokenizer: its vocabulary has {tokenizer.num_ids} ids, and the model's {vocab_size}; "
             "model and tokenizer do not belong together, and token ids alone can be scored"
         )
+
+
+def doubt_vocabulary(
+    tokenizer: Tokenizer, vocab_size: int, config: Mapping[str, Any]
+) -> str | None:
+    """Why tokenizer and model may not belong together, None where nothing speaks against it.
+
+    `config` is the model's config.json. One of BOS and EOS alone often differs, as in a model that
+    was tuned for chats; where nothing agrees, ids mean something else.
+    """
+    works = "if it is another model's, scores mean nothing; give the folder its own"
+    if 2 * tokenizer.num_ids < vocab_size:
+        return (
+            f"tokenizer: its vocabulary has {tokenizer.num_ids:,} ids, less than half of the "
+            f"model's {vocab_size:,}; {works}"
+        )
+    inner = config.get("text_config") or {}
+    differ = []
+    for name, ours in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id)):
+        stated = config.get(f"{name}_token_id", inner.get(f"{name}_token_id"))
+        if ours is None or stated is None:
+            continue
+        if ours in (stated if isinstance(stated, list) else [stated]):
+            return None
+        differ.append(f"{name.upper()} is {ours}, and {stated} in config.json")
+    return f"tokenizer: its {', its '.join(differ)}; {works}" if differ else None
 
 
 def prefix_token(recipe: Recipe, tokenizer: Tokenizer | None) -> int | None:

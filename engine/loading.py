@@ -28,8 +28,8 @@ from .layouts import Source, is_cache_scale
 from .mxfp4 import BLOCK, dequantize_mxfp4
 from .placement import Arrangement, Disk, Room, arrange
 from .residency import Layers, Resident, Streamed, count_bytes
-from .scratch import Scratch
-from .shared import identify, share
+from .scratch import Scratch, find_folder
+from .shared import Shared, identify, share
 from .spec import DecoderSpec, Experts, FeedForward, Norm
 from .weights import Plain, Weight, join
 
@@ -59,13 +59,25 @@ def load_decoder(
 
     Raises:
         ValueError: naming the tensor that is missing, misshapen, not finite or left over, or the
-            memory that is short.
+            memory or the disk that is short.
     """
     spec = family.spec(checkpoint.config)
     reader = _Reader(checkpoint, family, spec, scheme, device, dtype, on_gpu=device.type != "cpu")
-    embedding_VD, positions_PD, head = tables = reader.tables()
     key = identify(checkpoint, scheme, device=device, dtype=dtype)
-    layers, arrangement = _read_layers(reader, spec, count_bytes(tables), room, device, key)
+    shared = None
+    # On a CPU nothing is streamed from host memory.
+    if room is not None and room.wanted in (None, "host") and not room.is_host:
+        shared = share(key, spec.num_layers)
+    # What is no checkpoint of files has no headers, and is not slow to read.
+    if room is not None and key is not None:
+        on_meta = _Reader(
+            checkpoint, family, spec, scheme, torch.device("meta"), dtype, on_gpu=not room.is_host
+        )
+        fixed_bytes, (sizes, _) = count_bytes(on_meta.tables()), _read_kinds(on_meta, spec)
+        whole = shared.whole if shared is not None else ()
+        _check_disk(on_meta.arrange(sizes, fixed_bytes, room, shared=whole))
+    embedding_VD, positions_PD, head = tables = reader.tables()
+    layers, arrangement = _read_layers(reader, spec, count_bytes(tables), room, device, shared)
     final_norm = reader.final_norm()
     checkpoint.finish()
     _check_read(checkpoint, reader, spec, scheme)
@@ -97,7 +109,16 @@ def measure(
     reader.final_norm()
     checkpoint.finish()
     _check_read(checkpoint, reader, spec, scheme)
-    return reader.arrange(layer_bytes, fixed_bytes, room)
+    arrangement = reader.arrange(layer_bytes, fixed_bytes, room)
+    _check_disk(arrangement)
+    return arrangement
+
+
+def _check_disk(arrangement: Arrangement) -> None:
+    """ValueError if layers shall come from a disk that has no room for them."""
+    placement = arrangement.placement
+    if placement.is_streamed and placement.source == "disk":
+        find_folder(placement.streamed_bytes)
 
 
 def _check_read(checkpoint: Checkpoint, reader: _Reader, spec: DecoderSpec, scheme: Scheme) -> None:
@@ -129,24 +150,16 @@ def _read_layers(
     fixed_bytes: int,
     room: Room | None,
     device: torch.device,
-    key: str | None,
+    shared: Shared | None,
 ) -> tuple[Layers[LayerWeights], Arrangement | None]:
     """All layers where they shall live, and how much may run at a time, if `room` says.
 
-    `key` says what their bytes are, so that processes which stream them can share them.
+    `shared` is the host memory that processes which stream the same layers have in common.
     """
-    # One of each kind says what all will take.
-    first: dict[FeedForward | Experts, int] = {}
-    for i, layer in enumerate(spec.layers):
-        first.setdefault(layer.feed_forward, i)
-    read = {}
-    arrangement = shared = None
+    read: dict[int, LayerWeights] = {}
+    arrangement = None
     if room is not None:
-        read = {i: reader.layer(i) for i in first.values()}
-        sizes = [count_bytes(read[first[layer.feed_forward]]) for layer in spec.layers]
-        # On a CPU nothing is streamed from host memory.
-        if room.wanted in (None, "host") and not room.is_host:
-            shared = share(key, spec.num_layers)
+        sizes, read = _read_kinds(reader, spec)
         whole = shared.whole if shared is not None else ()
         arrangement = reader.arrange(sizes, fixed_bytes, room, shared=whole)
     layers: Layers[LayerWeights] = Resident(device)
@@ -168,6 +181,15 @@ def _read_layers(
         disk = Disk(str(scratch.folder), scratch.measure())
         arrangement = replace(arrangement, placement=replace(arrangement.placement, disk=disk))
     return layers, arrangement
+
+
+def _read_kinds(reader: _Reader, spec: DecoderSpec) -> tuple[list[int], dict[int, LayerWeights]]:
+    """What each layer takes, and the first of each kind, which says what all of it take."""
+    first: dict[FeedForward | Experts, int] = {}
+    for i, layer in enumerate(spec.layers):
+        first.setdefault(layer.feed_forward, i)
+    read = {i: reader.layer(i) for i in first.values()}
+    return [count_bytes(read[first[layer.feed_forward]]) for layer in spec.layers], read
 
 
 def _predicts_ahead(name: str, config: Mapping[str, Any]) -> bool:

@@ -6,6 +6,9 @@
 the URI and of every file's name, size and ETag (its time, where there is no ETag), so files that
 changed are other files, and what is there is not fetched again. A file has another name until it is
 whole: a process that is killed leaves no half of one, and the next takes up where it ended.
+
+Where headers are enough, the folder's name ends in "-headers", and of its safetensors all that
+follows the header is a hole.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ import json
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,11 @@ log = logging.getLogger(__name__)
 
 _NUM_THREADS = 8
 _PART = ".part"
+_WEIGHTS = ".safetensors"
+# No header is larger: the library that reads it refuses one.
+_MOST_HEADER_BYTES = 100_000_000
+# Between one line and the next on how much is here.
+_SECONDS = 5.0
 
 
 class RemoteFolder:
@@ -55,13 +63,23 @@ class RemoteFolder:
     def names(self) -> list[str]:
         return sorted(self._stats)
 
-    def fetch(self, names: Sequence[str]) -> Path:
+    def fetch(self, names: Sequence[str], *, headers_only: bool = False) -> Path:
         """A local folder of these files, with nothing fetched that is there.
+
+        What is fetched is said, and how far it is every few seconds.
+
+        Args:
+            names: of `self.names`.
+            headers_only: whether the headers of safetensors will do. What follows them is then a
+                hole of the same length, unless all of the files are there already.
 
         Raises:
             ValueError: naming the URI and the file that cannot be had.
         """
         folder = self._folder(names)
+        headers_only = headers_only and not all((folder / name).is_file() for name in names)
+        if headers_only:
+            folder = folder.with_name(folder.name + "-headers")
         with self._plain_errors(f"cannot be kept in {folder.parent} (set LOGITMILL_CACHE)"):
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder.with_name(folder.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o644)
@@ -75,35 +93,50 @@ class RemoteFolder:
                 if not (folder / name).is_file() or _identity(self._stats[name]) is None
             ]
             if left:
-                self._fetch_all(left, folder)
+                self._fetch_all(left, folder, headers_only)
         finally:
             os.close(lock)
         return folder
 
-    def _fetch_all(self, names: Sequence[str], folder: Path) -> None:
+    def _fetch_all(self, names: Sequence[str], folder: Path, headers_only: bool) -> None:
+        whole = {
+            name: self._stats[name].size or 0
+            for name in names
+            if not (headers_only and name.endswith(_WEIGHTS))
+        }
+        total = sum(whole.values()) / 1e9
+        log.warning(
+            "model: fetching %d files, %.2f GB%s, of %s into %s",
+            *(len(names), total, " and headers of weights" if headers_only else ""),
+            *(self.uri, folder),
+        )
         # Large ones first, so that none of them is left for the end.
         order = sorted(names, key=lambda name: -(self._stats[name].size or 0))
-        sizes = [(self._stats[name].size or 0) / 1e9 for name in order]
-        log.info("model: fetching %d files, %.2f GB, of %s", len(order), sum(sizes), self.uri)
         pool = ThreadPoolExecutor(_NUM_THREADS)
         try:
-            jobs = [pool.submit(self._fetch, name, folder) for name in order]
-            for i, (job, name) in enumerate(zip(jobs, order, strict=True)):
-                job.result()
-                done = sum(sizes[: i + 1])
-                log.info(
-                    "model: %d of %d files, %.2f of %.2f GB: %s",
-                    *(i + 1, len(order), done, sum(sizes), name),
-                )
+            left = {
+                pool.submit(self._fetch, name, folder, headers_only=name not in whole)
+                for name in order
+            }
+            while left:
+                done, left = wait(left, _SECONDS, FIRST_EXCEPTION)
+                for job in done:
+                    job.result()
+                if left:
+                    here = sum(_count_fetched(folder / name) for name in whole) / 1e9
+                    log.warning("model: %.2f of %.2f GB are here", here, total)
         finally:
             pool.shutdown(cancel_futures=True)
 
-    def _fetch(self, name: str, folder: Path) -> None:
+    def _fetch(self, name: str, folder: Path, *, headers_only: bool) -> None:
         expected = self._stats[name]
         part = folder / (name + _PART)
         with self._plain_errors("cannot be fetched", name):
             try:
-                self._fs.get_file(f"{self._path}/{name}", str(part))
+                if headers_only:
+                    self._fetch_header(name, part)
+                else:
+                    self._fs.get_file(f"{self._path}/{name}", str(part))
                 size = part.stat().st_size
                 if expected.size not in (None, size):
                     raise OSError(f"{size} of {expected.size} bytes came")
@@ -112,6 +145,19 @@ class RemoteFolder:
                 part.replace(folder / name)
             finally:
                 part.unlink(missing_ok=True)
+
+    def _fetch_header(self, name: str, part: Path) -> None:
+        """A file as long as the one of that name, and the same as far as its header goes."""
+        path, size = f"{self._path}/{name}", self._stats[name].size
+        if size is None:
+            raise OSError("the server does not say how long it is")
+        first = self._fs.cat_file(path, start=0, end=min(8, size))[:8]
+        end = min(8 + int.from_bytes(first, "little"), size, 8 + _MOST_HEADER_BYTES)
+        with part.open("wb") as file:
+            file.write(first)
+            if end > 8:
+                file.write(self._fs.cat_file(path, start=8, end=end)[: end - 8])
+            file.truncate(size)
 
     def _list(self) -> dict[str, Stat]:
         with self._plain_errors("cannot be listed"):
@@ -151,6 +197,14 @@ class RemoteFolder:
                 raise
             said = scrub(error, self._options)
             raise ValueError(f"model: {self.uri!r}{file} {what}: {said}") from None
+
+
+def _count_fetched(path: Path) -> int:
+    """Bytes of a file that are here, while it is written too."""
+    for here in (path, path.with_name(path.name + _PART)):
+        with suppress(FileNotFoundError):
+            return here.stat().st_size
+    return 0
 
 
 def _identity(stat: Stat) -> tuple[int | None, str] | None:

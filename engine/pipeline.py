@@ -19,9 +19,9 @@ from ..kernels.logits import MAX_K
 from . import metrics
 from .blocks import LEAST
 from .checkpoint import Checkpoint, find_model, read_config
-from .fallback import Fallback, check_settings, read_sizes
+from .fallback import Fallback, check_model, check_tensors, read_sizes
 from .families import FAMILIES, NotNative, find_family
-from .formats import Scheme, resolve_scheme
+from .formats import Capability, Scheme, resolve_scheme
 from .head import Columns, Head, Model
 from .layouts import read_stored
 from .loading import load_decoder, measure
@@ -41,6 +41,7 @@ BLOCK_ROWS = 32768
 # Tokens of a packed batch, and bytes that logits may take.
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
 _LOGITS_MEMORY = {"cpu": 256 << 20, "cuda": 2 << 30}
+_HOPPER = (9, 0)
 # What of the free memory is counted on, and the part of it that logits may have where it is short.
 _FREE_SHARE, _LOGITS_SHARE = 0.95, 1 / 12
 
@@ -96,7 +97,7 @@ class EngineSettings:
         if is_cpu:
             device_bytes = host_bytes
         else:
-            free = free_device_memory(device)
+            free = self._free_memory(device)
             device_bytes = self.device_memory or int(_FREE_SHARE * free)
             if device_bytes > free:
                 raise ValueError(
@@ -123,8 +124,7 @@ class EngineSettings:
 
     def resolve_scheme(self, config: Mapping[str, Any]) -> Scheme:
         """What the checkpoint's linears run as on the device; ValueError if they cannot."""
-        device = self.resolve_device()
-        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+        capability = self._capability(self.resolve_device())
         return resolve_scheme(
             read_stored(config), self.quantization, capability, fp8_head=self.fp8_head
         )
@@ -153,6 +153,34 @@ class EngineSettings:
             return "float32"
         stored = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
         return stored if stored in DTYPES else "bfloat16"
+
+    def _free_memory(self, device: torch.device) -> int:
+        return free_device_memory(device)
+
+    def _capability(self, device: torch.device) -> Capability:
+        return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AbsentGpu(EngineSettings):
+    """Settings for a GPU that is not here, to inspect a model for and not to run it on.
+
+    It has `device_memory` free, and is of Hopper's generation, which runs every format. All else
+    is this machine's.
+    """
+
+    def resolve_device(self) -> torch.device:
+        """What stands for the GPU; ValueError without its memory."""
+        if self.device_memory is None:
+            raise ValueError("device_memory: missing, and a GPU that is not here has some")
+        return torch.device("cuda")
+
+    def _free_memory(self, device: torch.device) -> int:
+        assert self.device_memory is not None
+        return self.device_memory
+
+    def _capability(self, device: torch.device) -> Capability:
+        return _HOPPER
 
 
 def pipeline(
@@ -261,12 +289,14 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
         trusting = settings.trust_remote_code
         if architecture in FAMILIES:
             try:
-                check_settings(folder, trust_remote_code=trusting)
+                check_model(folder, trust_remote_code=trusting)
             except ValueError as refused:
                 # The setting is the mistake; transformers' words for it are seldom of any help.
                 said = str(refused).removeprefix("model: ")
                 raise ValueError(f"model: {reason}, and {said}") from None
         vocab_size, max_positions = read_sizes(folder, trust_remote_code=trusting)
+        if architecture not in FAMILIES:
+            check_model(folder, trust_remote_code=trusting)
     dtype = settings.resolve_dtype(config)
     return ModelFacts(
         architecture=architecture,
@@ -283,10 +313,13 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
 def inspect_placement(folder: Path, settings: EngineSettings) -> str:
     """Where a model's layers would live, for people; every tensor's header is checked on the way.
 
+    Of a model that transformers runs they are if `fallback.can_check_tensors`.
+
     Raises:
         ValueError: naming what `load_pipeline` would, but for weights that are not finite.
     """
     if inspect_model(folder, settings).reason is not None:
+        check_tensors(folder, trust_remote_code=settings.trust_remote_code)
         return RESIDENT
     checkpoint = Checkpoint.open(folder)
     family = FAMILIES[checkpoint.config["architectures"][0]]

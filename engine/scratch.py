@@ -48,7 +48,7 @@ class Scratch:
         Raises:
             ValueError: naming the folders that will not do, and why.
         """
-        self.folder = _find_folder(num_bytes)
+        self.folder = find_folder(num_bytes)
         """Where the file is."""
         with tempfile.TemporaryFile(dir=self.folder, buffering=0) as file:
             self._fd = os.dup(file.fileno())
@@ -145,8 +145,12 @@ def _read_ahead(scratch: Scratch, start: int, num_bytes: int) -> None:
         os.posix_fadvise(scratch._fd, at, _AHEAD_BYTES, os.POSIX_FADV_WILLNEED)
 
 
-def _find_folder(num_bytes: int) -> Path:
-    """The first folder that will do; ValueError if there is none."""
+def find_folder(num_bytes: int) -> Path:
+    """The first folder that will do for a file of `num_bytes`.
+
+    Raises:
+        ValueError: naming the folders that will not do, and why.
+    """
     given = os.environ.get("LOGITMILL_SCRATCH")
     folders = [Path(given).expanduser()] if given else [cache_folder(), Path(tempfile.gettempdir())]
     reasons = []

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -296,6 +298,42 @@ def test_tensors_arrive_as_they_are_stored(tmp_path: Path) -> None:
     assert checkpoint.unread() == []
 
 
+def write_by_hand(file: Path, sizes: dict[str, int]) -> None:
+    """A file of bytes that are all zero, and are nowhere on the disk."""
+    end, header = 0, {}
+    for name, size in sizes.items():
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with file.open("wb") as handle:
+        handle.write(len(text).to_bytes(8, "little") + text)
+        handle.truncate(8 + len(text) + end)
+
+
+def test_a_file_larger_than_memory_is_opened(tmp_path: Path) -> None:
+    """Mapped to be written to, it would be more than the system may promise."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    (tmp_path / "config.json").write_text('{"architectures": ["Some"]}')
+    write_by_hand(tmp_path / "model.safetensors", {"large": 3 * memory, "small": 5})
+    checkpoint = Checkpoint.open(tmp_path)
+    assert checkpoint.check_files() == Sizes(2, 3 * memory + 5, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(checkpoint.read("small", (5,)), torch.zeros(5, dtype=torch.uint8))
+    checkpoint.finish()
+
+
+def test_tensors_that_lie_at_odd_bytes_are_read(tmp_path: Path) -> None:
+    tensors = {"weight": torch.randn(3, 5), "half": torch.randn(7).bfloat16()}
+    checkpoint = open_tensors(tmp_path, tensors)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    file.write_bytes((start - 7).to_bytes(8, "little") + data[8:start] + b" " + data[start:])
+    for name, expected in tensors.items():
+        assert torch.equal(checkpoint.read(name, tuple(expected.shape)), expected)
+
+
 @pytest.mark.parametrize("dtype", STORED)
 def test_tensors_on_a_gpu_are_checked_at_the_end(dtype: torch.dtype, tmp_path: Path) -> None:
     tensors = {"good": torch.ones(3), "bad": torch.ones(200).to(dtype), "last": torch.ones(2)}
@@ -317,6 +355,8 @@ def test_a_file_cut_after_it_was_opened_is_named(tmp_path: Path) -> None:
         handle.truncate(file.stat().st_size - 100)
     with pytest.raises(ValueError, match=r"tensor weight cannot be read from .*: the file ends at"):
         checkpoint._fetch("weight", CPU)
+    with pytest.raises(ValueError, match=r"tensor weight cannot be read from "):
+        checkpoint.read("weight", (5000,))
 
 
 def test_a_dtype_that_is_not_known_is_named(tmp_path: Path) -> None:

@@ -11,8 +11,14 @@ import numpy as np
 import pytest
 import torch
 from logitmill.engine import pipeline
+from logitmill.engine.fallback import Fallback
 from logitmill.engine.families import FAMILIES
-from logitmill.engine.pipeline import EngineSettings, inspect_model
+from logitmill.engine.pipeline import (
+    EngineSettings,
+    inspect_model,
+    inspect_placement,
+    load_pipeline,
+)
 from oracles import randomise, reference_logits, row_statistics_float64, save
 from safetensors.torch import load_file, save_file
 
@@ -149,8 +155,56 @@ def test_a_model_that_sees_what_comes_later_is_refused(tmp_path: Path) -> None:
 
     config = BertConfig(**SMALL | {"pad_token_id": 0})
     save(randomise(BertForMaskedLM(config), seed=1), tmp_path)
-    with pytest.raises(ValueError, match="model: BertLMHeadModel sees tokens that come later"):
-        pipeline(tmp_path, device="cpu")
+    said = "model: BertLMHeadModel sees tokens that come later"
+    with pytest.raises(ValueError, match=said):
+        inspect_model(tmp_path, EngineSettings(device="cpu"))
+    with pytest.raises(ValueError, match=said):
+        Fallback.load(
+            tmp_path, device=torch.device("cpu"), dtype=torch.float32, trust_remote_code=False
+        )
+
+
+def test_a_decoder_in_an_encoders_class_is_taken(tmp_path: Path) -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    config = BertConfig(**SMALL | {"pad_token_id": 0}, is_decoder=True)
+    save(randomise(BertLMHeadModel(config), seed=1), tmp_path)
+    inspect_placement(tmp_path, EngineSettings(device="cpu"))
+    pipeline(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize("change", ["missing", "misshapen"])
+def test_tensors_that_transformers_would_make_up_are_named(change: str, tmp_path: Path) -> None:
+    file = write(tmp_path, "learned positions") / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("layers.1.fc1.weight"))
+    if change == "missing":
+        tensors.pop(name)
+    else:
+        tensors[name] = torch.zeros(3, 5)
+    save_file(tensors, file, {"format": "pt"})
+    said = f"model: 1 tensors of {tmp_path} are missing or have another shape than .* is {name}"
+    for look in (inspect_placement, load_pipeline):
+        with pytest.raises(ValueError, match=said):
+            look(tmp_path, EngineSettings(device="cpu"))
+
+
+def test_a_tensor_without_a_place_is_said_and_transformers_says_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, "learned positions") / "model.safetensors"
+    save_file(load_file(file) | {"stray": torch.zeros(3)}, file, {"format": "pt"})
+    capfd.readouterr()
+    for look in (inspect_placement, load_pipeline):
+        caplog.clear()
+        look(tmp_path, EngineSettings(device="cpu"))
+        assert (
+            f"model: 1 tensors of {tmp_path} have no place in OPTForCausalLM and are left out, "
+            "the first is stray"
+        ) in caplog.messages
+    out, err = capfd.readouterr()
+    assert "LOAD REPORT" not in out + err + caplog.text
+    assert "Loading weights" not in out + err
 
 
 def test_an_unknown_architecture_is_an_error_that_names_the_folder(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 from logitmill.engine import pipeline
 from logitmill.engine.checkpoint import digest, find_model
+from logitmill.engine.pipeline import EngineSettings, inspect_model, inspect_placement
 from oracles import byte_tokenizer, shard, table_model
 
 URI = "memory://models/small"
@@ -177,7 +179,7 @@ def test_a_file_that_is_written_meanwhile_is_never_kept(
 
     def get_file(self: Any, source: str, target: str, **options: Any) -> None:
         whole(self, source, target, **options)
-        if source.endswith("config.json"):
+        if source.endswith("/config.json"):
             time.sleep(0.01)
             memory.pipe(source, memory.cat(source))
 
@@ -188,14 +190,63 @@ def test_a_file_that_is_written_meanwhile_is_never_kept(
 
 
 @pytest.mark.usefixtures("memory")
-def test_progress_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="logitmill"):
-        find_model(URI)
-    lines = [record.getMessage() for record in caplog.records if "model:" in record.getMessage()]
-    assert f"of {URI}" in lines[0]
-    num_files = len(lines) - 1
-    assert num_files >= 5
-    assert lines[-1].startswith(f"model: {num_files} of {num_files} files, ")
+def test_what_is_fetched_is_said_and_how_far_it_is(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = MemoryFileSystem.get_file
+
+    def get_file(self: Any, source: str, target: str, **options: Any) -> None:
+        whole(self, source, target, **options)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", get_file)
+    monkeypatch.setattr("logitmill.engine.mirror._SECONDS", 0.05)
+    found = find_model(URI)
+    first, *others = caplog.messages
+    size = sum(file.stat().st_size for file in found.iterdir()) / 1e9
+    num_files = len(list(found.iterdir()))
+    assert first == f"model: fetching {num_files} files, {size:.2f} GB, of {URI} into {found}"
+    assert others
+    assert all(line.endswith(f" of {size:.2f} GB are here") for line in others)
+    caplog.clear()
+    find_model(URI)
+    assert caplog.messages == []
+
+
+def find_headers(uri: str = URI) -> Path:
+    return find_model(uri, headers_only=True)
+
+
+@pytest.mark.usefixtures("memory")
+def test_a_model_is_inspected_by_its_headers(
+    folder: Path, fetched: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    found = find_headers()
+    assert not [name for name in fetched if name.endswith(".safetensors")]
+    assert " and headers of weights, of " in caplog.text
+    settings = EngineSettings(device="cpu")
+    for look in (inspect_model, inspect_placement):
+        assert look(found, settings) == look(folder, settings)
+    for file in folder.glob("*.safetensors"):
+        data, theirs = file.read_bytes(), (found / file.name).read_bytes()
+        start = 8 + int.from_bytes(data[:8], "little")
+        assert theirs == data[:start] + bytes(len(data) - start)
+    # A model to run is another folder, and has the headers as well.
+    whole = find_model(URI)
+    assert whole != found
+    assert digest(whole) == digest(folder)
+    assert find_headers() == whole
+
+
+@pytest.mark.parametrize("kept", [0, 5, 8, 60, 0.5, 0.99])
+def test_a_remote_file_that_is_cut_is_found_by_its_header(
+    memory: MemoryFileSystem, folder: Path, kept: float
+) -> None:
+    name = "model-00002-of-00003.safetensors"
+    data = (folder / name).read_bytes()
+    memory.pipe(f"/models/small/{name}", data[: int(kept if kept > 1 else kept * len(data))])
+    with pytest.raises(ValueError, match=f"{name} is not a whole safetensors file"):
+        inspect_model(find_headers(), EngineSettings(device="cpu"))
 
 
 @pytest.mark.usefixtures("cache")
@@ -264,6 +315,10 @@ def test_a_model_on_s3(s3: dict[str, Any], folder: Path, cache: Path) -> None:
     times = {file.name: file.stat().st_mtime_ns for file in found.iterdir()}
     assert find_model(uri, storage_options=s3) == found
     assert {file.name: file.stat().st_mtime_ns for file in found.iterdir()} == times
+    shutil.rmtree(found)
+    headers = find_model(uri, storage_options=s3, headers_only=True)
+    assert inspect_model(headers, EngineSettings(device="cpu")).weights.endswith("in 3 files")
+    found = find_model(uri, storage_options=s3)
     # Another process writes; this one's listing is of before.
     other = fsspec.filesystem("s3", **s3, skip_instance_cache=True)
     text = (folder / "config.json").read_text()

@@ -9,12 +9,15 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from logitmill.engine import Document, Pipeline, pipeline, placement
+from logitmill.engine.checkpoint import Checkpoint
+from logitmill.engine.pipeline import EngineSettings, inspect_placement, load_pipeline
 from logitmill.engine.residency import count_bytes
 from oracles import markov_model, reference_logits
 
@@ -387,6 +390,25 @@ def test_layers_that_do_not_fit_a_cpus_memory_are_on_disk_and_it_is_said(
     for residency in ("device", "host"):
         with pytest.raises(ValueError, match=r"^residency: 'device' takes .*, and host_memory is"):
             load(fixed + sum(sizes) - 1, residency)
+
+
+def test_a_disk_that_is_too_small_is_found_before_a_weight_is_read(
+    demo_folder: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = Checkpoint.read
+
+    def watch(self: Checkpoint, name: str, shape: Any, device: torch.device) -> torch.Tensor:
+        assert device.type == "meta", f"{name} was read"
+        return read(self, name, shape, device)
+
+    monkeypatch.setattr(Checkpoint, "read", watch)
+    disk = SimpleNamespace(f_bavail=1000, f_frsize=4096)
+    monkeypatch.setattr("logitmill.engine.scratch.os.statvfs", lambda _: disk)
+    for look in (load_pipeline, inspect_placement):
+        with pytest.raises(ValueError, match=f"^scratch: {scratch} has 0.00 GB free, ") as raised:
+            look(demo_folder, EngineSettings(device="cpu", residency="disk"))
+        works = "the layers take 0.02 GB; set LOGITMILL_SCRATCH to a folder on a larger disk"
+        assert str(raised.value).endswith(works)
 
 
 def test_memory_of_a_gpu_is_none_of_a_cpu(demo_folder: Path) -> None:
