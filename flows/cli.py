@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, overload
 
 import typer
 
-from .progress import TALLY
+from .progress import TALLY, counted
 
 if TYPE_CHECKING:
     from ..engine.pipeline import ModelFacts
@@ -36,7 +37,7 @@ Run a causal language model over a corpus and keep what it thought of every toke
 **Start here:** `logitmill score MODEL CORPUS --out runs`
 
 MODEL is a folder in Hugging Face layout, its URI or a Hub id. CORPUS is a file, a folder, a
-glob on any fsspec URI (Parquet, JSON lines, text, code) or a Hugging Face dataset
+glob on any fsspec URI (Parquet, JSON lines, CSV, text, code) or a Hugging Face dataset
 (`datasets:NAME`).
 """,
 )
@@ -73,9 +74,27 @@ _QUANTIZATION_HELP = (
 _FP8_HEAD_HELP = "Multiply the head in fp8 too: faster, less exact."
 _FAILED_SHOWN = 3
 _INPUT, _RECIPE, _ENGINE = "What is read", "How it is scored", "How it is computed"
+
+
+def _number(unit: str, example: str, *, kind: type[int] | type[float] = int, **option: Any) -> Any:
+    """An option that takes a number of a unit, and names it where it is given something else."""
+
+    def parse(text: str) -> float:
+        try:
+            return kind(text)
+        except ValueError:
+            what = "whole number" if kind is int else "number"
+            raise typer.BadParameter(
+                f"{text!r} is not a {what} of {unit}; give {example}"
+            ) from None
+
+    return typer.Option(parser=parse, metavar=f"<{unit}>", **option)
+
+
 # Options that more than one command takes.
 _Limit = Annotated[
-    int | None, typer.Option(help="At most so many documents.", rich_help_panel=_INPUT)
+    int | None,
+    _number("documents", "1000", help="At most so many documents.", rich_help_panel=_INPUT),
 ]
 _TextColumn = Annotated[
     str, typer.Option(help="Column of a table that is scored.", rich_help_panel=_INPUT)
@@ -94,8 +113,10 @@ _Quantization = Annotated[
 _Fp8Head = Annotated[bool, typer.Option("--fp8-head", help=_FP8_HEAD_HELP, rich_help_panel=_ENGINE)]
 _DeviceMemory = Annotated[
     float | None,
-    typer.Option(
-        "--device-memory",
+    _number(
+        "GB",
+        "24",
+        kind=float,
         help="GB of the GPU that weights and batches may take; default what is free. Layers that "
         "do not fit are streamed from host memory, or from disk.",
         rich_help_panel=_ENGINE,
@@ -111,10 +132,16 @@ _Residency = Annotated[
 ]
 _TrustRemoteCode = Annotated[
     bool,
-    typer.Option("--trust-remote-code", help="Run the model's code.", rich_help_panel=_ENGINE),
+    typer.Option(
+        "--trust-remote-code",
+        help="Run the Python code that the model's folder brings. It can do all that you can: only "
+        "for authors you trust.",
+        rich_help_panel=_ENGINE,
+    ),
 ]
 _BatchTokens = Annotated[
-    int | None, typer.Option(help="Tokens of a packed batch.", rich_help_panel=_ENGINE)
+    int | None,
+    _number("tokens", "8192", help="Tokens of a packed batch.", rich_help_panel=_ENGINE),
 ]
 
 
@@ -159,20 +186,25 @@ def score(
     ] = "rolling",
     context: Annotated[
         int | None,
-        typer.Option(
-            help="Longest window in tokens; default the model's.", rich_help_panel=_RECIPE
+        _number(
+            "tokens",
+            "1024",
+            help="Longest window in tokens; default the model's.",
+            rich_help_panel=_RECIPE,
         ),
     ] = None,
     overlap: Annotated[
         int | None,
-        typer.Option(
+        _number(
+            "tokens",
+            "512",
             help="Context tokens before a later window's first target (rolling).",
             rich_help_panel=_RECIPE,
         ),
     ] = None,
     stride: Annotated[
         int | None,
-        typer.Option(help="Tokens between windows (strided).", rich_help_panel=_RECIPE),
+        _number("tokens", "512", help="Tokens between windows (strided).", rich_help_panel=_RECIPE),
     ] = None,
     prefix: Annotated[
         str | None,
@@ -204,7 +236,9 @@ def score(
     ] = None,
     format: Annotated[
         str | None,
-        typer.Option(help="parquet, jsonl or text; default by suffix.", rich_help_panel=_INPUT),
+        typer.Option(
+            help="parquet, jsonl, csv, tsv or text; default by suffix.", rich_help_panel=_INPUT
+        ),
     ] = None,
     subset: Annotated[
         str | None, typer.Option(help="Configuration of a dataset.", rich_help_panel=_INPUT)
@@ -218,7 +252,10 @@ def score(
         typer.Option(help=_ENDPOINT_HELP, rich_help_panel=_INPUT),
     ] = None,
     shard_mb: Annotated[
-        float, typer.Option(help="Megabytes of corpus a shard.", rich_help_panel=_ENGINE)
+        float,
+        _number(
+            "MB", "8", kind=float, help="Megabytes of corpus a shard.", rich_help_panel=_ENGINE
+        ),
     ] = 8.0,
     device: _Device = None,
     dtype: _Dtype = None,
@@ -229,7 +266,9 @@ def score(
     residency: _Residency = None,
     logits_memory_mb: Annotated[
         int | None,
-        typer.Option(
+        _number(
+            "MB",
+            "256",
             help="Megabytes that logits may take at a time; default 256 on a CPU, 2048 on a GPU.",
             rich_help_panel=_ENGINE,
         ),
@@ -239,14 +278,24 @@ def score(
     ] = StoredDtype.float32,
     max_logits_gb: Annotated[
         float,
-        typer.Option(help="Refuse to keep more logits than this.", rich_help_panel=_ENGINE),
+        _number(
+            "GB",
+            "10",
+            kind=float,
+            help="Refuse to keep more logits than this.",
+            rich_help_panel=_ENGINE,
+        ),
     ] = 10.0,
     trust_remote_code: _TrustRemoteCode = False,
 ) -> None:
     """Score a corpus; run the same command again to resume or to find it done.
 
     Where `PREFECT_API_URL` is set, that server orchestrates; otherwise one is started for the run.
-    Credentials for storage come from the environment (`AWS_ACCESS_KEY_ID`, ...).
+    Credentials for storage come from the environment (`AWS_ACCESS_KEY_ID`, ...). Models from object
+    storage are kept in the folder `LOGITMILL_CACHE`, by default ~/.cache/logitmill.
+
+    The exit status is 2 for a mistake, 1 for a failure or if no document could be scored, 130 after
+    Ctrl-C, 143 after SIGTERM.
 
     Examples:
 
@@ -363,7 +412,9 @@ def inspect(
     """Show what a run holds, or how a model is stored and would be run.
 
     Of a model, configs and the headers of its files are read and checked, and no weights; how it is
-    computed can be said as for `score`.
+    computed can be said as for `score`. Of a URI no more than that is fetched, of a Hub id all
+    files. Of what runs through transformers less can be told; the last line says what was not
+    checked. Where there is no GPU, `--device-memory 24` asks for one of 24 GB in this machine.
 
     Examples:
 
@@ -410,7 +461,11 @@ def bench(
     ] = False,
     top_k: Annotated[
         list[int] | None,
-        typer.Option(help="Also measure keeping so many candidates a token. May be given twice."),
+        _number(
+            "candidates",
+            "20",
+            help="Also measure keeping so many candidates a token. May be given twice.",
+        ),
     ] = None,
     keep: Annotated[
         Kept | None, typer.Option(help="Also measure bringing all logits to host memory.")
@@ -433,7 +488,7 @@ def bench(
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Add the record to this file of JSON lines.")
     ] = None,
-    repeat: Annotated[int, typer.Option(help="Runs of each pass; the fastest counts.")] = 3,
+    repeat: Annotated[int, _number("runs", "3", help="Runs of each pass; the fastest counts.")] = 3,
     limit: _Limit = None,
     text_column: _TextColumn = "text",
     recipe: Annotated[
@@ -546,7 +601,8 @@ def main() -> None:
             # No arguments at all: the help has been shown.
             sys.exit(2)
         where = f" (see {error.ctx.command_path} --help)" if error.ctx else ""
-        _say_error(f"{error.format_message()}{where}")
+        # What pydantic, which some versions of typer check choices with, calls any mistake.
+        _say_error(f"{error.format_message().replace('Value error, ', '', 1)}{where}")
         sys.exit(2)
     except typer.Abort:
         sys.exit(130)
@@ -563,15 +619,22 @@ def _hush_prefect() -> None:
 
 def _show_own_lines() -> None:
     """Show what this package's flow and tasks log. Once Prefect has set up its own handlers."""
+    from ..engine import fallback, mirror
+
     for runs in ("flow_runs", "task_runs"):
         logging.getLogger(f"prefect.{runs}").addHandler(_OwnLines(logging.INFO))
+    # A model is fetched before there is a run, and loaded without a thought of it.
+    for module in (mirror, fallback):
+        module.log.addHandler(_OwnLines(logging.INFO))
 
 
 class _OwnLines(logging.Handler):
-    """Shows, of what flow and task runs log, the lines that this package wrote."""
+    """Shows, of what flow and task runs log, the lines of this package that the plan did not."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if Path(record.pathname).parent == Path(__file__).parent:
+        root = Path(__file__).parents[1]
+        is_own = Path(record.pathname).parent in (root / "flows", root / "engine")
+        if is_own and not getattr(record, "in_plan", False):
             typer.echo(record.getMessage(), err=True)
 
 
@@ -596,6 +659,7 @@ def _import_all() -> None:
 
 def _or_exit(action: Callable[[], None]) -> None:
     """Do it; a mistake ends the command with status 2, a failure with 1, and a line on stderr."""
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         action()
     except ValueError as error:
@@ -604,9 +668,19 @@ def _or_exit(action: Callable[[], None]) -> None:
     except (RuntimeError, OSError) as error:
         _say_error(str(error))
         raise typer.Exit(1) from None
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         typer.echo("stopped; run the same command again to do the rest", err=True)
-        raise typer.Exit(130) from None
+        raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which is how schedulers end what has had its time."""
+
+
+def _terminate(number: int, frame: Any) -> None:
+    raise _Terminated
 
 
 def _typed(*, without: str) -> str:
@@ -705,11 +779,13 @@ def _say_way(facts: ModelFacts) -> str:
 
 def _say_plan(prepared: Prepared) -> None:
     request, plan, facts, job = prepared.request, prepared.plan, prepared.facts, prepared.job
-    documents = f"{plan.num_documents:,} documents, " if plan.num_documents is not None else ""
+    documents = (
+        f"{counted(plan.num_documents, 'document')}, " if plan.num_documents is not None else ""
+    )
     recipe = job.recipe
     typer.echo(
         f"corpus  {job.corpus.uri}: {documents}{plan.num_bytes / 1e6:,.1f} MB, "
-        f"{len(plan.shards)} shard{'s' if len(plan.shards) != 1 else ''}"
+        f"{counted(len(plan.shards), 'shard')}"
     )
     typer.echo(
         f"model   {request.model}: {facts.architecture}, {_say_way(facts)}, {facts.dtype} on "
@@ -722,8 +798,9 @@ def _say_plan(prepared: Prepared) -> None:
     if prepared.logits_bytes is not None:
         typer.echo(f"logits  about {prepared.logits_bytes / 1e9:,.2f} GB, {job.logits_dtype}")
     typer.echo(f"run     {job.folder.uri}")
-    if prepared.other is not None:
-        typer.echo(f"note    {prepared.other}")
+    for line in (prepared.other, prepared.doubt):
+        if line is not None:
+            typer.echo(f"note    {line}")
 
 
 def _say_result(uri: str, storage_options: Mapping[str, Any]) -> None:
@@ -735,7 +812,7 @@ def _say_result(uri: str, storage_options: Mapping[str, Any]) -> None:
     seconds = time.monotonic() - TALLY.started
     if TALLY.documents:
         first = f", first score after {TALLY.first_score:.1f} s" if TALLY.first_score else ""
-        typer.echo(f"scored now: {TALLY.documents:,} documents in {seconds:.1f} s{first}")
+        typer.echo(f"scored now: {counted(TALLY.documents, 'document')} in {seconds:.1f} s{first}")
     else:
         typer.echo("scored now: nothing, the run was complete")
     typer.echo(f"run:    {uri}")
@@ -743,13 +820,13 @@ def _say_result(uri: str, storage_options: Mapping[str, Any]) -> None:
     counts = run.manifest
     assert counts is not None
     if counts["documents"] and counts["failed"] == counts["documents"]:
-        raise RuntimeError(f"none of the {counts['documents']:,} documents could be scored")
+        raise RuntimeError(f"none of {counted(counts['documents'], 'document')} could be scored")
 
 
 def _show_totals(run: Run) -> None:
     m = run.manifest
     assert m is not None
-    line = f"{m['documents']:,} documents, {m['tokens']:,} tokens, {m['bytes']:,} bytes"
+    line = ", ".join(counted(m[name + "s"], name) for name in ("document", "token", "byte"))
     if m["failed"]:
         line += f"; {m['failed']:,} could not be scored:"
     typer.echo(line)
@@ -829,28 +906,56 @@ def _inspect(
 def _show_model(
     target: str, storage_options: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> None:
-    from ..engine.checkpoint import find_model
-    from ..engine.intake import check_vocabulary
-    from ..engine.pipeline import EngineSettings, inspect_model, inspect_placement
+    import torch
+
+    from ..engine.checkpoint import find_model, read_config
+    from ..engine.fallback import can_check_tensors
+    from ..engine.intake import check_vocabulary, doubt_vocabulary
+    from ..engine.pipeline import (
+        AbsentGpu,
+        EngineSettings,
+        inspect_model,
+        inspect_placement,
+    )
     from ..engine.tokenization import Tokenizer
 
-    folder = find_model(target, storage_options=storage_options)
-    engine = EngineSettings(**settings)
+    folder = find_model(target, storage_options=storage_options, headers_only=True)
+    # Whether a model would fit a GPU is mostly asked where there is none.
+    is_absent = (
+        settings["device_memory"] is not None
+        and settings["device"] is None
+        and not torch.cuda.is_available()
+    )
+    engine = AbsentGpu(**settings) if is_absent else EngineSettings(**settings)
     facts = inspect_model(folder, engine)
     tokenizer = Tokenizer.load(folder, trust_remote_code=engine.trust_remote_code)
+    doubt = None
     if tokenizer is not None:
         check_vocabulary(tokenizer, facts.vocab_size)
+        doubt = doubt_vocabulary(tokenizer, facts.vocab_size, read_config(folder))
     shown = vars(facts) | {
         "reason": _say_way(facts),
         "tokenizer": tokenizer or "none: token ids can be scored, texts cannot",
     }
+    if is_absent:
+        size = f"{settings['device_memory'] / 1e9:,.6g} GB"
+        shown["device"] = f"cuda: a Hopper GPU of {size} in this machine, which has none"
     for name, value in shown.items():
         typer.echo(f"{'runs' if name == 'reason' else name:14} {value}")
+    if doubt is not None:
+        typer.echo(f"{'note':14} {doubt}")
     # Last, as it takes longest, and a model that does not fit is still what it is.
     typer.echo(f"{'placement':14} {inspect_placement(folder, engine)}")
+    if facts.reason is not None:
+        unchecked = "values of weights, memory, and that no token sees later ones"
+        if not can_check_tensors():
+            unchecked += "; tensors' names and shapes (pip install accelerate)"
+        typer.echo(f"{'not checked':14} {unchecked}")
 
 
 def _show_run(run: Run) -> None:
+    from .store import find_receipts
+
     # The first runs did not say, and knew nothing else.
     linears = run.plan.get("quantization", "unquantized")
     typer.echo(
@@ -860,7 +965,14 @@ def _show_run(run: Run) -> None:
         f"tiers   {', '.join(run.tiers)}"
     )
     if run.manifest is None:
-        typer.echo("not complete: run the same command again to resume it")
+        num_shards = len(run.plan["corpus"]["shards"])
+        num_done = len(find_receipts(run.folder, num_shards))
+        root = run.uri.rpartition("/")[0] or "."
+        command = ["logitmill", "score", run.plan["model"]["name"], run.plan["uri"], "--out", root]
+        typer.echo(
+            f"not complete: {num_done:,} of {counted(num_shards, 'shard')} done; "
+            f"{shlex.join(command)}, with the options it was begun with, does the rest"
+        )
     else:
         _show_totals(run)
 

@@ -88,10 +88,14 @@ class Folder:
                 sweep(Path(self._root))
             else:
                 probe = f"{_TEMPORARY}{uuid.uuid4().hex}"
-                self.write(probe, b"logitmill")
+                self._fs.pipe_file(self.path(probe), b"logitmill")
                 self._fs.rm_file(self.path(probe))
         except Exception as error:  # botocore, aiohttp and others raise types of their own
-            raise StoreError(f"out: {self.uri!r} cannot be written: {one_line(error)}") from None
+            # A folder needs nobody to make it; what is missing is the bucket.
+            works = "; create it first" if isinstance(error, FileNotFoundError) else ""
+            raise StoreError(
+                f"out: {self.uri!r} cannot be written: {one_line(error)}{works}"
+            ) from None
 
     def read(self, name: str) -> bytes | None:
         """The file's bytes, None if it is not there."""

@@ -71,15 +71,16 @@ class Seen:
 
     fraction: float
     documents: int
-    """Scored since this process took the run up, as is the rate."""
+    """Of the run, whoever scored them."""
     tokens_per_second: float
+    """Of this process."""
     seconds_left: float | None
     """None while there is nothing to tell it from."""
 
     def __str__(self) -> str:
         left = f", {_clock(self.seconds_left)} left" if self.seconds_left is not None else ""
         return (
-            f"{self.fraction:4.0%}  {self.documents:,} documents  "
+            f"{self.fraction:4.0%}  {counted(self.documents, 'document')}  "
             f"{self.tokens_per_second:,.0f} tokens/s{left}"
         )
 
@@ -96,12 +97,15 @@ class Display(Protocol):
 
 @contextmanager
 def show_progress(
-    total_bytes: int, done_bytes: int, log: logging.LoggerAdapter[Any] | logging.Logger
+    total_bytes: int,
+    done_bytes: int,
+    done_documents: int,
+    log: logging.LoggerAdapter[Any] | logging.Logger,
 ) -> Iterator[None]:
     """Show the tally's way to `total_bytes` for as long as the block runs.
 
-    On a terminal as a bar, elsewhere as lines in `log`; and as an artifact of the flow run that the
-    block is in.
+    What is `done` was done before this process took the run up. On a terminal it shows as a bar,
+    elsewhere as lines in `log`; and as an artifact of the flow run that the block is in.
     """
     began, at_first = time.monotonic(), replace(TALLY)
 
@@ -111,7 +115,7 @@ def show_progress(
         done = min(done_bytes + new_bytes, total_bytes)
         return Seen(
             fraction=done / total_bytes if total_bytes else 1.0,
-            documents=TALLY.documents - at_first.documents,
+            documents=done_documents + TALLY.documents - at_first.documents,
             tokens_per_second=(TALLY.tokens - at_first.tokens) / seconds if seconds else 0.0,
             seconds_left=(total_bytes - done) * seconds / new_bytes if new_bytes > 0 else None,
         )
@@ -192,6 +196,11 @@ def _bar() -> Iterator[Display]:
                 progress.update(task, completed=seen.fraction, seen=str(seen))
 
         yield Bar()
+
+
+def counted(number: int, noun: str) -> str:
+    """A number of things, for people: "1 document", "2,000 documents"."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def _clock(seconds: float) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,24 @@ import numpy as np
 
 from ..engine.checkpoint import digest, find_model, read_config
 from ..engine.head import most_rows
-from ..engine.intake import Intake, check_vocabulary
+from ..engine.intake import Intake, check_vocabulary, doubt_vocabulary
 from ..engine.pipeline import EngineSettings, ModelFacts, inspect_model, name_device
 from ..engine.recipes import Recipe, find_recipe
 from ..engine.tokenization import Tokenizer
-from .corpus import CorpusSpec, plan_corpus, read_shard
+from .corpus import CorpusError, CorpusSpec, plan_corpus, read_shard
 from .corpus.plan import Plan
 from .folder import Folder, Part, endpoint_options
 from .parts import LOGITS_DTYPES, TIERS
 from .store import MANIFEST, PLAN, find_receipts, hash_json
 from .versions import versions
 
+_URI = re.compile(r"(?<![^ ])uri=(?=['\"])")
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 50, 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """The arguments of `score_corpus`, as they were given."""
+    """The arguments of `score_corpus`. Raises ValueError for what settings cannot be made of."""
 
     model: str
     corpus: str | CorpusSpec
@@ -39,6 +41,17 @@ class Request:
     logits_dtype: str = "float32"
     max_logits_bytes: int = 10 * 10**9
     endpoint_url: str | None = None
+
+    def __post_init__(self) -> None:
+        """Make settings of mappings of their fields, which is how a deployment gives them."""
+        for name, kind, other, works in (
+            ("corpus", CorpusSpec, str, "text or CorpusSpec"),
+            ("recipe", Recipe, str, "text or Recipe"),
+            ("engine", EngineSettings, type(None), "EngineSettings"),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, (kind, other)):
+                object.__setattr__(self, name, _make_settings(name, kind, value, works))
 
     def public(self) -> dict[str, Any]:
         """The arguments as a server may know them: without what opens the corpus."""
@@ -81,6 +94,8 @@ class Prepared:
     """About what the logits will take; None if they are not kept."""
     other: str | None
     """A line on a run that other software or another device made of the same, if there is one."""
+    doubt: str | None
+    """A line on a tokenizer that may be another model's, if it may."""
 
     def write_plan(self) -> None:
         """Put the plan in place, if it is not there."""
@@ -123,13 +138,20 @@ def prepare(request: Request) -> Prepared:
     if recipe.concatenate:
         # One stream is one document, so it is one shard.
         spec = replace(spec, shard_bytes=1 << 60)
-    plan = plan_corpus(spec)
+    try:
+        plan = plan_corpus(spec)
+    except CorpusError as error:
+        if not isinstance(request.corpus, str):
+            raise
+        # Who gave a name alone has never heard of the field that it became.
+        raise CorpusError(_URI.sub("corpus=", str(error))) from None
     logits_bytes = None
     if "logits" in tiers:
         logits_bytes = _check_size(request, spec, plan, tokenizer, facts.vocab_size)
     root.check_writable()
 
-    scheme = engine.resolve_scheme(read_config(model_folder))
+    config = read_config(model_folder)
+    scheme = engine.resolve_scheme(config)
     described: dict[str, Any] = {
         "format": 1,
         "uri": spec.uri,
@@ -176,7 +198,10 @@ def prepare(request: Request) -> Prepared:
         run_key=run_key,
     )
     other = _find_other(root, described) if found is None else None
-    return Prepared(request, job, plan, facts, described, logits_bytes, other)
+    doubt = None
+    if tokenizer is not None and spec.ids_column is None:
+        doubt = doubt_vocabulary(tokenizer, facts.vocab_size, config)
+    return Prepared(request, job, plan, facts, described, logits_bytes, other, doubt)
 
 
 # Hex digits of a run key: of what is asked for, and of what answers it.
@@ -223,6 +248,19 @@ def _contrast(plan: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     if plan["device"] != other["device"]:
         found.append(f"device {plan['device']}, not {other['device']}")
     return "; ".join(found)
+
+
+def _make_settings(name: str, kind: Any, value: Any, works: str) -> Any:
+    """Settings of a mapping of their fields; ValueError, naming the argument, for anything else."""
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"{name}: {value!r} is no {works}, nor a mapping of {kind.__name__}'s fields"
+        )
+    known = [field.name for field in fields(kind)]
+    for field in value:
+        if field not in known:
+            raise ValueError(f"{name}: {field!r} is not one of {', '.join(known)}")
+    return kind(**value)
 
 
 def _make_spec(request: Request) -> CorpusSpec:

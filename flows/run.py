@@ -89,9 +89,14 @@ class Run:
         return f"{self.uri}/{REPORT}"
 
     def table(self, tier: str = "scores", columns: Sequence[str] | None = None) -> pa.Table:
-        """Rows of a tier in corpus order: `scores` one a document, `tokens` lists a document."""
+        """Rows of a tier in corpus order: `scores` one a document, `tokens` lists a document.
+
+        Raises:
+            ValueError: if the run did not keep the tier, or the tier has not the columns.
+        """
         tables = [self._read(name, columns) for name in self._names(tier)]
         if not tables:
+            _check_columns(columns, SCHEMAS[tier].names)
             empty = SCHEMAS[tier].empty_table()
             return empty.select(list(columns)) if columns is not None else empty
         return pa.concat_tables(tables)
@@ -199,6 +204,7 @@ class Run:
 
     def _read(self, name: str, columns: Sequence[str] | None) -> pa.Table:
         with self._open(name) as parquet:
+            _check_columns(columns, parquet.schema_arrow.names)
             return parquet.read(list(columns) if columns is not None else None)
 
     @contextmanager
@@ -223,3 +229,12 @@ class Run:
         if doc_id not in self._index:
             raise KeyError(f"doc_id: {doc_id!r} is not in the run {self.uri}")
         return self._index[doc_id]
+
+
+def _check_columns(columns: Sequence[str] | None, there: Sequence[str]) -> None:
+    """StoreError for a column that is not there: Parquet's reader would leave it out."""
+    if isinstance(columns, str):
+        raise StoreError(f"columns: {columns!r} is text; give a list, [{columns!r}]")
+    for column in columns or ():
+        if column not in there:
+            raise StoreError(f"columns: {column!r} is not one of {', '.join(there)}")

@@ -30,6 +30,9 @@ from .store import REPORT, Receipt, find_receipts
 
 Tier = Literal["scores", "tokens", "logits"]
 
+IN_PLAN = {"in_plan": True}
+"""Marks what is logged of a run that a command has shown with its plan."""
+
 _prepared: ContextVar[Prepared | None] = ContextVar("prepared", default=None)
 """What a caller in this process has prepared for the flow run that it starts."""
 
@@ -60,7 +63,8 @@ class ScoringFlow(Flow[..., str]):
         """The flow's result for what is prepared; at once if the run is already complete."""
         if prepared.is_complete() and not options.get("return_state"):
             return prepared.job.folder.uri
-        if _find_pending(prepared):
+        num_shards = len(prepared.plan.shards)
+        if len(find_receipts(prepared.job.folder, num_shards)) < num_shards:
             shards.load_engine(prepared.job)
         token = _prepared.set(prepared)
         try:
@@ -105,8 +109,8 @@ def score_corpus(
     Args:
         model: a model folder in Hugging Face layout, the URI of one (`s3://bucket/model/`), or a
             Hub id.
-        corpus: files, a folder or a glob on any fsspec URI (Parquet, JSON lines, text, code), a
-            Hugging Face dataset (`datasets:NAME`), or a `CorpusSpec` that also names columns.
+        corpus: files, a folder or a glob on any fsspec URI (Parquet, JSON lines, CSV, text, code),
+            a Hugging Face dataset (`datasets:NAME`), or a `CorpusSpec` that also names columns.
         out: the folder that runs are kept in, on any fsspec URI: `runs`, `s3://bucket/runs`.
         recipe: `rolling`, `disjoint`, `strided`, `llamacpp`, `truncated`, `conditional`, each with
             an optional context as in `rolling-1024`, or a `Recipe`.
@@ -146,27 +150,33 @@ def score_corpus(
     if prepared.is_complete():
         log.info("%s is complete, nothing to do", folder.uri)
         return folder.uri
-    pending = _find_pending(prepared)
+    done = find_receipts(folder, len(plan.shards))
+    pending = [shard for shard in plan.shards if shard.index not in done]
     log.info(
         "%s: %d of %d shards done; recipe %s, %s on %s",
         folder.uri,
-        len(plan.shards) - len(pending),
+        len(done),
         len(plan.shards),
         job.recipe.name,
         facts.dtype,
         facts.device,
     )
-    if prepared.other is not None:
-        log.info("%s", prepared.other)
+    for line in (prepared.other, prepared.doubt):
+        if line is not None:
+            log.warning("%s", line, extra=IN_PLAN)
     if prepared.logits_bytes is not None:
-        log.info("logits will take about %.2f GB", prepared.logits_bytes / 1e9)
+        log.info("logits will take about %.2f GB", prepared.logits_bytes / 1e9, extra=IN_PLAN)
     if pending:
         # Tasks run in this process: what is wrong with the model shows once, not shard by shard.
         log.info("%s: %s", folder.uri, shards.load_engine(job).placement)
     prepared.write_plan()
     done_bytes = plan.num_bytes - sum(shard.num_bytes for shard in pending)
+    done_documents = sum(receipt.documents for receipt in done.values())
     failures: list[tuple[Shard, BaseException]] = []
-    with show_progress(plan.num_bytes, done_bytes, log), _stop_tasks_if_interrupted(job):
+    with (
+        show_progress(plan.num_bytes, done_bytes, done_documents, log),
+        _stop_tasks_if_interrupted(job),
+    ):
         for shard, result in run_all(lambda s: shards.score_shard.submit(job, s), pending):
             if isinstance(result, BaseException):
                 failures.append((shard, result))
@@ -187,11 +197,6 @@ def score_corpus(
     if 0 < sum(r.documents for r in receipts) == sum(r.failed for r in receipts):
         log.warning("%s: none of its documents could be scored", folder.uri)
     return folder.uri
-
-
-def _find_pending(prepared: Prepared) -> list[Shard]:
-    done = find_receipts(prepared.job.folder, len(prepared.plan.shards))
-    return [shard for shard in prepared.plan.shards if shard.index not in done]
 
 
 @contextmanager

@@ -61,8 +61,8 @@ class CorpusSpec:
     """Text before the document that is read but not scored (conditional scoring)."""
     id_column: str | None = None
     """Column of document ids, which must be unique. Without one a row is called
-    `path#row` (Parquet, datasets) or `path#byte offset` (JSON lines), and a text file by its path,
-    all paths relative to the corpus."""
+    `path#row` (Parquet, datasets) or `path#byte offset` (JSON lines, CSV), and a text file by its
+    path, all paths relative to the corpus."""
     source_column: str | None = None
     """Column by which summaries are grouped."""
     language_column: str | None = None
@@ -71,7 +71,7 @@ class CorpusSpec:
     """Source of every document that no column gives one. Default: for text files the first folder
     below the corpus's root (or the root's own name), for tables the file's stem or the dataset."""
     format: str | None = None
-    """`parquet`, `jsonl` or `text`; default: by each file's suffix, text for most."""
+    """`parquet`, `jsonl`, `csv`, `tsv` or `text`; default: by each file's suffix, text for most."""
     limit: int | None = None
     """At most this many documents, the first in plan order."""
     shard_bytes: int = 8 << 20
@@ -94,7 +94,7 @@ class CorpusSpec:
                 f"Formats: {', '.join(READERS)}; left out, a file's suffix decides."
             )
         if self.limit is not None and self.limit < 1:
-            raise CorpusError(f"limit={self.limit}: a whole number from 1 on, or None for all.")
+            raise CorpusError(f"limit={self.limit}: a whole number from 1 on; left out, all count.")
         if self.shard_bytes < 1:
             raise CorpusError(f"shard_bytes={self.shard_bytes}: a number of bytes from 1 on.")
         contents = {
@@ -376,7 +376,8 @@ class _Files:
             setting, column = next(item for item in named.items() if item[1] != "text")
             raise CorpusError(
                 f"{setting}={column!r}: uri={self._location.address!r} holds only text files, "
-                "which have no columns. Is it a table? Then say format='jsonl' or format='parquet'."
+                "which have no columns. Is it a table? Then say its format: parquet, jsonl, csv "
+                "or tsv."
             )
 
 

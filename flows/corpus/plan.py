@@ -28,16 +28,17 @@ class Input:
 @dataclass(frozen=True)
 class Piece:
     """A contiguous part of one input: rows [start, stop) of a Parquet file or dataset; the JSON
-    lines that start at bytes [start, stop) of the uncompressed stream; a whole text file."""
+    lines or CSV rows that start at bytes [start, stop) of the uncompressed stream; a whole text
+    file."""
 
     input: Input
     start: int
     stop: int | None
-    """None: to the end (compressed JSON lines, whose length is not known before reading)."""
+    """None: to the end (compressed lines, whose length is not known before reading)."""
     num_bytes: int
     """About what it weighs: bytes in the file, for columns those of the scored column."""
     num_documents: int | None
-    """None where only reading tells (JSON lines)."""
+    """None where only reading tells (JSON lines, CSV)."""
 
     @property
     def uri(self) -> str:

@@ -8,17 +8,19 @@ be read is an `RowError` in its place, so that no other row is lost. What become
 
 from __future__ import annotations
 
+import csv
 import json
 import posixpath
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from ...engine.remote import nearest
-from .documents import FILE, Columns, RowError, kind_of
+from .documents import FILE, Columns, RowError, kind_of, utf8_safe
 from .locations import CorpusError, Location, codec_of, is_garbled
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ TABLE_SUFFIXES = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
     ".json": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
 }
 """File name suffix -> format; every other suffix is text."""
 
@@ -198,6 +202,121 @@ class JsonlReader:
         return row
 
 
+# ---- CSV
+
+
+class CsvReader:
+    """Rows of text between delimiters, below a first row that names the columns.
+
+    Values may be quoted with ", and then hold delimiters, line ends and doubled quotes. A row
+    belongs to the cut that holds its first byte; blank lines are no rows. Positions are byte
+    offsets in the uncompressed stream.
+    """
+
+    def __init__(self, location: Location, name: str, size: int, delimiter: str = ","):
+        self._location = location
+        self._name = name
+        self._size = size
+        self._codec = codec_of(name)
+        self._delimiter = delimiter
+        self.source = _stem(name)
+
+    def check(self, columns: Columns) -> None:
+        for setting, value in columns.named().items():
+            if setting in ("messages_column", "ids_column"):
+                raise CorpusError(
+                    f"{setting}={value!r}: lists needed, and the columns of {self._name!r} hold "
+                    "text alone. Use JSON lines or Parquet."
+                )
+        header = next(self._records(0, None), None)
+        if header is not None and isinstance(header[1], RowError):
+            raise CorpusError(
+                f"file {self._name!r}: its first row, which names the columns, cannot be read "
+                f"({header[1].error}). format='text' scores files as they are."
+            )
+        if header is not None:
+            _check_names(self._name, columns, self._header)
+
+    def cuts(self, columns: Columns, max_bytes: int) -> list[Cut]:
+        if self._codec:
+            return [Cut(0, None, self._size, None)] if self._size else []
+        # A line end may stand inside quotes, so only reading from the front tells where rows begin.
+        starts = [0]
+        for position, _ in self._records(0, None):
+            if position - starts[-1] >= max_bytes:
+                starts.append(position)
+        stops = [*starts[1:], self._size]
+        return [
+            Cut(start, stop, stop - start, None)
+            for start, stop in zip(starts, stops, strict=True)
+            if start < stop
+        ]
+
+    def rows(self, start: int, stop: int | None, names: Sequence[str]) -> Iterator[Row]:
+        header: list[str] | None = None if start == 0 else self._header
+        for position, values in self._records(start, stop):
+            if isinstance(values, RowError):
+                yield position, values
+            elif header is None:
+                header = _names(values)
+            elif len(values) != len(header):
+                error = f"the row has {len(values)} values, and the first row names {len(header)}"
+                yield position, RowError("invalid_value", error)
+            else:
+                texts = (value.encode("utf-8", "surrogateescape") for value in values)
+                yield position, dict(zip(header, texts, strict=True))
+
+    def place(self, position: int) -> str:
+        return f"{self._name}#{position}"
+
+    @cached_property
+    def _header(self) -> list[str]:
+        values = next(self._records(0, None))[1]
+        assert not isinstance(values, RowError), "it has been checked"
+        return _names(values)
+
+    def _records(self, start: int, stop: int | None) -> Iterator[tuple[int, list[str] | RowError]]:
+        """Offset and values of every row that starts in [start, stop), the first row too.
+
+        `start` is where a row starts. Bytes that are not UTF-8 are surrogates (PEP 383).
+        """
+        position = after = start
+        with self._location.open(self._name, self._codec) as stream:
+            if start:
+                stream.seek(start)
+
+            def lines() -> Iterator[str]:
+                nonlocal after
+                for line in stream:
+                    # A byte order mark belongs to the file here, not to any name.
+                    encoding = "utf-8" if after else "utf-8-sig"
+                    after += len(line)
+                    yield line.decode(encoding, "surrogateescape")
+
+            # Longer values than the library's limit are documents, not mistakes.
+            csv.field_size_limit(sys.maxsize)
+            parsed = csv.reader(lines(), delimiter=self._delimiter, strict=True)
+            while stop is None or position < stop:
+                try:
+                    values: list[str] | RowError = next(parsed)
+                except StopIteration:
+                    return
+                except csv.Error as error:
+                    values = RowError("invalid_value", f"the row is not CSV: {error}")
+                except OSError as error:
+                    if not is_garbled(error):
+                        raise
+                    yield position, RowError("invalid_value", f"cannot be decompressed: {error}")
+                    return
+                if values:
+                    yield position, values
+                position = after
+
+
+def _names(header: Sequence[str]) -> list[str]:
+    return [utf8_safe(name) for name in header]
+
+
 # ---- Parquet
 
 
@@ -317,6 +436,8 @@ class DatasetReader:
 READERS: dict[str, Callable[[Location, str, int], Reader]] = {
     "parquet": ParquetReader,
     "jsonl": JsonlReader,
+    "csv": CsvReader,
+    "tsv": partial(CsvReader, delimiter="\t"),
     "text": TextReader,
 }
 """The formats of files, made from where, which and how many bytes. A new one is a class like those

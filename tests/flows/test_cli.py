@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ from typing import Any
 
 import pytest
 from flow_helpers import Score
-from logitmill.flows import Run, cli, open_run, progress
+from logitmill.flows import CorpusSpec, Run, cli, open_run, progress
 
 
 def logitmill(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -57,6 +58,9 @@ def test_help_teaches(
             "--recipe",
             "PREFECT_API_URL",
             "AWS_ACCESS_KEY_ID",
+            "LOGITMILL_CACHE",
+            "exit status is 2",
+            "authors you trust",
             "s3://",
         ):
             assert word in out
@@ -113,7 +117,7 @@ def test_each_mistake_names_its_field(
 ) -> None:
     good = ("score", demo_folder, corpus, "--out", tmp_path / "runs")
     cases = [
-        (("--keep", "everything"), "'everything' is not one of 'tokens', 'logits'"),
+        (("--keep", "everything"), "'--keep': 'everything' is not one of 'tokens', 'logits'"),
         (("--dtype", "int3"), "--dtype: 'int3' is not one of float32"),
         (("--device", "abacus"), "--device: 'abacus'"),
         (("--device", "cuda"), "--device: 'cuda' is not there"),
@@ -121,8 +125,11 @@ def test_each_mistake_names_its_field(
         (("--recipe", "rolling-x"), "--recipe: 'rolling-x' is not one of"),
         (("--context", "5000"), "--context: 5000 is more than"),
         (("--stride", "5"), "--stride: 5 has no meaning for recipe rolling"),
-        (("--limit", "-3"), "--limit=-3"),
-        (("--limit", "x"), "'--limit': Input should be a valid integer"),
+        (("--limit", "-3"), "--limit=-3: a whole number from 1 on; left out, all count"),
+        (("--limit", "1k"), "'--limit': '1k' is not a whole number of documents; give 1000"),
+        (("--context", "1.5"), "'--context': '1.5' is not a whole number of tokens; give 1024"),
+        (("--shard-mb", "8MB"), "'--shard-mb': '8MB' is not a number of MB; give 8"),
+        (("--device-memory", "24GB"), "'--device-memory': '24GB' is not a number of GB; give 24"),
         (("--batch-tokens", "0"), "--batch-tokens: 0"),
         (("--logits-memory-mb", "0"), "--logits-memory-mb: 0 MB is no size"),
         (
@@ -198,6 +205,34 @@ def test_shards_that_fail_are_status_1(
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
+)
+def test_a_signal_ends_it_with_what_to_do(
+    demo_folder: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    source = Path(json.__file__).with_name("decoder.py").read_text()
+    for i in range(100):
+        (tmp_path / "corpus" / f"{i}.py").write_text(source)
+    command = [sys.executable, "-m", "logitmill.flows.cli", "score", str(demo_folder)]
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "corpus"), "--shard-mb", "0.02", "--out", str(tmp_path / "runs")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("runs/*/shards/*.json")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert said.splitlines()[-1] == "stopped; run the same command again to do the rest"
+    assert "Traceback" not in said
+
+
 def test_inspect_and_report(
     finished: Run, demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +272,51 @@ def test_inspect_and_report(
     assert finished.plan["run_key"] in (tmp_path / "r.html").read_text()
     code, _, err = in_process(capsys, "report", tmp_path)
     assert code == 2 and err.startswith(f"error: run: there is no run in '{tmp_path}'")
+
+
+def test_a_model_is_inspected_for_a_gpu_that_is_not_here(
+    demo_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    gpu = ("--device-memory", "24")
+    code, out, _ = in_process(capsys, "inspect", demo_folder, *gpu, "--quantization", "fp8")
+    assert code == 0
+    assert "device         cuda: a Hopper GPU of 24 GB in this machine, which has none" in out
+    assert "all 5 layers resident" in out
+    code, out, _ = in_process(capsys, "inspect", demo_folder, *gpu, "--residency", "host")
+    assert code == 0
+    assert "0 of 5 layers resident, 5 streamed from pinned host memory" in out
+    code, _, err = in_process(capsys, "inspect", demo_folder, "--device-memory", "0.1")
+    assert code == 2
+    assert err.startswith("error: --device-memory: 0.10 GB is less than the ")
+    code, _, err = in_process(capsys, "inspect", demo_folder, *gpu, "--device", "cpu")
+    assert code == 2
+    assert "device is 'cpu'; leave it out" in err
+
+
+def test_what_cannot_be_told_of_a_model_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=97,
+        hidden_size=48,
+        ffn_dim=64,
+        word_embed_proj_dim=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+    )
+    OPTForCausalLM(config).save_pretrained(tmp_path)
+    capsys.readouterr()
+    line = "not checked    values of weights, memory, and that no token sees later ones"
+    code, out, err = in_process(capsys, "inspect", tmp_path)
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-1] == line
+    monkeypatch.setattr("logitmill.engine.fallback.can_check_tensors", lambda: False)
+    code, out, _ = in_process(capsys, "inspect", tmp_path)
+    assert code == 0
+    assert out.splitlines()[-1] == line + "; tensors' names and shapes (pip install accelerate)"
 
 
 def test_a_model_that_cannot_be_loaded_is_no_model_to_inspect(
@@ -318,6 +398,20 @@ def test_progress_is_a_bar_on_a_terminal(demo_folder: Path, corpus: Path, tmp_pa
     assert b"scoring" in said and "\u2501".encode() in said and b"documents" in said
 
 
+def test_progress_counts_what_was_done_before(
+    score: Score, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = CorpusSpec(uri=str(corpus), shard_bytes=3_000)
+    run = Path(score(spec).uri)
+    (run / "manifest.json").unlink()
+    (run / "shards/00001.json").unlink()
+    seen: list[progress.Seen] = []
+    monkeypatch.setattr(progress._Artifact, "show", lambda self, what: seen.append(what))
+    score(spec)
+    assert (seen[-1].documents, seen[-1].fraction) == (8, 1.0)
+    assert "  8 documents  " in str(seen[-1])
+
+
 def test_a_failed_attempt_is_not_counted() -> None:
     tally = progress.Tally()
     tally.add_batch(3, 10)
@@ -356,6 +450,27 @@ def test_a_run_on_a_server_of_ones_own_is_written_and_read(
     assert out.strip() == f"{uri}/report.html"
 
 
+def test_a_model_on_a_server_is_inspected_by_headers_and_fetched_to_score(
+    demo_folder: Path, corpus: Path, s3: str, tmp_path: Path
+) -> None:
+    import s3fs
+
+    s3fs.S3FileSystem(endpoint_url=s3).put(f"{demo_folder}/", "bucket/demo/", recursive=True)
+    uri, cache = "s3://bucket/demo", str(tmp_path / "cache")
+    done = logitmill("inspect", uri, "--endpoint-url", s3, LOGITMILL_CACHE=cache)
+    assert done.returncode == 0, done.stderr
+    assert "LlamaForCausalLM" in done.stdout and "all 5 layers resident" in done.stdout
+    assert re.fullmatch(
+        rf"model: fetching 5 files, 0.00 GB and headers of weights, of {uri} into {cache}/\S+\n",
+        done.stderr,
+    )
+    arguments = ("score", uri, corpus, "--out", tmp_path / "runs", "--endpoint-url", s3)
+    done = logitmill(*arguments, LOGITMILL_CACHE=cache)
+    assert done.returncode == 0, done.stderr
+    line = rf"^model: fetching 5 files, 0.01 GB, of {uri} into {cache}/\S+$"
+    assert re.search(line, done.stderr, re.MULTILINE)
+
+
 def test_the_plan_says_what_runs_and_that_others_have_run(
     demo_folder: Path,
     corpus: Path,
@@ -379,6 +494,49 @@ def test_the_plan_says_what_runs_and_that_others_have_run(
     assert code == 0
     (line,) = re.findall("^note    (.*)$", out, re.MULTILINE)
     assert line.startswith(str(tmp_path)) and "not Abacus; last bits can differ" in line
+
+
+def test_what_is_kept_is_announced_once(
+    demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "one.py").write_text("def f():\n    return 1\n")
+    code, out, err = in_process(
+        *(capsys, "score", demo_folder, tmp_path / "one.py"),
+        *("--keep", "logits", "--out", tmp_path / "runs"),
+    )
+    assert code == 0
+    assert (out + err).count("logits") == 1
+    assert "1 document, 0.0 MB, 1 shard" in out
+    assert re.search("^scored now: 1 document in ", out, re.MULTILINE)
+    assert re.search("^1 document, [0-9]+ tokens, ", out, re.MULTILINE)
+
+
+def test_a_bucket_that_is_missing_is_said_once(
+    demo_folder: Path, corpus: Path, s3: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = ("--out", "s3://nowhere/runs", "--endpoint-url", s3)
+    code, _, err = in_process(capsys, "score", demo_folder, corpus, *place)
+    assert (code, err) == (
+        2,
+        "error: --out: 's3://nowhere/runs' cannot be written: The specified bucket does not exist; "
+        "create it first\n",
+    )
+
+
+def test_inspect_says_how_far_a_run_is(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(finished.uri, tmp_path / "my runs" / "copy"))
+    (copy / "manifest.json").unlink()
+    (copy / "shards/00001.json").unlink()
+    count = len(finished.plan["corpus"]["shards"])
+    code, out, _ = in_process(capsys, "inspect", copy)
+    assert code == 0
+    assert out.splitlines()[-1] == (
+        f"not complete: {count - 1} of {count} shards done; logitmill score "
+        f"{finished.plan['model']['name']} {finished.plan['uri']} --out '{tmp_path}/my runs', with "
+        "the options it was begun with, does the rest"
+    )
 
 
 def test_documents_that_failed_are_named(
@@ -408,5 +566,5 @@ def test_a_run_without_a_single_score_is_status_1(
         assert code == 1
         assert "2 documents, 0 tokens, 0 bytes; 2 could not be scored:" in out
         assert "one.txt: empty, " in out
-        assert err.splitlines()[-1] == "error: none of the 2 documents could be scored"
+        assert err.splitlines()[-1] == "error: none of 2 documents could be scored"
     assert open_run(str(tmp_path / "runs")).table().num_rows == 2

@@ -294,6 +294,67 @@ def test_bad_lines_are_rows_that_say_so(tmp_path: Path) -> None:
     assert ids(found)[1] == "x.jsonl#25"
 
 
+# ---- CSV
+
+
+def test_csv_rows_are_named_by_offset(tmp_path: Path) -> None:
+    content = (
+        b'\xef\xbb\xbftext,site,n\r\n\r\none,a,1\r\n"two, ""three""\nand\r\n",b,2\r\n\xc3\xa9,c,3'
+    )
+    (tmp_path / "x.csv").write_bytes(content)
+    found = read(tmp_path / "x.csv", source_column="site")
+    assert texts(found) == ["one", 'two, "three"\nand\r\n', "é"]
+    assert ids(found) == [f"x.csv#{content.index(start)}" for start in (b"one", b'"two', b"\xc3")]
+    assert [document.source for document in found] == ["a", "b", "c"]
+    assert ids(read(tmp_path / "x.csv", id_column="n")) == ["1", "2", "3"]
+    (tmp_path / "y.tsv.gz").write_bytes(gzip.compress(b"text\tn\na,b\t1\n"))
+    assert texts(read(tmp_path / "y.tsv.gz")) == ["a,b"]
+    assert texts(read(tmp_path / "y.tsv.gz", format="text")) == ["text\tn\na,b\t1\n"]
+
+
+def test_every_cut_of_a_csv_file_gives_the_same_documents(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    rows = ["one", '"t\nw\no"', '"a"b', '""', "short,2,3", '"é\n\n"', "\xff"]
+    path.write_bytes("".join(f"{row},n\n" for row in ["text", *rows]).encode("latin-1") + b'"open')
+    whole = read(path)
+    assert len(whole) == 8
+    for shard_bytes in range(1, path.stat().st_size + 2):
+        assert read(path, shard_bytes=shard_bytes) == whole
+    for limit in (1, 4, 9):
+        assert read(path, limit=limit, shard_bytes=5) == whole[:limit]
+    assert len(plan_corpus(CorpusSpec(uri=str(path), shard_bytes=10)).shards) > 3
+
+
+def test_bad_csv_rows_are_rows_that_say_so(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_bytes(
+        b'text,n\n"a"b,1\nfew\nmany,2,3\n,4\na\xff,5\n' + b"x" * 10_000_000 + b',6\n"open,7\n'
+    )
+    found = read(path)
+    assert [(document.status, document.error) for document in found] == [
+        ("invalid_value", "the row is not CSV: ',' expected after '\"'"),
+        ("invalid_value", "the row has 1 values, and the first row names 2"),
+        ("invalid_value", "the row has 3 values, and the first row names 2"),
+        ("empty", "nothing to score: the document is empty"),
+        ("invalid_utf8", "byte 1 of 'text' is not UTF-8 (invalid start byte)"),
+        ("ok", None),
+        ("invalid_value", "the row is not CSV: unexpected end of data"),
+    ]
+
+
+def test_csv_mistakes(tmp_path: Path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("body;n\na;1\n")
+    assert "text_column='text': no such column in 'x.csv'. There are: body;n." in refusal(path)
+    assert "ids_column='n': lists needed" in refusal(path, ids_column="n")
+    path.write_bytes("body,n\n".encode("utf-16"))
+    assert "no such column in 'x.csv'" in refusal(path)
+    path.write_text('"te"xt\na\n')
+    assert "its first row, which names the columns, cannot be read" in refusal(path)
+    path.write_text("")
+    assert "holds no documents" in refusal(path)
+
+
 def test_ten_megabytes_on_one_line(tmp_path: Path) -> None:
     path = write_lines(
         tmp_path / "x.jsonl", [{"text": "a"}, {"text": "b" * 10_000_000}, {"text": "c"}]

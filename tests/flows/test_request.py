@@ -13,6 +13,8 @@ import pytest
 import torch
 from flow_helpers import write_lines
 from logitmill.engine import EngineSettings, find_recipe
+from logitmill.engine.intake import doubt_vocabulary
+from logitmill.engine.tokenization import Tokenizer
 from logitmill.flows import CorpusSpec
 from logitmill.flows.request import Request, prepare
 from safetensors.torch import load_file, save_file
@@ -102,6 +104,79 @@ def test_a_tokenizer_of_another_model_is_refused_where_there_is_text(
     ):
         prepare(request)
     prepare(replace(request, corpus=CorpusSpec(uri=str(table), ids_column="ids")))
+
+
+def test_mappings_of_fields_are_settings(word_model: Path, table: Path, tmp_path: Path) -> None:
+    """As in a deployment's parameters."""
+    given: dict[str, Any] = {
+        "corpus": {"uri": str(table), "storage_options": {"secret": 1}},
+        "recipe": {"name": "rolling", "context": 8},
+        "engine": {"quantization": "int8"},
+    }
+    request = Request(model=str(word_model), out=str(tmp_path), **given)
+    assert request.engine == EngineSettings(quantization="int8")
+    assert request.recipe == find_recipe("rolling-8")
+    assert request.corpus == CorpusSpec(uri=str(table), storage_options={"secret": 1})
+    assert request.public()["corpus"] == CorpusSpec(uri=str(table))
+    for wrong, said in (
+        ({"engine": {"quantization": "zz"}}, "quantization: 'zz' is not one of none, fp8"),
+        ({"engine": {"quantisation": "fp8"}}, "engine: 'quantisation' is not one of device, dtype"),
+        ({"engine": "fp8"}, "engine: 'fp8' is no EngineSettings, nor a mapping of EngineSettings'"),
+        ({"corpus": table}, f"corpus: {table!r} is no text or CorpusSpec, nor a mapping"),
+    ):
+        with pytest.raises(ValueError, match=f"^{re.escape(said)}"):
+            prepare(Request(model=str(word_model), out=str(tmp_path), **(given | wrong)))
+
+
+def test_a_corpus_that_is_named_alone_is_called_corpus(word_model: Path, tmp_path: Path) -> None:
+    missing = str(tmp_path / "uri='nope")
+    for corpus, name in ((missing, "corpus"), (CorpusSpec(uri=missing), "uri")):
+        with pytest.raises(ValueError, match=f"^{name}={re.escape(repr(missing))}"):
+            prepare(Request(model=str(word_model), corpus=corpus, out=str(tmp_path / "runs")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, None),
+        ({"vocab_size": 64}, None),
+        (
+            {"vocab_size": 65},
+            "tokenizer: its vocabulary has 32 ids, less than half of the model's 65",
+        ),
+        ({"eos_token_id": 7}, None),
+        (
+            {"eos_token_id": 7, "bos_token_id": None},
+            "tokenizer: its EOS is 2, and 7 in config.json",
+        ),
+        ({"eos_token_id": [7, 2], "bos_token_id": 9}, None),
+        (
+            {"eos_token_id": [7, 8], "bos_token_id": 9},
+            "tokenizer: its BOS is 1, and 9 in config.json, its EOS is 2, and [7, 8] in",
+        ),
+    ],
+)
+def test_a_tokenizer_that_may_be_another_models_is_doubted(
+    word_model: Path, changes: dict[str, Any], said: str | None
+) -> None:
+    tokenizer = Tokenizer.load(word_model)
+    assert tokenizer is not None
+    config = json.loads((word_model / "config.json").read_text()) | changes
+    doubt = doubt_vocabulary(tokenizer, config["vocab_size"], config)
+    assert (doubt or "").startswith(said or "") and (doubt is None) == (said is None)
+
+
+def test_a_doubt_is_said_and_stops_nothing(word_model: Path, table: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(word_model, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    config |= {"eos_token_id": 7, "bos_token_id": 9}
+    (model / "config.json").write_text(json.dumps(config))
+    request = Request(model=str(model), corpus=str(table), out=str(tmp_path / "runs"))
+    assert "its BOS is 1, and 9" in (prepare(request).doubt or "")
+    assert (
+        prepare(replace(request, corpus=CorpusSpec(uri=str(table), ids_column="ids"))).doubt is None
+    )
+    assert prepare(replace(request, model=str(word_model))).doubt is None
 
 
 def test_what_goes_together_is_not(word_model: Path, table: Path, tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ def test_an_incomplete_run_opens_only_as_partial(finished: Run, tmp_path: Path) 
         receipt.unlink()
     empty = open_run(str(copy), partial=True).table(columns=["doc_id"])
     assert (empty.num_rows, empty.column_names) == (0, ["doc_id"])
+    with pytest.raises(ValueError, match=r"columns: 'nope' is not one of doc_id, "):
+        open_run(str(copy), partial=True).table(columns=["nope"])
 
 
 def test_tables_go_to_pandas_datasets_and_duckdb(finished: Run) -> None:
@@ -79,6 +81,11 @@ def test_what_is_not_there_is_named(finished: Run, tmp_path: Path) -> None:
             read("nobody")
     with pytest.raises(ValueError, match=r"tier: 'hidden' was not kept .* scores, tokens, logits"):
         finished.table("hidden")
+    for columns in (["nope"], ["doc_id", "nope"]):
+        with pytest.raises(ValueError, match=r"columns: 'nope' is not one of doc_id, source, "):
+            finished.table("scores", columns)
+    with pytest.raises(ValueError, match=r"columns: 'doc_id' is text; give a list, \['doc_id'\]"):
+        finished.to_pandas(columns="doc_id")
     with pytest.raises(ValueError, match="summary: 'x' is not one of counts, outliers"):
         finished.summary("x")
 
