@@ -574,7 +574,7 @@ def test_two_tokens_in_front_are_no_bos(tmp_path: Path) -> None:
     tokenizer = load(write_folder(tmp_path, backend, eos_token="</s>"))
     assert (tokenizer.bos_id, tokenizer.adds_bos) == (None, False)
     with pytest.raises(
-        ValueError, match="prefix: the tokenizer puts '<s><unk>' in front of a text"
+        ValueError, match="prefix: 'tokenizer' is '<s><unk>', which the tokenizer puts in front"
     ):
         prefix_token(find_recipe("disjoint"), tokenizer)
     assert prefix_token(find_recipe("disjoint", prefix="none"), tokenizer) is None
