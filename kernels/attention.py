@@ -51,17 +51,20 @@ def attend(
     if q_THD.dtype in (torch.bfloat16, torch.float16):
         choice, size = choose(q_THD.device), q_THD.shape[2]
         packable = size % 8 == 0 and size <= _PACKED_HEAD
-        is_faster = packable and not changed and choice.takes_cudnn(size, window)
-        if is_faster and _suits_cudnn(q_THD, k_TGD, v_TGD, scale, window):
-            return _attend_cudnn(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
+        if packable and not changed and choice.takes_cudnn(size, window):
+            from .gpu import cudnn
+
+            if cudnn.suits(q_THD, k_TGD, v_TGD, scale=scale, window=window):
+                out_THD, packed = _make_room(q_THD, lengths), tuple(lengths)
+                cudnn.attend(q_THD, k_TGD, v_TGD, packed, out_THD, scale=scale, window=window)
+                return out_THD
         if choice.attention == "triton" and packable:
             return _attend_triton(
                 q_THD, k_TGD, v_TGD, tuple(lengths), scale, window, soft_cap, sinks_H
             )
         if choice.attention == "flash" and packable and not changed:
             return _attend_flash(q_THD, k_TGD, v_TGD, tuple(lengths), scale, window)
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    out_THD[sum(lengths) :] = 0
+    out_THD = _make_room(q_THD, lengths)
     start = 0
     for count, length in (
         _runs(lengths) if q_THD.device.type == "cpu" and not changed else ((1, n) for n in lengths)
@@ -100,32 +103,10 @@ def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:
             count = 0
 
 
-def _suits_cudnn(
-    q_THD: torch.Tensor,
-    k_TGD: torch.Tensor,
-    v_TGD: torch.Tensor,
-    scale: float,
-    window: int | None,
-) -> bool:
-    from .gpu import cudnn
-
-    return cudnn.suits(q_THD, k_TGD, v_TGD, scale=scale, window=window)
-
-
-def _attend_cudnn(
-    q_THD: torch.Tensor,
-    k_TGD: torch.Tensor,
-    v_TGD: torch.Tensor,
-    lengths: tuple[int, ...],
-    scale: float,
-    window: int | None,
-) -> torch.Tensor:
-    """cuDNN over all sequences at once; a row keeps its bits in any packing."""
-    from .gpu import cudnn
-
+def _make_room(q_THD: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Where results go, [T, H, D]: rows of padding are zeros, all others are to be written."""
     out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
     out_THD[sum(lengths) :] = 0
-    cudnn.attend(q_THD, k_TGD, v_TGD, lengths, out_THD, scale=scale, window=window)
     return out_THD
 
 
@@ -142,8 +123,7 @@ def _attend_triton(
     """The kernel of our own over all sequences at once; a row keeps its bits in any packing."""
     from .gpu import attention
 
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    out_THD[sum(lengths) :] = 0
+    out_THD = _make_room(q_THD, lengths)
     attention.attend(
         q_THD,
         k_TGD,
@@ -174,8 +154,7 @@ def _attend_flash(
     # torch 2.11 takes fewer key heads as they are, later versions want to be told.
     takes_flag = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
     flags: dict[str, Any] = {"enable_gqa": True} if takes_flag else {}
-    out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-    out_THD[used:] = 0
+    out_THD = _make_room(q_THD, lengths)
     attended: Any = varlen.varlen_attn(
         q_THD[:used],
         k_TGD[:used],
