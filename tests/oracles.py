@@ -7,6 +7,7 @@ are zero, so that the logits after a token are a table's row and every score has
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -259,3 +260,14 @@ def reference_logits(folder: Path, make: Callable[[Path], Any], ids: Sequence[in
     model = make(folder).eval()
     with torch.inference_mode():
         return model(torch.tensor([list(ids)]), use_cache=False).logits[0].float()
+
+
+def share_of_pages(key: str, process: int) -> int:
+    """Bytes that a process has mapped, each page divided by the number of those who have it."""
+    total, counts = 0, False
+    for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-", line):
+            counts = f"/memfd:logitmill-{key}-" in line
+        elif counts and line.startswith("Pss:"):
+            total += int(line.split()[1]) << 10
+    return total

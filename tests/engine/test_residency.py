@@ -448,13 +448,16 @@ def test_layers_that_stay_are_neither_copied_nor_waited_for() -> None:
     assert [len(buffer) for buffer in watched.link.buffers] == [512, 512]
 
 
-@given(
-    num_layers=st.integers(1, 9),
-    share=st.floats(0, 1),
-    num_slots=st.integers(1, 4),
-    ends=st.lists(st.integers(0, 12), max_size=5),
-    seed=st.integers(0, 2**16),
-)
+LATE = {
+    "num_layers": st.integers(1, 9),
+    "share": st.floats(0, 1),
+    "num_slots": st.integers(1, 4),
+    "ends": st.lists(st.integers(0, 12), max_size=5),
+    "seed": st.integers(0, 2**16),
+}
+
+
+@given(**LATE)
 def test_every_layer_is_read_whole_however_late_things_run(
     num_layers: int, share: float, num_slots: int, ends: list[int], seed: int
 ) -> None:
@@ -462,13 +465,7 @@ def test_every_layer_is_read_whole_however_late_things_run(
 
 
 @settings(max_examples=40)
-@given(
-    num_layers=st.integers(1, 9),
-    share=st.floats(0, 1),
-    num_slots=st.integers(1, 4),
-    ends=st.lists(st.integers(0, 12), max_size=5),
-    seed=st.integers(0, 2**16),
-)
+@given(**LATE)
 def test_every_layer_is_read_from_disk_whole_however_late_things_run(
     num_layers: int, share: float, num_slots: int, ends: list[int], seed: int
 ) -> None:

@@ -34,6 +34,7 @@ from logitmill.engine.loading import load_decoder
 from logitmill.engine.placement import Room, place
 from logitmill.engine.residency import Streamed, count_bytes
 from logitmill.engine.shared import Shared, identify, share
+from oracles import share_of_pages
 
 CPU = torch.device("cpu")
 MB = 1 << 20
@@ -73,17 +74,6 @@ def inodes(key: str, process: int | str = "self") -> dict[int, set[int]]:
         if match := re.search(rf" (\d+)\s+/memfd:logitmill-{key}-(\d+) \(deleted\)$", line):
             found.setdefault(int(match[2]), set()).add(int(match[1]))
     return found
-
-
-def share_of_pages(key: str, process: int) -> int:
-    """Bytes that a process has mapped, each page divided by the number of those who have it."""
-    total, counts = 0, False
-    for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-", line):
-            counts = f"/memfd:logitmill-{key}-" in line
-        elif counts and line.startswith("Pss:"):
-            total += int(line.split()[1]) << 10
-    return total
 
 
 def list_open(key: str) -> list[str]:

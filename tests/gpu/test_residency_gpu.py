@@ -11,7 +11,6 @@ import gc
 import hashlib
 import multiprocessing
 import os
-import re
 import signal
 import uuid
 from collections.abc import Iterable
@@ -27,6 +26,7 @@ from logitmill.engine.scratch import Scratch
 from logitmill.engine.shared import Shared
 from logitmill.engine.weights import Plain
 from logitmill.kernels.quantize import quantize
+from oracles import share_of_pages
 
 pytestmark = [
     pytest.mark.gpu,
@@ -193,17 +193,6 @@ def share_and_wait(pipe: Connection, key: str) -> None:
     layers = share(key)
     pipe.send([digest(run(layers, n)) for n in (64, 8192)])
     signal.pause()
-
-
-def share_of_pages(key: str, process: int) -> int:
-    """Bytes of layers that a process has, each page divided by the number of those who have it."""
-    total, counts = 0, False
-    for line in Path(f"/proc/{process}/smaps").read_text().splitlines():
-        if re.match(r"[0-9a-f]+-", line):
-            counts = f"/memfd:logitmill-{key}-" in line
-        elif counts and line.startswith("Pss:"):
-            total += int(line.split()[1]) << 10
-    return total
 
 
 def test_processes_stream_one_pinned_copy() -> None:

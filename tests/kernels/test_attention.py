@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -198,6 +199,23 @@ def assert_attends(
     assert (error <= bound).all(), f"{(error / bound).max().item():.2f} of the bound"
 
 
+def assert_kept_from_neighbours(
+    attend_packed: Callable[..., torch.Tensor], size: int, lengths: Sequence[int], bad: float
+) -> None:
+    """Each sequence has its bits beside others that hold nothing but `bad` numbers."""
+    q, k, v = pack(lengths, lengths, 2, 2, size)
+    clean = attend_packed(q, k, v, lengths)
+    rows = parts(lengths)
+    for i in range(len(lengths)):
+        spoilt = [x.clone() for x in (q, k, v)]
+        for j, others in enumerate(rows):
+            if j != i:
+                for x in spoilt:
+                    x[others] = bad
+        out = attend_packed(*spoilt, lengths)
+        assert torch.equal(out[rows[i]], clean[rows[i]]), i
+
+
 HEADS = [(1, 1, 64), (4, 1, 64), (3, 3, 80), (4, 2, 96), (2, 2, 128), (2, 1, 192), (2, 1, 256)]
 
 
@@ -306,18 +324,7 @@ def test_the_kernel_keeps_the_bits_of_a_sequence(
 def test_the_kernel_keeps_a_sequence_from_its_neighbours(
     device: torch.device, size: int, bad: float, options: dict[str, Any]
 ) -> None:
-    lengths = [5, 37, 32, 9]
-    q, k, v = pack(lengths, lengths, 2, 2, size)
-    clean = launch(device, q, k, v, lengths, **options)
-    rows = parts(lengths)
-    for i in range(len(lengths)):
-        spoilt = [x.clone() for x in (q, k, v)]
-        for j, others in enumerate(rows):
-            if j != i:
-                for x in spoilt:
-                    x[others] = bad
-        out = launch(device, *spoilt, lengths, **options)
-        assert torch.equal(out[rows[i]], clean[rows[i]])
+    assert_kept_from_neighbours(partial(launch, device, **options), size, [5, 37, 32, 9], bad)
 
 
 # ---- tiles -----------------------------------------------------------------------------------
@@ -542,14 +549,4 @@ def test_cudnn_keeps_a_sequence_from_its_neighbours(
     size: int, bad: float, window: int | None
 ) -> None:
     lengths = [5, 37, 300, 32, 9]
-    q, k, v = pack(lengths, lengths, 2, 2, size)
-    clean = run_cudnn(q, k, v, lengths, window=window)
-    rows = parts(lengths)
-    for i in range(len(lengths)):
-        spoilt = [x.clone() for x in (q, k, v)]
-        for j, others in enumerate(rows):
-            if j != i:
-                for x in spoilt:
-                    x[others] = bad
-        out = run_cudnn(*spoilt, lengths, window=window)
-        assert torch.equal(out[rows[i]], clean[rows[i]]), i
+    assert_kept_from_neighbours(partial(run_cudnn, window=window), size, lengths, bad)
