@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 LEAST = 512
 """Fewest rows of a block: below, libraries split sums to fill the device."""
 STANDARD = 8192
-"""Rows that the other sizes are compared with, if there may be so many."""
+"""Rows that the other sizes are compared with, if there is room for so many."""
 PADDING = 1 / 16
 """Share of a batch that padding may add, about."""
 
@@ -59,6 +59,13 @@ class Blocks:
         smaller._asked = self._asked
         return smaller if any(map(smaller._may_use, reversed(smaller.sizes))) else None
 
+    def limit(self, num_rows: int) -> Blocks:
+        """The same without sizes above `num_rows`, as far as smaller ones may be used."""
+        blocks = self
+        while blocks.sizes[0] > num_rows and (smaller := blocks.shrink()) is not None:
+            blocks = smaller
+        return blocks
+
     def _cover(self, num_rows: int) -> list[slice] | None:
         """Blocks that cover rows exactly; None if there are none."""
         blocks = []
@@ -75,9 +82,9 @@ class Blocks:
         return self._asked[size]
 
 
-def powers(largest: int) -> tuple[int, ...]:
-    """`LEAST` times the powers of two, up to `largest` rows and at least `LEAST`."""
-    sizes = [LEAST]
+def powers(largest: int, least: int = LEAST) -> tuple[int, ...]:
+    """`least` times the powers of two, up to `largest` rows and at least `least`."""
+    sizes = [least]
     while 2 * sizes[-1] <= largest:
         sizes.append(2 * sizes[-1])
     return tuple(reversed(sizes))
@@ -93,8 +100,9 @@ def agree(
 ) -> Blocks:
     """Those of `sizes` that give every row of every product the same bits, tried when needed.
 
-    All are compared with one size that does not go by the memory there is, so that a device with
-    little of it agrees with one that has much. A size that does not fit is left out.
+    All are compared with one size that goes neither by what is wanted nor, unless there is very
+    little, by the memory there is: all settings and devices agree. A size that does not fit is
+    left out.
 
     Args:
         products: functions of rows [M, K], and their K.
@@ -109,7 +117,10 @@ def agree(
         return x_MK.normal_(generator=generator)
 
     def is_sound(size: int) -> bool:
-        return not any(_depends_on_place(product, draw(size, n)) for product, n in products)
+        try:
+            return not any(_depends_on_place(product, draw(size, n)) for product, n in products)
+        except torch.OutOfMemoryError:
+            return False
 
     sound = next((n for n in sizes if n <= standard and is_sound(n)), None)
     if sound is None:
@@ -133,8 +144,9 @@ def agree(
 
 def _depends_on_place(product: Product, x_MK: torch.Tensor) -> bool:
     shift = len(x_MK) // 3 + 1
-    moved = product(x_MK).roll(shift, 0)
-    return not torch.equal(product(x_MK.roll(shift, 0)), moved)
+    out, moved = product(x_MK), product(x_MK.roll(shift, 0))
+    begun, ended = moved[:shift], moved[shift:]
+    return not (torch.equal(ended, out[:-shift]) and torch.equal(begun, out[-shift:]))
 
 
 def _agrees(product: Product, x_MK: torch.Tensor, standard: int) -> bool:

@@ -157,6 +157,7 @@ class Decoder:
         self.spec = spec
         self.arrangement = arrangement
         """Where layers live, and how much runs at a time."""
+        self.is_streamed = arrangement is not None and arrangement.placement.is_streamed
         self.vocab_size = spec.vocab_size
         self.max_positions = spec.max_positions
         self.device = embedding_VD.device
@@ -174,7 +175,11 @@ class Decoder:
                 self._rotaries.append(layer.rotary)
         self._rates: dict[int, tuple[torch.Tensor, float]] = {}
         if arrangement is not None and self.device.type != "cpu":
-            self.blocks = self._agree(_unlike(layers.held), arrangement.block_rows)
+            standard = next((n for n in powers(STANDARD) if arrangement.allows(n)), LEAST)
+            blocks = self._agree(
+                _unlike(layers.held), powers(max(arrangement.block_rows, standard)), standard
+            )
+            self.blocks = blocks.limit(arrangement.block_rows)
 
     def hidden(self, ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
         """Hidden states after the final norm, [T, D].
@@ -336,19 +341,16 @@ class Decoder:
             logits_RV.div_(self.spec.logit_cap).tanh_().mul_(self.spec.logit_cap)
         return logits_RV
 
-    def agree_on_logits(self, most_rows: int) -> Blocks:
-        """Numbers of rows, up to `most_rows`, for which `logits` gives a row the same bits."""
-        # How much memory logits may take must not decide a bit: the fewest rows always fit.
-        return self._agree([(self._head, self.spec.hidden_size)], most_rows, LEAST)
+    def agree_on_logits(self, most_rows: int, least: int) -> Blocks:
+        """Numbers of rows from `least` up to `most_rows` for which `logits` gives the same bits."""
+        return self._agree([(self._head, self.spec.hidden_size)], powers(most_rows, least), least)
 
     def _agree(
-        self, linears: Sequence[tuple[Linear, int]], most_rows: int, standard: int = STANDARD
+        self, linears: Sequence[tuple[Linear, int]], sizes: Sequence[int], standard: int
     ) -> Blocks:
         multiply = partial(_multiply, self.device)
         products = [(partial(multiply, linear), num_columns) for linear, num_columns in linears]
-        return agree(
-            products, powers(most_rows), dtype=self.dtype, device=self.device, standard=standard
-        )
+        return agree(products, sizes, dtype=self.dtype, device=self.device, standard=standard)
 
     def _turn(
         self, i: int, positions_T: np.ndarray, sequence_T: np.ndarray, lengths: Sequence[int]

@@ -36,6 +36,7 @@ class Fallback:
         self.vocab_size = vocab_size
         self.max_positions = max_positions
         self.blocks = Blocks([LEAST])
+        self.is_streamed = False
         self.device = next(model.parameters()).device
         self._model = model
         self._body = _find_body(model, self.device)
@@ -113,9 +114,9 @@ class Fallback:
         finally:
             self._body.forward = forward
 
-    def agree_on_logits(self, most_rows: int) -> Blocks:
+    def agree_on_logits(self, most_rows: int, least: int) -> Blocks:
         """One number of rows, for which nothing has to be tried."""
-        return Blocks([LEAST])
+        return Blocks([least])
 
     def _check_causal(self) -> None:
         """ValueError if a token's hidden states change with the tokens that come later.

@@ -33,13 +33,15 @@ class Model(Protocol):
     device: torch.device
     blocks: Blocks
     """Rows of the products of `hidden`; ids are padded accordingly."""
+    is_streamed: bool
+    """Whether every batch, however small, costs a copy of layers to the device."""
 
     def hidden(self, ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor: ...
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor: ...
 
-    def agree_on_logits(self, most_rows: int) -> Blocks:
-        """Numbers of rows, up to `most_rows`, for which `logits` gives a row the same bits."""
+    def agree_on_logits(self, most_rows: int, least: int) -> Blocks:
+        """Numbers of rows from `least` up to `most_rows` for which `logits` gives the same bits."""
 
 
 class Head:
@@ -117,11 +119,8 @@ class Head:
 
     def _smaller(self, outbox: Outbox) -> Blocks:
         """Chunks that leave room for what is under way, as far as there are any."""
-        blocks = self.blocks
-        most = self._logits_memory // (self._model.vocab_size * (4 + outbox.num_bytes))
-        while blocks.sizes[0] > most and (smaller := blocks.shrink()) is not None:
-            blocks = smaller
-        return blocks
+        per_row = self._model.vocab_size * (4 + outbox.num_bytes)
+        return self.blocks.limit(self._logits_memory // per_row)
 
 
 def _empty_statistics(num_rows: int, device: torch.device) -> torch.Tensor:
@@ -146,9 +145,10 @@ def _take(
 
 def _chunks(model: Model, logits_memory: int) -> Blocks:
     rows = most_rows(model.vocab_size, model.device.type, logits_memory)
-    # A CPU's products give a row the same bits in any number of rows.
-    on_cpu = model.device.type == "cpu"
-    return Blocks([min(rows, LEAST)]) if on_cpu else model.agree_on_logits(rows)
+    # How much memory logits may take must not decide a bit: the fewest rows always fit.
+    if model.device.type == "cpu":
+        return model.agree_on_logits(min(rows, LEAST), _CPU_LEAST)
+    return model.agree_on_logits(rows, LEAST)
 
 
 def most_rows(vocab_size: int, device: str, logits_memory: int) -> int:

@@ -41,6 +41,10 @@ BLOCK_ROWS = 32768
 # Tokens of a packed batch, and bytes that logits may take.
 _BATCH_TOKENS = {"cpu": 8192, "cuda": 32768}
 _LOGITS_MEMORY = {"cpu": 256 << 20, "cuda": 2 << 30}
+# Of `get_logits`: tokens of a batch, where more make a product no faster, and chunks that wait to
+# be copied while the next batch is launched.
+_LOGITS_BATCH = 8192
+_HELD = 3
 _HOPPER = (9, 0)
 # What of the free memory is counted on, and the part of it that logits may have where it is short.
 _FREE_SHARE, _LOGITS_SHARE = 0.95, 1 / 12
@@ -371,7 +375,7 @@ def build_pipeline(
         )
         assert model.arrangement is not None
         placement = model.arrangement.describe()
-        if model.arrangement.placement.is_streamed:
+        if model.is_streamed:
             log.warning("%s", placement)
         settings = replace(
             settings,
@@ -450,19 +454,23 @@ class Pipeline:
             raise ValueError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
         sequences, single = _as_sequences(input_ids, self.vocab_size)
         results = [_empty(len(s), self.vocab_size, DTYPES[dtype]) for s in sequences]
-        batches = pack([len(s) for s in sequences], self.max_batch_tokens)
+        # Rows leave while the next batch is computed, those of the last one alone.
+        most = self.max_batch_tokens
+        if not self._model.is_streamed:
+            most = min(most, _LOGITS_BATCH)
+        batches = pack([len(s) for s in sequences], most)
         in_batches = [results[i] for batch in batches for i in batch]
         # The statistics that come along are of no use here, so any target will do.
         requests = [
             [Request(sequences[i], np.zeros_like(sequences[i])) for i in b] for b in batches
         ]
-        chunks = self._runner.stream(requests, DTYPES[dtype], normalised=False)
+        chunks = self._runner.stream(requests, DTYPES[dtype], normalised=False, held=_HELD)
         # To write memory for the first time takes about as long as to compute what is written.
         with ThreadPoolExecutor(1, "logitmill-logits") as pool:
             jobs: deque[Future[None]] = deque()
             for chunk in chunks:
                 jobs.append(pool.submit(_copy, chunk, in_batches))
-                if len(jobs) > 1:
+                if len(jobs) > _HELD:
                     jobs.popleft().result()
             for job in jobs:
                 job.result()

@@ -183,6 +183,10 @@ class Arrangement:
         """One line for people: where layers live, and what that costs."""
         return self.placement.describe(self.batch_tokens)
 
+    def allows(self, rows: int) -> bool:
+        """Whether a product of so many rows fits alone."""
+        return self.batch_bytes is None or self.batches.count_bytes(0, rows) <= self.batch_bytes
+
     def holds(self, tokens: int, padded: int, rows: int) -> bool:
         """Whether a batch of `tokens`, which padding makes `padded`, fits with products of `rows`.
 

@@ -78,15 +78,20 @@ class Runner:
         return launched
 
     def stream(
-        self, batches: Iterable[Sequence[Request]], dtype: torch.dtype, *, normalised: bool
+        self,
+        batches: Iterable[Sequence[Request]],
+        dtype: torch.dtype,
+        *,
+        normalised: bool,
+        held: int = 1,
     ) -> Iterator[list[LogitRows]]:
         """Every scored row of every request over the whole vocabulary, in order, by chunks.
 
-        With `normalised`, log-probabilities; else logits. A few chunks are under way at a time. A
-        chunk is valid until the one after the next is asked for.
+        With `normalised`, log-probabilities; else logits. A few chunks are under way at a time, and
+        the last `held` of those that were given are valid when the next one is asked for.
         """
         under_way: deque[Arrival[list[LogitRows]]] = deque()
-        outbox = Outbox(self._model.device, dtype, self.depth + 2)
+        outbox = Outbox(self._model.device, dtype, self.depth + 1 + held)
         parts = (p for batch in batches for p in self._parts(batch, self._marked, under_way))
         first = 0
         # The next batch is launched before the rows of this one leave, which takes about as long.

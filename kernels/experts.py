@@ -19,6 +19,10 @@ from . import linear
 from .choice import has_triton
 from .quantize import GROUP, Activations, dequantize
 
+# Rows of a product without a kernel of our own, padded with zeros: a library sums a row in another
+# order beside fewer rows than beside many.
+_BLOCK = 32
+
 
 class Order(NamedTuple):
     """Where the choices of tokens lie once they are sorted by expert."""
@@ -102,17 +106,17 @@ def score(
     What a router and the gate of a shared expert are: narrow, and nothing to round. On a GPU, where
     a library would split the sums of so few outputs by the number of rows, a row keeps its bits.
     """
-    if has_triton(x_TK):
-        from .gpu import experts as gpu
 
-        offsets = torch.zeros(2, dtype=torch.int32, device=x_TK.device)
-        offsets[1:] = len(x_TK)
-        bias_EN = None if bias_N is None else bias_N[None]
-        out = torch.empty(len(x_TK), len(weight_NK), device=x_TK.device)
-        return gpu.multiply(Activations(x_TK), weight_NK[None], None, offsets, bias_EN, out)
-    wide = _never_alone(Activations(x_TK.float())).values_TK
-    bias = None if bias_N is None else bias_N.float()
-    return linear.multiply(wide, weight_NK.float(), bias)[: len(x_TK)]
+    def product(rows: Activations, _: int) -> torch.Tensor:
+        bias = None if bias_N is None else bias_N.float()
+        return linear.multiply(rows.values_TK.float(), weight_NK.float(), bias)
+
+    x = Activations(x_TK)
+    offsets = torch.zeros(2, dtype=torch.int32, device=x_TK.device)
+    offsets[1:] = len(x_TK)
+    bias_EN = None if bias_N is None else bias_N[None]
+    room = _room(x, weight_NK[None], torch.float32, None)
+    return _dispatch(product, x, weight_NK[None], None, offsets, bias_EN, room)
 
 
 def multiply(
@@ -236,22 +240,19 @@ def _by_expert(
     offsets: torch.Tensor,
     out: torch.Tensor,
 ) -> torch.Tensor:
-    """product(rows, expert) of every expert that has rows, into `out`."""
-    values, scales = x
-    for expert, (start, end) in enumerate(pairwise(offsets.tolist())):
-        if start < end:
-            few = None if scales is None else scales[start:end]
-            rows = _never_alone(Activations(values[start:end], few))
-            out[start:end] = product(rows, expert)[: end - start]
+    """product(rows, expert) of every expert that has rows, a block at a time, into `out`."""
+    for expert, (first, end) in enumerate(pairwise(offsets.tolist())):
+        for start in range(first, end, _BLOCK):
+            stop = min(start + _BLOCK, end)
+            block = [_pad(part[start:stop]) for part in x if part is not None]
+            out[start:stop] = product(Activations(*block), expert)[: stop - start]
     return out
 
 
-def _never_alone(x: Activations) -> Activations:
-    """A single row twice: a library sums one row in another order than the same beside another."""
-    if len(x.values_TK) != 1:
-        return x
-    values, scales = x
-    return Activations(
-        values.expand(2, -1).contiguous(),
-        None if scales is None else scales.expand(2, -1).contiguous(),
-    )
+def _pad(rows: torch.Tensor) -> torch.Tensor:
+    """Contiguous rows, `_BLOCK` of them."""
+    if len(rows) == _BLOCK:
+        return rows.contiguous()
+    padded = rows.new_zeros(_BLOCK, *rows.shape[1:])
+    padded[: len(rows)] = rows
+    return padded

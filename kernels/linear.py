@@ -26,7 +26,7 @@ def multiply(
 
     Both operands are contiguous. A float32 product on a CPU goes to oneDNN: torch's own way to
     MKL does not use the AVX-512 units of AMD's processors (430 against 190 GFLOP/s on two cores
-    of an EPYC), and either keeps a row's bits whatever the number of rows.
+    of an EPYC). On Intel's, either gives a row other bits beside fewer rows.
     """
     if x_TK.dtype == torch.float32 and x_TK.device.type == "cpu" and _HAS_ONEDNN:
         return torch.ops.mkldnn._linear_pointwise(x_TK, weight_NK, bias_N, "none", [], "")

@@ -94,13 +94,24 @@ def test_a_smaller_size_that_may_not_be_used_is_no_way_to_shrink() -> None:
     assert blocks.shrink() is None
 
 
-def test_a_size_that_does_not_fit_is_left_out() -> None:
+@pytest.mark.parametrize("most", [8192, 2048])
+def test_a_size_that_does_not_fit_is_left_out(most: int) -> None:
     def product(x: torch.Tensor) -> torch.Tensor:
-        if len(x) > 8192:
+        if len(x) > most:
             raise torch.OutOfMemoryError("too large")
         return x
 
-    assert find(product) == (8192, 4096, 2048, 1024, 512)
+    assert find(product) == tuple(n for n in SIZES if n <= most)
+
+
+def test_a_limit_leaves_something_that_may_be_used() -> None:
+    blocks = Blocks(SIZES, lambda size: size in (2048, 8192))
+    assert blocks.limit(32768).sizes == SIZES
+    assert blocks.limit(5000).sizes == (4096, 2048, 1024, 512)
+    for few in (2048, 512, 1):
+        limited = blocks.limit(few)
+        assert limited.sizes == (2048, 1024, 512)
+        assert limited.cut(limited.pad(3000)) == [slice(0, 2048), slice(2048, 4096)]
 
 
 def test_place_that_always_matters_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -137,7 +148,7 @@ def test_a_decoder_runs_in_blocks_that_agree(demo) -> None:  # type: ignore[no-u
     ids = [list(range(5, 5 + n)) for n in (700, 40, 513, 1)]
     expected = demo.get_logits(ids)
     before = model.blocks
-    model.blocks = model._agree(_unlike(model._layers.held), 2048)
+    model.blocks = model._agree(_unlike(model._layers.held), powers(4096), 4096)
     try:
         for found, logits in zip(demo.get_logits(ids), expected, strict=True):
             assert torch.equal(found, logits)

@@ -140,8 +140,9 @@ def test_a_long_window_keeps_to_the_memory_that_was_set(folder):
     layers = (4 << 30) - arrangement.batch_bytes
     padded = pipe._model.blocks.pad(len(ids))
     expected = next(iter(pipe.score([ids], **whole))).tokens.logprob
+    least = pipe._model.blocks.limit(1).sizes[0]
     del pipe
-    for rows in (8192, 2048, 512):
+    for rows in (8192, 2048, least):
         room = layers + arrangement.batches.count_bytes(padded, rows)
         pipe, before = load(room)
         torch.cuda.reset_peak_memory_stats()
@@ -149,10 +150,12 @@ def test_a_long_window_keeps_to_the_memory_that_was_set(folder):
         assert torch.cuda.max_memory_allocated() - before <= room, rows
         assert np.array_equal(found, expected), rows
         parts = pipe._model._cut(padded, len(ids))
-        assert max(part.stop - part.start for part in parts) == rows
+        most = max(part.stop - part.start for part in parts)
+        # Fewer rows are no gain where logits take more than they do.
+        assert arrangement.batches.count_bytes(padded, most) == room - layers
         del pipe
     pipe, _ = load(room - (1 << 20))
-    with pytest.raises(RuntimeError, match="device_memory: a window of 70,001 tokens takes"):
+    with pytest.raises(RuntimeError, match="device_memory: a window of 70,000 tokens takes"):
         list(pipe.score([ids], **whole))
 
 
