@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextvars
 import queue
 import threading
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -17,8 +18,8 @@ _PATIENCE = 0.2
 def run_ahead(items: Iterable[_T], depth: int) -> Iterator[_T]:
     """The same items in the same order, up to `depth` of them made before they are asked for.
 
-    An exception of the items is raised here, at its place among them. The thread ends soon after
-    this iterator is closed or dropped.
+    The first are made at once. An exception of the items is raised at its place among them. The
+    thread ends soon after the iterator is closed or dropped.
     """
     ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
     unwanted = threading.Event()
@@ -44,6 +45,15 @@ def run_ahead(items: Iterable[_T], depth: int) -> Iterator[_T]:
         target=contextvars.copy_context().run, args=(make,), name="logitmill-ahead", daemon=True
     )
     thread.start()
+    given = _give(ready, unwanted)
+    # One that is never asked for an item has nothing to clean up after.
+    weakref.finalize(given, unwanted.set)
+    return given
+
+
+def _give(
+    ready: queue.Queue[tuple[Any, BaseException | None]], unwanted: threading.Event
+) -> Iterator[Any]:
     try:
         while True:
             item, error = ready.get()

@@ -7,6 +7,7 @@ what a URL carries in it. Callers put the field and the URI in front.
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import fsspec
 from fsspec.core import url_to_fs
 
 _HUSHED = "***"
+_SECRETS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 # Packages whose exceptions are about reaching files.
 _CLIENTS = {
     "botocore",
@@ -95,16 +97,30 @@ def stat_of(info: Mapping[str, Any]) -> Stat:
 
 
 def redact(text: str) -> str:
-    """`text` without the user:password and the ?query=... of the URLs in it."""
+    """`text` without the user:password and the ?query=... of the URLs in it, and signatures."""
     text = re.sub(r"://[^/@\s]+@", f"://{_HUSHED}@", text)
+    text = re.sub(r"\b(Signature|Credential|Security-Token)=[^\s&,'\"]+", rf"\1={_HUSHED}", text)
     return re.sub(r"(https?://[^\s'\"?]*)\?[^\s'\"]+", rf"\1?{_HUSHED}", text)
+
+
+def hush(text: str, options: Mapping[str, Any] | None = None) -> str:
+    """`text` without anything from `options`, a URL's credentials or those that are set up.
+
+    A server may send back what it was sent, and what is refused is shown to people.
+    """
+    text = redact(text)
+    known = [os.environ.get(name, "") for name in _SECRETS]
+    known += [value for settings in fsspec.config.conf.values() for value in _strings(settings)]
+    # Short ones are those of a server for trying things, and would shred the message.
+    secrets = {*_strings(options or {}), *(value for value in known if len(value) >= 8)}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, _HUSHED)
+    return text
 
 
 def scrub(error: BaseException, options: Mapping[str, Any]) -> str:
     """One line for an error of a library, without anything from `options` or a URL."""
-    text = redact(" ".join(str(error).split()))
-    for secret in sorted(_strings(options), key=len, reverse=True):
-        text = text.replace(secret, _HUSHED)
+    text = hush(" ".join(str(error).split()), options)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

@@ -84,14 +84,19 @@ class Scorer:
         """Records of every document, in input order, as they are ready.
 
         A document that cannot be scored comes out with the `status` and `error` that say why.
-        Documents are read, tokenized and packed in a thread of their own while the model runs.
+        Documents are read, tokenized and packed in a thread of their own, from now on and while
+        the model runs.
         """
         if on_logits is not None:
             batches = run_ahead(self._batches_in_order(documents), _READY)
-            yield from self._score_in_order(batches, on_logits, on_batch, logits_dtype)
-            return
+            return self._score_in_order(batches, on_logits, on_batch, logits_dtype)
+        return self._score_packed(run_ahead(self._packed_batches(documents), _READY), on_batch)
+
+    def _score_packed(
+        self, batches: Iterable[_Batch], on_batch: BatchSink | None
+    ) -> Iterator[DocumentScore]:
         under_way: deque[tuple[_Batch, list[Arrival[Columns]]]] = deque()
-        for batch in run_ahead(self._packed_batches(documents), _READY):
+        for batch in batches:
             launched = self._runner.launch(batch.requests, num_top=self._num_top)
             under_way.append((batch, launched))
             if len(under_way) > self._runner.depth:

@@ -3,13 +3,19 @@
 What is not finished lies in scratch folders (`.tmp-*`), each locked by its writer for as long as
 the writer lives: whoever finds one without a lock may remove it. Knows nothing of what the files
 are.
+
+Object stores put an object in place in one piece, and two writers of one name leave the object of
+one of them. Nothing here asks a server for conditional writes, so it does not matter which have
+them: whoever writes a name twice writes bytes of which either will do.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -20,11 +26,12 @@ from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 from typing import Any
 
-from fsspec.core import url_to_fs
+from ..engine.remote import connect, hush, protocols, redact
 
-from ..engine.remote import redact
+log = logging.getLogger(__name__)
 
 _TEMPORARY = ".tmp-"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class StoreError(ValueError):
@@ -55,12 +62,11 @@ class Folder:
         """What the file system is opened with."""
         try:
             # Listings are never cached: another process may be at work on the same run.
-            self._fs, root = url_to_fs(uri, use_listings_cache=False, **self.options)
-        except (ImportError, ValueError) as error:
+            self._fs, root = connect(uri, {"use_listings_cache": False, **self.options})
+        except ValueError as error:
             raise StoreError(f"out: {uri!r} cannot be opened: {one_line(error)}") from None
         self._root = root.rstrip("/")
-        protocol = self._fs.protocol
-        self.is_local = "file" in (protocol if isinstance(protocol, tuple) else (protocol,))
+        self.is_local = "file" in protocols(self._fs)
 
     def below(self, name: str) -> Folder:
         """The folder `name` in this one."""
@@ -99,10 +105,11 @@ class Folder:
 
     def read(self, name: str) -> bytes | None:
         """The file's bytes, None if it is not there."""
-        try:
-            return self._fs.cat_file(self.path(name))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with self._plain_errors(name, "read"):
+            try:
+                return self._fs.cat_file(self.path(name))
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def read_json(self, name: str) -> dict[str, Any] | None:
         """The file as a JSON object, None if it is not there or not whole."""
@@ -116,7 +123,7 @@ class Folder:
     def write(self, name: str, data: bytes) -> None:
         """Put a small file in place, whole."""
         if not self.is_local:
-            with self._plain_errors(name):
+            with self._plain_errors(name, "written"):
                 self._fs.pipe_file(self.path(name), data)
             return
         with self.scratch() as folder:
@@ -130,12 +137,24 @@ class Folder:
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A local folder to write parts in, beside the output where that is local."""
+        """A local folder to write parts in, beside the output where that is local.
+
+        Raises:
+            OSError: naming where it lies, if the block found the disk full.
+        """
         within = Path(self._root) if self.is_local else Path(gettempdir(), "logitmill")
         within.mkdir(parents=True, exist_ok=True)
         folder, lock = _make_scratch(within)
         try:
             yield folder
+        except OSError as error:
+            if error.errno not in _FULL:
+                raise
+            remedy = "free some of it" if self.is_local else "free some of it, or set TMPDIR"
+            raise OSError(
+                f"out: the disk of {str(within)!r}, where parts are made, is full "
+                f"({os.strerror(error.errno)}); {remedy}"
+            ) from None
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
@@ -146,16 +165,17 @@ class Folder:
         if self.is_local:
             self._move(local, name)
         else:
-            with self._plain_errors(name):
+            with self._plain_errors(name, "written"):
                 self._fs.put_file(str(local), self.path(name))
         return part
 
     def size(self, name: str) -> int | None:
         """Bytes of a file, None if it is not there."""
-        try:
-            return self._fs.info(self.path(name))["size"]
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+        with self._plain_errors(name, "read"):
+            try:
+                return self._fs.info(self.path(name))["size"]
+            except (FileNotFoundError, NotADirectoryError):
+                return None
 
     def holds(self, parts: Iterable[Part]) -> bool:
         """Whether each of the parts is there in its stated size."""
@@ -174,14 +194,32 @@ class Folder:
         return sorted(_last(entry) for entry in self._list("") if entry["type"] == "directory")
 
     def sweep(self) -> None:
-        """Remove what killed writers left. Writers that live keep their files."""
+        """Remove what killed writers left. Writers that live keep their scratch folders.
+
+        Not so their unfinished uploads to S3, which nothing tells from those of the dead: call this
+        once nothing is left to be written. Who is cut off finds the shard's receipt in place.
+        """
         sweep(Path(self._root) if self.is_local else Path(gettempdir(), "logitmill"))
+        if "s3" in protocols(self._fs):
+            self._end_uploads()
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
+        with self._plain_errors(folder, "listed"):
+            try:
+                return self._fs.ls(self.path(folder), detail=True)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+
+    def _end_uploads(self) -> None:
+        """Abort uploads in parts: S3 lists them nowhere, and charges for their bytes until then."""
+        bucket, _, prefix = self._root.partition("/")
         try:
-            return self._fs.ls(self.path(folder), detail=True)
-        except (FileNotFoundError, NotADirectoryError):
-            return []
+            found = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
+            for upload in found.get("Uploads", []):
+                which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
+                self._fs.call_s3("abort_multipart_upload", Bucket=bucket, **which)
+        except Exception as error:  # they cost money, not rows; not everybody may list them
+            log.warning("%s: unfinished uploads may be left: %s", self.uri, one_line(error))
 
     def _move(self, local: Path, name: str) -> None:
         final = Path(self.path(name))
@@ -191,12 +229,13 @@ class Folder:
         local.replace(final)
 
     @contextmanager
-    def _plain_errors(self, name: str) -> Iterator[None]:
+    def _plain_errors(self, name: str, done: str) -> Iterator[None]:
         """One line instead of a client's exception, whose traceback shows headers and URLs."""
         try:
             yield
         except Exception as error:
-            raise OSError(f"out: {self.uri}/{name} cannot be written: {one_line(error)}") from None
+            where = f"{self.uri}/{name}".rstrip("/")
+            raise OSError(f"out: {where} cannot be {done}: {one_line(error)}") from None
 
 
 def _make_scratch(within: Path) -> tuple[Path, int]:
@@ -239,8 +278,8 @@ def endpoint_options(uri: str, endpoint_url: str | None) -> dict[str, Any]:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line and without the credentials of the URLs in it."""
-    return redact(" ".join(str(error).split())) or type(error).__name__
+    """What an error says, in one line and without credentials."""
+    return hush(" ".join(str(error).split())) or type(error).__name__
 
 
 def _last(entry: Mapping[str, Any]) -> str:

@@ -175,13 +175,11 @@ class LogitsWriter:
 
     tier = "logits"
 
-    def __init__(
-        self, path: Path, metadata: Mapping[str, str], *, dtype: str, max_bytes: int
-    ) -> None:
-        """`max_bytes` of log-probabilities, before compression, are kept and no more."""
+    def __init__(self, path: Path, metadata: Mapping[str, str], *, dtype: str) -> None:
         self._dtype = np.dtype(LOGITS_DTYPES[dtype]).newbyteorder("<")
         self._part = PartWriter(path, LOGITS, {**metadata, "logits_dtype": dtype})
-        self._room = max_bytes
+        self.room = 0
+        """Bytes of log-probabilities, before compression, that may yet be kept."""
         self._document = (-1, "")
         self._first_row = 0
         self._num_rows = 0
@@ -197,8 +195,8 @@ class LogitsWriter:
             TooManyLogits: if they are more than may be kept.
         """
         num_columns = logprobs.shape[1]
-        self._room -= logprobs.size * self._dtype.itemsize
-        if self._room < 0:
+        self.room -= logprobs.size * self._dtype.itemsize
+        if self.room < 0:
             raise TooManyLogits(
                 f"max_logits_bytes: it is used up within document {doc_id!r}, as the corpus holds "
                 "more tokens than a sample of it let expect; raise it, score fewer documents "

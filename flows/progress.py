@@ -7,9 +7,9 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from uuid import UUID
 
@@ -17,48 +17,106 @@ _TICK_SECONDS = 0.2
 
 
 @dataclass
-class Tally:
-    """What the tasks of this process have done so far. Safe to use from several threads."""
+class Count:
+    """What has been done of a shard, or of a run."""
 
-    started: float = field(default_factory=time.monotonic)
     documents: int = 0
     bytes: int = 0
     tokens: int = 0
-    first_score: float | None = None
-    """Seconds from `started` to the first scored document."""
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    """Scored; their documents may not be done yet."""
 
-    def reset(self) -> None:
-        """Begin again at nothing, from now."""
-        with self._lock:
-            self.started = time.monotonic()
-            self.documents = self.bytes = self.tokens = 0
-            self.first_score = None
+    def add(self, other: Count) -> None:
+        """Add what another one counted."""
+        self.documents += other.documents
+        self.bytes += other.bytes
+        self.tokens += other.tokens
+
+
+class Attempt:
+    """A task at work on a shard. What it counted is taken back if it fails: it is done again."""
+
+    def __init__(self, tally: Tally, count: Count) -> None:
+        self._tally = tally
+        self._count = count
 
     def add_batch(self, tokens: int, num_bytes: int) -> None:
-        """Count scored tokens and their bytes, whose documents may not be done yet."""
-        with self._lock:
-            self.tokens += tokens
-            self.bytes += num_bytes
+        """Count scored tokens and their bytes."""
+        with self._tally.lock:
+            self._count.tokens += tokens
+            self._count.bytes += num_bytes
 
     def add_document(self, *, scored: bool) -> None:
         """Count one more document."""
-        with self._lock:
-            self.documents += 1
-            if self.first_score is None and scored:
-                self.first_score = time.monotonic() - self.started
+        with self._tally.lock:
+            self._count.documents += 1
+            self._tally.note_first(scored)
+
+
+class Tally:
+    """What this process, and those that report to it, have done. Safe to use from threads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin again at nothing, from now."""
+        with self.lock:
+            self.started = time.monotonic()
+            self.first_score: float | None = None
+            """Seconds from `started` to the first scored document."""
+            self._done = Count()
+            self._running: dict[Hashable, Count] = {}
+
+    def total(self) -> Count:
+        """All of it, shards in hand included."""
+        with self.lock:
+            total = replace(self._done)
+            for count in self._running.values():
+                total.add(count)
+            return total
+
+    def running(self) -> dict[Hashable, Count]:
+        """What is done of the shards in hand."""
+        with self.lock:
+            return {shard: replace(count) for shard, count in self._running.items()}
 
     @contextmanager
-    def attempt(self) -> Iterator[None]:
-        """A task: what it counted is taken back if it fails, for it will be counted again."""
-        before = replace(self)
+    def attempt(self, shard: Hashable) -> Iterator[Attempt]:
+        """A task of this process."""
+        count = Count()
+        with self.lock:
+            self._running[shard] = count
         try:
-            yield
+            yield Attempt(self, count)
         except BaseException:
-            with self._lock:
-                self.documents, self.bytes = before.documents, before.bytes
-                self.tokens = before.tokens
+            self.drop(shard)
             raise
+        self.finish(shard, count)
+
+    def report(self, shard: Hashable, count: Count) -> bool:
+        """What another process has done of a shard so far; whether that is news."""
+        with self.lock:
+            is_news = self._running.get(shard) != count
+            self._running[shard] = count
+            self.note_first(count.documents > 0)
+            return is_news
+
+    def finish(self, shard: Hashable, count: Count) -> None:
+        """A shard is done, and this is what it held."""
+        with self.lock:
+            self._running.pop(shard, None)
+            self._done.add(count)
+
+    def drop(self, shard: Hashable) -> None:
+        """A shard was lost, with all that was done of it."""
+        with self.lock:
+            self._running.pop(shard, None)
+
+    def note_first(self, scored: bool) -> None:
+        """Note the time of the first score. The lock is held by the caller."""
+        if self.first_score is None and scored:
+            self.first_score = time.monotonic() - self.started
 
 
 TALLY = Tally()
@@ -70,18 +128,26 @@ class Seen:
     """How far a run is."""
 
     fraction: float
+    shards: int
+    num_shards: int
     documents: int
     """Of the run, whoever scored them."""
+    workers: int
     tokens_per_second: float
-    """Of this process."""
+    """Of this run of the flow."""
     seconds_left: float | None
     """None while there is nothing to tell it from."""
 
     def __str__(self) -> str:
         left = f", {_clock(self.seconds_left)} left" if self.seconds_left is not None else ""
+        each = ""
+        if self.workers != 1:
+            rate = self.tokens_per_second / self.workers if self.workers else 0.0
+            each = f" on {counted(self.workers, 'worker')}, {rate:,.0f} each"
         return (
-            f"{self.fraction:4.0%}  {counted(self.documents, 'document')}  "
-            f"{self.tokens_per_second:,.0f} tokens/s{left}"
+            f"{self.fraction:4.0%}  {self.shards:,} of {counted(self.num_shards, 'shard')}  "
+            f"{counted(self.documents, 'document')}  "
+            f"{self.tokens_per_second:,.0f} tokens/s{each}{left}"
         )
 
 
@@ -95,29 +161,48 @@ class Display(Protocol):
         """Show how far the run is."""
 
 
-@contextmanager
-def show_progress(
-    total_bytes: int,
-    done_bytes: int,
-    done_documents: int,
-    log: logging.LoggerAdapter[Any] | logging.Logger,
-) -> Iterator[None]:
-    """Show the tally's way to `total_bytes` for as long as the block runs.
+@dataclass
+class Done:
+    """How far a run is whose shards are finished one after another."""
 
-    What is `done` was done before this process took the run up. On a terminal it shows as a bar,
-    elsewhere as lines in `log`; and as an artifact of the flow run that the block is in.
+    num_shards: int
+    total_bytes: int
+    shards: int
+    bytes: int
+    documents: int
+    workers: int = 1
+    """Processes at work."""
+
+    def note_workers(self, count: int) -> None:
+        """There are so many now."""
+        self.workers = count
+
+
+@contextmanager
+def show_progress(done: Done, log: logging.LoggerAdapter[Any] | logging.Logger) -> Iterator[None]:
+    """Show the tally's way to the end of a run for as long as the block runs.
+
+    `done` holds what was done before this process took the run up; the block counts its shards on
+    and keeps its workers. On a terminal it shows as a bar, elsewhere as lines in `log`; and as an
+    artifact of the flow run that the block is in.
     """
-    began, at_first = time.monotonic(), replace(TALLY)
+    began, at_first = time.monotonic(), TALLY.total()
+    first_bytes, first_documents = done.bytes, done.documents
 
     def look() -> Seen:
         seconds = time.monotonic() - began
-        new_bytes = TALLY.bytes - at_first.bytes
-        done = min(done_bytes + new_bytes, total_bytes)
+        now = TALLY.total()
+        new_bytes = now.bytes - at_first.bytes
+        bytes_done = min(first_bytes + new_bytes, done.total_bytes)
+        left = (done.total_bytes - bytes_done) * seconds / new_bytes if new_bytes > 0 else None
         return Seen(
-            fraction=done / total_bytes if total_bytes else 1.0,
-            documents=done_documents + TALLY.documents - at_first.documents,
-            tokens_per_second=(TALLY.tokens - at_first.tokens) / seconds if seconds else 0.0,
-            seconds_left=(total_bytes - done) * seconds / new_bytes if new_bytes > 0 else None,
+            fraction=bytes_done / done.total_bytes if done.total_bytes else 1.0,
+            shards=done.shards,
+            num_shards=done.num_shards,
+            documents=first_documents + now.documents - at_first.documents,
+            workers=done.workers,
+            tokens_per_second=(now.tokens - at_first.tokens) / seconds if seconds else 0.0,
+            seconds_left=left,
         )
 
     with ExitStack() as stack:

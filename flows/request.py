@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +19,9 @@ from ..engine.intake import Intake, check_vocabulary, doubt_vocabulary
 from ..engine.pipeline import EngineSettings, ModelFacts, inspect_model, name_device
 from ..engine.recipes import Recipe, find_recipe
 from ..engine.tokenization import Tokenizer
-from .corpus import CorpusError, CorpusSpec, plan_corpus, read_shard
-from .corpus.plan import Plan
+from .cluster import ask, check_workers, is_address
+from .corpus import CorpusError, CorpusSpec, NothingLeft, plan_corpus, read_shard
+from .corpus.plan import Input, Plan
 from .folder import Folder, Part, endpoint_options
 from .parts import LOGITS_DTYPES, TIERS
 from .store import MANIFEST, PLAN, find_receipts, hash_json
@@ -41,6 +45,9 @@ class Request:
     logits_dtype: str = "float32"
     max_logits_bytes: int = 10 * 10**9
     endpoint_url: str | None = None
+    workers: str | None = None
+    deadline: float = 900.0
+    only_new: bool = False
 
     def __post_init__(self) -> None:
         """Make settings of mappings of their fields, which is how a deployment gives them."""
@@ -68,7 +75,9 @@ class Job:
     folder: Folder
     corpus: CorpusSpec
     model: str
-    """Local model folder."""
+    """Local model folder; the model's name where `is_elsewhere`."""
+    model_options: Mapping[str, Any]
+    """What opens it where the name is a URI."""
     digest: str
     """Of the model's files: another one is another model, under whatever name."""
     engine: EngineSettings
@@ -78,6 +87,73 @@ class Job:
     max_logits_bytes: int
     num_shards: int
     run_key: str
+    made: str
+    """`Description.made` of what the run was planned for."""
+    is_elsewhere: bool
+    """Whether tasks may run on other machines, which find the model for themselves."""
+    attempt: str
+    """Of this run of the flow alone."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a model is, and what would compute it, in the process that was asked."""
+
+    facts: ModelFacts
+    linears: Mapping[str, str]
+    """How linears are stored, and what they run as."""
+    device: str
+    versions: Mapping[str, str]
+
+    @property
+    def made(self) -> str:
+        """What decides last bits: "NVIDIA H200, torch 2.13.0, triton 3.9.0"."""
+        return ", ".join([self.device, *(f"{k} {v}" for k, v in self.versions.items())])
+
+
+def describe(model_folder: Path, engine: EngineSettings) -> Description:
+    """Check a model and what would compute it here.
+
+    Raises:
+        ValueError: naming what is wrong with the model or the settings.
+    """
+    facts = inspect_model(model_folder, engine)
+    scheme = engine.resolve_scheme(read_config(model_folder))
+    linears = {str(stored): str(run) for stored, run in scheme.runs.items()}
+    return Description(facts, linears, name_device(engine.resolve_device()), versions())
+
+
+def _find_and_describe(
+    model: str, options: Mapping[str, Any], engine: EngineSettings
+) -> tuple[Description, str]:
+    """Of a model where this runs: its description and the digest of its files."""
+    folder = find_model(model, storage_options=options)
+    return describe(folder, engine), digest(folder)
+
+
+def _agree(answers: Mapping[str, tuple[Description, str]]) -> tuple[Description, str]:
+    """What all workers say of themselves and of the model; ValueError if they differ."""
+    (first, (description, model_digest)), *others = answers.items()
+    for worker, (other, other_digest) in others:
+        if other.made != description.made:
+            raise ValueError(
+                f"workers: {first} has {description.made}, and {worker} has {other.made}; give the "
+                "run workers of one kind"
+            )
+        if other_digest != model_digest:
+            raise ValueError(
+                f"model: {first} and {worker} find other files under its name; give all workers "
+                "the same model"
+            )
+    return description, model_digest
+
+
+class NothingNew(Exception):
+    """Complete runs have scored every input of the corpus."""
+
+    def __init__(self, out: str) -> None:
+        super().__init__(f"{out}: its runs hold all of the corpus, there is nothing new to score")
+        self.uri = out
 
 
 @dataclass(frozen=True)
@@ -124,12 +200,27 @@ def prepare(request: Request) -> Prepared:
         raise ValueError(
             f"logits_dtype: {request.logits_dtype!r} is not one of {', '.join(LOGITS_DTYPES)}"
         )
+    if request.deadline <= 0:
+        raise ValueError(f"deadline: {request.deadline} s is not more than 0")
+    check_workers(request.workers)
+    is_elsewhere = is_address(request.workers)
     spec = _make_spec(request)
     root = Folder(request.out, endpoint_options(request.out, request.endpoint_url))
+    model_options = endpoint_options(request.model, request.endpoint_url)
+    # Where others compute, the weights are their business.
     model_folder = find_model(
-        request.model, storage_options=endpoint_options(request.model, request.endpoint_url)
+        request.model, storage_options=model_options, headers_only=is_elsewhere
     )
-    facts = inspect_model(model_folder, engine)
+    if is_elsewhere:
+        model = os.path.abspath(model_folder) if Path(request.model).is_dir() else request.model
+        assert request.workers is not None
+        answers = ask(request.workers, _find_and_describe, model, model_options, engine)
+        description, model_digest = _agree(answers)
+        spec = replace(spec, uri=_absolute(spec.uri))
+    else:
+        model, description = str(model_folder), describe(model_folder, engine)
+        model_digest = digest(model_folder)
+    facts = description.facts
     if engine.logits_memory is not None:
         most_rows(facts.vocab_size, facts.device, engine.logits_memory)
     recipe = find_recipe(request.recipe).resolve(facts.max_positions)
@@ -138,8 +229,26 @@ def prepare(request: Request) -> Prepared:
     if recipe.concatenate:
         # One stream is one document, so it is one shard.
         spec = replace(spec, shard_bytes=1 << 60)
+    asked: dict[str, Any] = {
+        "format": 1,
+        "model": {
+            "digest": model_digest,
+            "architecture": facts.architecture,
+            "vocab_size": facts.vocab_size,
+        },
+        "engine": {
+            "dtype": facts.dtype,
+            "linears": dict(description.linears),
+            "fp8_head": engine.fp8_head,
+        },
+        "recipe": asdict(recipe),
+        "tiers": tiers,
+        "logits_dtype": request.logits_dtype if "logits" in tiers else None,
+    }
     try:
-        plan = plan_corpus(spec)
+        plan = plan_corpus(spec, leave_out=_scored(root, asked, spec) if request.only_new else None)
+    except NothingLeft:
+        raise NothingNew(request.out) from None
     except CorpusError as error:
         if not isinstance(request.corpus, str):
             raise
@@ -150,29 +259,15 @@ def prepare(request: Request) -> Prepared:
         logits_bytes = _check_size(request, spec, plan, tokenizer, facts.vocab_size)
     root.check_writable()
 
-    config = read_config(model_folder)
-    scheme = engine.resolve_scheme(config)
     described: dict[str, Any] = {
-        "format": 1,
-        "uri": spec.uri,
-        "model": {
-            "name": request.model,
-            "digest": digest(model_folder),
-            "architecture": facts.architecture,
-            "vocab_size": facts.vocab_size,
-        },
-        "engine": {
-            "dtype": facts.dtype,
-            "linears": {str(stored): str(run) for stored, run in scheme.runs.items()},
-            "fp8_head": engine.fp8_head,
-        },
+        **asked,
+        "uri": _make_spec(request).uri,
+        "model": {"name": request.model, **asked["model"]},
         "quantization": facts.quantization,
-        "device": name_device(engine.resolve_device()),
-        "versions": versions(),
-        "recipe": asdict(recipe),
+        "device": description.device,
+        "versions": dict(description.versions),
         "recipe_hash": recipe.hash,
-        "tiers": tiers,
-        "logits_dtype": request.logits_dtype if "logits" in tiers else None,
+        "reading": spec.reading(),
         "shard_bytes": spec.shard_bytes,
         "corpus": plan.to_dict(),
     }
@@ -187,8 +282,9 @@ def prepare(request: Request) -> Prepared:
     job = Job(
         folder=folder,
         corpus=spec,
-        model=str(model_folder),
-        digest=described["model"]["digest"],
+        model=model,
+        model_options=model_options,
+        digest=model_digest,
         engine=engine,
         recipe=recipe,
         tiers=tiers,
@@ -196,12 +292,44 @@ def prepare(request: Request) -> Prepared:
         max_logits_bytes=request.max_logits_bytes,
         num_shards=len(plan.shards),
         run_key=run_key,
+        made=description.made,
+        is_elsewhere=is_elsewhere,
+        attempt=uuid.uuid4().hex,
     )
     other = _find_other(root, described) if found is None else None
     doubt = None
     if tokenizer is not None and spec.ids_column is None:
-        doubt = doubt_vocabulary(tokenizer, facts.vocab_size, config)
+        doubt = doubt_vocabulary(tokenizer, facts.vocab_size, read_config(model_folder))
     return Prepared(request, job, plan, facts, described, logits_bytes, other, doubt)
+
+
+def _absolute(uri: str) -> str:
+    """A corpus as other processes of this machine find it, whatever folder they are in."""
+    is_path = "://" not in uri and not uri.startswith("datasets:")
+    return os.path.abspath(os.path.expanduser(uri)) if is_path else uri
+
+
+def _scored(root: Folder, asked: Mapping[str, Any], spec: CorpusSpec) -> Callable[[Input], bool]:
+    """Whether complete runs below `root` that were asked the same have scored an input."""
+    # As a plan that was written and read.
+    same = json.loads(json.dumps({**asked, "reading": spec.reading() | {"limit": None}}))
+    found: set[tuple[str, int, str]] = set()
+    for name in root.folders():
+        folder = root.below(name)
+        plan = None if name.startswith(".") else folder.read_json(PLAN)
+        if plan is None or folder.size(MANIFEST) is None:
+            continue
+        there = {key: plan.get(key) for key in same}
+        there["model"] = {key: plan["model"][key] for key in same["model"]}
+        # One with a limit may have scored its last input in part.
+        there["reading"] = {"limit": None, **(plan.get("reading") or {})}
+        if there == same:
+            found |= {_content(input_) for input_ in Plan.from_dict(plan["corpus"]).inputs}
+    return lambda input_: _content(input_) in found
+
+
+def _content(input_: Input) -> tuple[str, int, str]:
+    return input_.format, input_.size, input_.etag
 
 
 # Hex digits of a run key: of what is asked for, and of what answers it.

@@ -1,35 +1,239 @@
-"""Where tasks run, and how many shards are in flight."""
+"""Runs shards where they are scored: in this process, in others of this machine, on a cluster."""
 
 from __future__ import annotations
 
-from collections import deque
+import logging
+import time
+from asyncio import CancelledError as AsyncCancelledError
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
 
-from prefect.futures import PrefectFuture
-from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
+from prefect.futures import PrefectWrappedFuture
+from prefect.task_runners import ThreadPoolTaskRunner
 
-_T = TypeVar("_T")
+from . import shards
+from .cluster import THREADS, is_address, start_workers
+from .corpus.plan import Shard
+from .progress import TALLY, Count
+from .request import Job
+
+_MOST_LOSSES = 3
+"""Times that a shard may be lost with its worker before it is given up."""
+_LOOK_SECONDS = 1.0
+
+Future = PrefectWrappedFuture[Any, Any]
+Log = logging.Logger | logging.LoggerAdapter[Any]
 
 
-def make_runner() -> TaskRunner[Any]:
-    """Tasks in this process: one engine, one shard at a time, every core at its disposal."""
-    return ThreadPoolTaskRunner(max_workers=1)
+class Lost(Exception):
+    """A shard's worker was lost."""
+
+
+class Pool(Protocol):
+    """Where tasks run."""
+
+    def count(self) -> int:
+        """Processes at work."""
+
+    def submit(self, shard: Shard) -> Future:
+        """Start a shard's task."""
+
+    def result(self, shard: Shard, future: Future) -> Any:
+        """What became of a task that has ended: what it returned, or its exception."""
+
+    def check(self) -> None:
+        """Look after the processes; called every second."""
+
+    def stop(self) -> None:
+        """Have the tasks in flight end soon: the run was interrupted."""
+
+
+@contextmanager
+def open_pool(job: Job, workers: str | None, deadline: float, log: Log) -> Iterator[Pool]:
+    """Where the shards of a job are scored, for as long as the block runs.
+
+    `workers` and `deadline` are those of `score_corpus`.
+    """
+    if workers is None:
+        threads: ThreadPoolTaskRunner[Any] = ThreadPoolTaskRunner(max_workers=THREADS)
+        with threads:
+            yield _Here(job, threads)
+        return
+    from prefect_dask import DaskTaskRunner
+
+    with ExitStack() as stack:
+        address = workers if is_address(workers) else stack.enter_context(start_workers(workers))
+        # It says where it connects to, which the caller has said better.
+        logging.getLogger("prefect.task_runner.dask").setLevel(logging.WARNING)
+        runner = stack.enter_context(DaskTaskRunner(address=address))
+        pool = _Cluster(job, runner, deadline, log)
+        stack.callback(pool.close)
+        yield pool
+
+
+class _Here:
+    """Threads of this process that take turns with one engine."""
+
+    def __init__(self, job: Job, runner: ThreadPoolTaskRunner[Any]) -> None:
+        self._job = job
+        self._runner = runner
+
+    def count(self) -> int:
+        return 1
+
+    def submit(self, shard: Shard) -> Future:
+        return self._runner.submit(shards.score_shard, {"job": self._job, "shard": shard})
+
+    def result(self, shard: Shard, future: Future) -> Any:
+        return future.result(raise_on_failure=False)
+
+    def check(self) -> None:
+        pass
+
+    def stop(self) -> None:
+        shards.stopped.add(self._job.attempt)
+
+
+class _Cluster:
+    """Workers of a Dask scheduler, each with an engine of its own."""
+
+    def __init__(self, job: Job, runner: Any, deadline: float, log: Log) -> None:
+        self._job = job
+        self._runner = runner
+        self._client = runner.client
+        self._deadline = deadline
+        self._log = log
+        self._topic = f"logitmill-{job.attempt}"
+        self._moved: dict[str, float] = {}
+        """When each worker that has tasks was last seen to get on."""
+        self._keys: dict[str, Future] = {}
+        """Tasks in flight by Dask's names of them."""
+        self._client.subscribe_topic(self._topic, self._hear)
+
+    def count(self) -> int:
+        return len(self._client.nthreads())
+
+    def submit(self, shard: Shard) -> Future:
+        parameters = {"job": self._job, "shard": shard, "topic": self._topic}
+        future = self._runner.submit(shards.score_shard, parameters)
+        self._keys[future.wrapped_future.key] = future
+        return future
+
+    def result(self, shard: Shard, future: Future) -> Any:
+        from distributed import KilledWorker
+        from distributed.comm import CommClosedError
+
+        self._keys.pop(future.wrapped_future.key, None)
+        try:
+            result = future.result(raise_on_failure=False)
+        except (KilledWorker, CommClosedError, CancelledError, AsyncCancelledError) as error:
+            TALLY.drop(self._key(shard.index))
+            _mark_lost(future)
+            return Lost(type(error).__name__)
+        except Exception as error:
+            # What the task ended with cannot be sent.
+            TALLY.drop(self._key(shard.index))
+            return error
+        if isinstance(result, Count):
+            TALLY.finish(self._key(shard.index), result)
+        else:
+            TALLY.drop(self._key(shard.index))
+        return result
+
+    def check(self) -> None:
+        """Start workers anew that have tasks and have not got on for the deadline."""
+        now = time.monotonic()
+        processing = {w: keys for w, keys in self._client.processing().items() if keys}
+        self._moved = {worker: self._moved.get(worker, now) for worker in processing}
+        for worker, moved in self._moved.items():
+            if now - moved <= self._deadline:
+                continue
+            self._log.warning(
+                "worker %s has not got on for %.0f s: it is started anew", worker, now - moved
+            )
+            for key in processing[worker]:
+                if key in self._keys:
+                    self._keys[key].wrapped_future.cancel(force=True)
+            self._client.restart_workers([worker], raise_for_error=False)
+            self._moved[worker] = time.monotonic()
+
+    def stop(self) -> None:
+        # Beside the tasks, not in line behind them.
+        self._client.run(shards.stopped.add, self._job.attempt, on_error="ignore")
+
+    def close(self) -> None:
+        self._client.unsubscribe_topic(self._topic)
+
+    def _hear(self, event: tuple[float, Any]) -> None:
+        """A worker says how far it is with its shards."""
+        said = event[1]
+        if TALLY.report(self._key(said["shard"]), Count(**said["count"])):
+            self._moved[said["worker"]] = time.monotonic()
+
+    def _key(self, shard: int) -> tuple[str, int]:
+        return self._job.attempt, shard
 
 
 def run_all(
-    submit: Callable[[_T], PrefectFuture[Any]], items: Sequence[_T], *, window: int = 2
-) -> Iterator[tuple[_T, Any]]:
-    """(item, its result or the exception that ended it), in order, `window` items in flight.
+    pool: Pool, wanted: Sequence[Shard], *, note_workers: Callable[[int], None] = lambda _: None
+) -> Iterator[tuple[Shard, Any]]:
+    """(shard, its result or the exception that ended it), each as it is done.
 
-    A small window keeps a shard that kills its worker from taking others with it.
+    As many are in flight as there are threads, and one more, so that a shard that kills its worker
+    takes few others with it. What was lost is done again, one at a time: another that was lost with
+    it is not lost again.
     """
-    waiting = iter(items)
-    flying: deque[tuple[_T, PrefectFuture[Any]]] = deque()
-    while True:
-        while len(flying) < window and (item := next(waiting, None)) is not None:
-            flying.append((item, submit(item)))
-        if not flying:
-            return
-        item, future = flying.popleft()
-        yield item, future.result(raise_on_failure=False)
+    fresh, lost = deque(wanted), deque[Shard]()
+    flying: dict[Future, Shard] = {}
+    losses: Counter[int] = Counter()
+    ended: SimpleQueue[Any] = SimpleQueue()
+    num_workers, looked = pool.count(), time.monotonic()
+    note_workers(num_workers)
+
+    def submit(shard: Shard) -> None:
+        future = pool.submit(shard)
+        flying[future] = shard
+        future.add_done_callback(ended.put)
+
+    while fresh or lost or flying:
+        if lost and not any(losses[shard.index] for shard in flying.values()):
+            submit(lost.popleft())
+        while fresh and len(flying) < max(1, num_workers) * THREADS + (num_workers > 1):
+            submit(fresh.popleft())
+        try:
+            future = ended.get(timeout=_LOOK_SECONDS)
+        except Empty:
+            future = None
+        if time.monotonic() - looked >= _LOOK_SECONDS:
+            pool.check()
+            num_workers, looked = pool.count(), time.monotonic()
+            note_workers(num_workers)
+        if future is None:
+            continue
+        shard = flying.pop(future)
+        result = pool.result(shard, future)
+        if isinstance(result, Lost):
+            losses[shard.index] += 1
+            if losses[shard.index] < _MOST_LOSSES:
+                lost.append(shard)
+                continue
+            result = Lost(f"its worker was lost {_MOST_LOSSES} times ({result})")
+        yield shard, result
+
+
+def _mark_lost(future: Future) -> None:
+    """Say on the server that a task has crashed, which its worker cannot."""
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.objects import State
+    from prefect.states import Crashed
+
+    try:
+        with get_client(sync_client=True) as client:
+            crashed: State[Any] = Crashed(message="its worker was lost; the shard is done again")
+            client.set_task_run_state(future.task_run_id, crashed, force=True)
+    except Exception:
+        logging.getLogger(__name__).debug("no state for a lost task", exc_info=True)

@@ -21,10 +21,10 @@ from .corpus import CorpusSpec
 from .corpus.plan import Shard
 from .folder import Folder, one_line
 from .parameters import complete_schema
-from .progress import show_progress
+from .progress import Done, show_progress
 from .publish import publish
-from .request import Job, Prepared, Request, prepare
-from .runners import make_runner, run_all
+from .request import NothingNew, Prepared, Request, prepare
+from .runners import Pool, open_pool, run_all
 from .server import start_server, use_server
 from .store import REPORT, Receipt, find_receipts
 
@@ -56,7 +56,12 @@ class ScoringFlow(Flow[..., str]):
         given = get_call_parameters(self.fn, args, kwargs)
         given = {k: v.result() if isinstance(v, PrefectFuture) else v for k, v in given.items()}
         start_server()
-        prepared = prepare(Request(**given))
+        try:
+            prepared = prepare(Request(**given))
+        except NothingNew as found:
+            if return_state:
+                raise
+            return found.uri
         return self.run_prepared(prepared, return_state=return_state, wait_for=wait_for)
 
     def run_prepared(self, prepared: Prepared, **options: Any) -> Any:
@@ -64,7 +69,8 @@ class ScoringFlow(Flow[..., str]):
         if prepared.is_complete() and not options.get("return_state"):
             return prepared.job.folder.uri
         num_shards = len(prepared.plan.shards)
-        if len(find_receipts(prepared.job.folder, num_shards)) < num_shards:
+        is_here = prepared.request.workers is None
+        if is_here and len(find_receipts(prepared.job.folder, num_shards)) < num_shards:
             shards.load_engine(prepared.job)
         token = _prepared.set(prepared)
         try:
@@ -87,7 +93,7 @@ def _name_run() -> str:
     return f"{uri} by {flow_run.parameters['model']}"
 
 
-@partial(ScoringFlow, name="score-corpus", flow_run_name=_name_run, task_runner=make_runner())
+@partial(ScoringFlow, name="score-corpus", flow_run_name=_name_run)
 def score_corpus(
     model: str,
     corpus: str | CorpusSpec,
@@ -99,6 +105,9 @@ def score_corpus(
     logits_dtype: Literal["float32", "float16"] = "float32",
     max_logits_bytes: int = 10 * 10**9,
     endpoint_url: str | None = None,
+    workers: str | None = None,
+    deadline: float = 900.0,
+    only_new: bool = False,
 ) -> str:
     """Score a corpus with a causal language model and leave the run in storage.
 
@@ -122,29 +131,36 @@ def score_corpus(
         max_logits_bytes: refuse to start a run whose `logits` would take more than this, before
             compression, and end one that turns out to.
         endpoint_url: the S3 server to use where it is not Amazon's.
+        workers: where shards are scored: by default in this process; `gpus`, a process for each GPU
+            of this machine; a number, so many processes of it; `tcp://host:8786`, the workers of
+            the Dask cluster with this scheduler.
+        deadline: seconds without progress after which one of these processes is taken for hung and
+            started anew, and its shards are done again.
+        only_new: leave out the inputs that complete runs in `out`, of the same settings, have
+            scored; content tells, not the name.
 
     Returns:
-        The URI of the run's folder.
+        The URI of the run's folder; `out` if there is nothing new to score.
 
     Raises:
         ValueError: for a mistake in the arguments, the model or the corpus, before any scoring.
         RuntimeError: if shards failed; the others are kept, run again to do the rest.
     """
+    asked = locals()
+    # Processes elsewhere get the flow with copies of all that it refers to.
+    from . import score
+
+    return score.carry_out(score.Request(**asked))
+
+
+def carry_out(request: Request) -> str:
+    """What the flow does, within its run."""
     log = get_run_logger()
-    prepared = _prepared.get() or prepare(
-        Request(
-            model=model,
-            corpus=corpus,
-            out=out,
-            recipe=recipe,
-            tiers=tiers,
-            engine=engine,
-            limit=limit,
-            logits_dtype=logits_dtype,
-            max_logits_bytes=max_logits_bytes,
-            endpoint_url=endpoint_url,
-        )
-    )
+    try:
+        prepared = _prepared.get() or prepare(request)
+    except NothingNew as found:
+        log.info("%s", found)
+        return found.uri
     job, plan, facts = prepared.job, prepared.plan, prepared.facts
     folder = job.folder
     if prepared.is_complete():
@@ -166,20 +182,29 @@ def score_corpus(
             log.warning("%s", line, extra=IN_PLAN)
     if prepared.logits_bytes is not None:
         log.info("logits will take about %.2f GB", prepared.logits_bytes / 1e9, extra=IN_PLAN)
-    if pending:
-        # Tasks run in this process: what is wrong with the model shows once, not shard by shard.
+    if pending and request.workers is None:
+        # What is wrong with the model shows once, not shard by shard.
         log.info("%s: %s", folder.uri, shards.load_engine(job).placement)
     prepared.write_plan()
-    done_bytes = plan.num_bytes - sum(shard.num_bytes for shard in pending)
-    done_documents = sum(receipt.documents for receipt in done.values())
+    progress = Done(
+        num_shards=len(plan.shards),
+        total_bytes=plan.num_bytes,
+        shards=len(done),
+        bytes=plan.num_bytes - sum(shard.num_bytes for shard in pending),
+        documents=sum(receipt.documents for receipt in done.values()),
+    )
     failures: list[tuple[Shard, BaseException]] = []
-    with (
-        show_progress(plan.num_bytes, done_bytes, done_documents, log),
-        _stop_tasks_if_interrupted(job),
-    ):
-        for shard, result in run_all(lambda s: shards.score_shard.submit(job, s), pending):
-            if isinstance(result, BaseException):
-                failures.append((shard, result))
+    if pending:
+        with (
+            open_pool(job, request.workers, request.deadline, log) as pool,
+            _stop_if_interrupted(pool),
+        ):
+            with show_progress(progress, log):
+                for shard, result in run_all(pool, pending, note_workers=progress.note_workers):
+                    if isinstance(result, BaseException):
+                        failures.append((shard, result))
+                    else:
+                        progress.shards += 1
     if failures:
         shard, error = failures[0]
         raise RuntimeError(
@@ -200,13 +225,12 @@ def score_corpus(
 
 
 @contextmanager
-def _stop_tasks_if_interrupted(job: Job) -> Iterator[None]:
+def _stop_if_interrupted(pool: Pool) -> Iterator[None]:
     """Have the tasks in flight end soon where the block is left by Ctrl-C or a cancellation."""
-    shards.stopped.discard(job.run_key)
     try:
         yield
     except BaseException:
-        shards.stopped.add(job.run_key)
+        pool.stop()
         raise
 
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
+from ..engine.checkpoint import digest, find_model
 from ..engine.pipeline import EngineSettings, Pipeline, load_pipeline
-from ..engine.records import OK
-from ..engine.scorer import LogitsSink
+from ..engine.records import OK, DocumentScore
 from .corpus import read_shard
 from .corpus.plan import Shard
 from .folder import one_line
@@ -28,16 +32,24 @@ from .parts import (
     TooManyLogits,
     write_table,
 )
-from .progress import TALLY
-from .request import Job
+from .progress import TALLY, Attempt, Count
+from .request import Job, describe
 from .store import Receipt, find_receipts
 from .summary import Summary
 from .versions import versions
 
 RETRIES = 2
+_REPORT_SECONDS = 1.0
 
 stopped: set[str] = set()
-"""Keys of runs that were interrupted: their tasks in this process end at the next document."""
+"""Flow runs (`Job.attempt`) that were interrupted: their tasks in this process end at the next
+document."""
+
+_kept: dict[tuple[str, int], int] = {}
+"""Tokens of shards that this process has kept logits of, by flow run; receipts come a bit later."""
+
+_turn = threading.Lock()
+"""Held by the task whose shard the engine is at work on. Others read theirs, or write it."""
 
 
 class Stopped(Exception):
@@ -56,27 +68,61 @@ class Stopped(Exception):
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def score_shard(job: Job, shard: Shard) -> int:
-    """Score one shard, leave its parts and its receipt; returns the number of documents."""
-    found = Receipt.read(job.folder, shard.index)
-    if found is not None and job.folder.holds(found.parts):
-        # Another run of the same key, or an earlier start of this task, was here first.
-        return found.documents
+def score_shard(job: Job, shard: Shard, topic: str | None = None) -> Count:
+    """Score one shard, leave its parts and its receipt; returns what it held.
+
+    With `topic`, a Dask worker says there how far it is.
+    """
+    # A task reaches other processes with copies of all that it refers to; what they share is here.
+    from . import shards
+
+    return shards.complete(job, shard, topic)
+
+
+def complete(job: Job, shard: Shard, topic: str | None = None) -> Count:
+    """What the task does."""
+    receipt = Receipt.read(job.folder, shard.index)
+    if receipt is None or not job.folder.holds(receipt.parts):
+        key = (job.attempt, shard.index)
+        try:
+            with TALLY.attempt(key) as attempt, _report(key, topic):
+                receipt = _score(job, shard, attempt)
+        except Exception as error:
+            if isinstance(error, TooManyLogits):
+                # The other shards have no more room than this one.
+                stopped.add(job.attempt)
+            get_run_logger().warning("shard %d: %s", shard.index, one_line(error))
+            raise
+        receipt.write(job.folder)
+    # Else another run of the same key, or an earlier start of this task, was here first.
+    return Count(receipt.documents, receipt.bytes, receipt.tokens)
+
+
+@contextmanager
+def _report(key: tuple[str, int], topic: str | None) -> Iterator[None]:
+    """Say on a topic of the Dask cluster, every second, what is done of a shard."""
+    if topic is None:
+        yield
+        return
+    from distributed import get_worker
+
+    worker, ended = get_worker(), threading.Event()
+
+    def say() -> None:
+        while not ended.wait(_REPORT_SECONDS):
+            count = TALLY.running().get(key, Count())
+            said = {"shard": key[1], "worker": worker.address, "count": asdict(count)}
+            worker.log_event(topic, said)
+
+    thread = threading.Thread(target=say, name="logitmill-report", daemon=True)
+    thread.start()
     try:
-        with TALLY.attempt():
-            receipt = _score(job, shard)
-    except Exception as error:
-        if isinstance(error, TooManyLogits):
-            # The other shards have no more room than this one.
-            stopped.add(job.run_key)
-        get_run_logger().warning("shard %d: %s", shard.index, one_line(error))
-        raise
-    receipt.write(job.folder)
-    return receipt.documents
+        yield
+    finally:
+        ended.set()
 
 
-def _score(job: Job, shard: Shard) -> Receipt:
-    started = time.monotonic()
+def _score(job: Job, shard: Shard, attempt: Attempt) -> Receipt:
     pipe = load_engine(job)
     name = f"{shard.index:05d}"
     metadata = {
@@ -90,40 +136,41 @@ def _score(job: Job, shard: Shard) -> Receipt:
     summary = Summary()
     with job.folder.scratch() as scratch:
         writers: list[ScoresWriter | TokensWriter | LogitsWriter] = []
-        on_logits: LogitsSink | None = None
+        logits: LogitsWriter | None = None
         if "tokens" in job.tiers:
             writers.append(TokensWriter(scratch / "tokens", metadata))
         if "logits" in job.tiers:
-            logits = LogitsWriter(
-                scratch / "logits",
-                metadata,
-                dtype=job.logits_dtype,
-                max_bytes=_logits_room(job, pipe.vocab_size),
-            )
+            logits = LogitsWriter(scratch / "logits", metadata, dtype=job.logits_dtype)
             writers.append(logits)
-            on_logits = logits.add_rows
         writers.append(ScoresWriter(scratch / "scores", metadata))
-        documents = read_shard(job.corpus, shard)
+        # Its documents are read and tokenized from here on, while another shard has its turn.
         scores = pipe.score(
-            documents,
+            read_shard(job.corpus, shard),
             recipe=job.recipe,
-            on_logits=on_logits,
+            on_logits=None if logits is None else logits.add_rows,
             logits_dtype=job.logits_dtype,
-            on_batch=TALLY.add_batch,
+            on_batch=attempt.add_batch,
         )
-        for score in scores:
-            if job.run_key in stopped:
-                raise Stopped("interrupted")
-            record = score.record
-            for writer in writers:
-                writer.add(score)
-            summary.add(score)
-            counts["documents"] += 1
-            counts["failed"] += record.status != OK
-            counts["tokens"] += record.num_tokens_scored
-            counts["bytes"] += record.num_bytes
-            loglikelihood += record.loglikelihood or 0.0
-            TALLY.add_document(scored=record.status == OK)
+        with _turn, closing(cast("Generator[DocumentScore]", scores)):
+            if logits is not None:
+                logits.room = _logits_room(job, pipe.vocab_size)
+            started = time.monotonic()
+            for score in scores:
+                if job.attempt in stopped:
+                    raise Stopped("interrupted")
+                record = score.record
+                for writer in writers:
+                    writer.add(score)
+                summary.add(score)
+                counts["documents"] += 1
+                counts["failed"] += record.status != OK
+                counts["tokens"] += record.num_tokens_scored
+                counts["bytes"] += record.num_bytes
+                loglikelihood += record.loglikelihood or 0.0
+                attempt.add_document(scored=record.status == OK)
+            seconds = time.monotonic() - started
+            if logits is not None:
+                _kept[job.attempt, shard.index] = counts["tokens"]
         parts = []
         for writer in writers:
             writer.close()
@@ -137,7 +184,7 @@ def _score(job: Job, shard: Shard) -> Receipt:
         shard=shard.index,
         parts=tuple(parts),
         loglikelihood=loglikelihood,
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         device=pipe.device_name,
         versions=versions(),
         **counts,
@@ -146,7 +193,9 @@ def _score(job: Job, shard: Shard) -> Receipt:
 
 def _logits_room(job: Job, vocab_size: int) -> int:
     """Bytes of logits that the run may still keep: what its finished shards hold is used."""
-    tokens = sum(receipt.tokens for receipt in find_receipts(job.folder, job.num_shards).values())
+    kept = {n: tokens for (attempt, n), tokens in _kept.items() if attempt == job.attempt}
+    receipts = find_receipts(job.folder, job.num_shards)
+    tokens = sum((kept | {n: receipt.tokens for n, receipt in receipts.items()}).values())
     row_bytes = vocab_size * np.dtype(LOGITS_DTYPES[job.logits_dtype]).itemsize
     return job.max_logits_bytes - tokens * row_bytes
 
@@ -158,12 +207,37 @@ def load_engine(job: Job) -> Pipeline:
     """The engine of this process: loaded once for a model's digest, kept between shards.
 
     Raises:
-        ValueError: naming what is wrong with the model or the settings.
+        ValueError: naming what is wrong with the model, the settings, or this process for the run.
     """
     with _loading:
-        return _load_engine(job.model, job.digest, job.engine)
+        if not job.is_elsewhere:
+            return _load_engine(job.model, job.digest, job.engine)
+        storage_options = dict(job.model_options)
+        folder = str(find_model(job.model, storage_options=storage_options))
+        _check_worker(folder, job.digest, job.engine, job.made)
+        return _load_engine(folder, job.digest, job.engine)
 
 
 @lru_cache(maxsize=1)
 def _load_engine(model: str, digest: str, settings: EngineSettings) -> Pipeline:
     return load_pipeline(Path(model), settings)
+
+
+@lru_cache(maxsize=1)
+def _check_worker(folder: str, expected: str, settings: EngineSettings, made: str) -> None:
+    """ValueError if what this process would compute is not what the run was planned with.
+
+    It may have joined the cluster after that.
+    """
+    host = socket.gethostname()
+    found = describe(Path(folder), settings).made
+    if found != made:
+        raise ValueError(
+            f"workers: one on {host} has {found}, and the run was planned for {made}; give the run "
+            "workers of one kind"
+        )
+    if digest(Path(folder)) != expected:
+        raise ValueError(
+            f"model: on {host}, {folder!r} holds other files than the run was planned with; give "
+            "all workers the same model"
+        )

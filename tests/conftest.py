@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from ceph import NoCephError
 from hypothesis import HealthCheck, settings
+from s3 import S3Server, share_server
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -52,3 +54,17 @@ def demo(demo_folder: Path):  # type: ignore[no-untyped-def]
     from logitmill.engine import pipeline
 
     return pipeline(demo_folder, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """A real S3 server with the bucket `bucket`, one for all processes of the session."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    try:
+        with share_server(shared) as server:
+            server.make_bucket("bucket")
+            yield server
+    except NoCephError as error:
+        # Where tests decide what is merged, an absent server is a failure.
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"no S3 server: {error}")

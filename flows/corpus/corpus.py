@@ -14,10 +14,10 @@ import hashlib
 import json
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import islice
 from typing import Any, Protocol
 
@@ -115,6 +115,16 @@ class CorpusSpec:
         if empty:
             raise CorpusError(f"{empty[0]}='': name a column.")
 
+    def reading(self) -> dict[str, Any]:
+        """How documents are made of inputs: the fields that differ from what they are by default,
+        but not where the corpus lies, what opens it, nor how it is cut."""
+        elsewhere = ("uri", "storage_options", "shard_bytes")
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if f.name not in elsewhere and getattr(self, f.name) != f.default
+        }
+
     @property
     def columns(self) -> Columns:
         """The columns that make a document of a table's row."""
@@ -130,21 +140,31 @@ class CorpusSpec:
         )
 
 
-def plan_corpus(spec: CorpusSpec) -> Plan:
+class NothingLeft(Exception):
+    """All inputs of the corpus are left out."""
+
+
+def plan_corpus(spec: CorpusSpec, leave_out: Callable[[Input], bool] | None = None) -> Plan:
     """Cuts the corpus into shards, reading as little of it as that takes.
 
     Every input's footer or first lines are looked at; content is read where the file system has no
     ETags (to hash it), for `limit` (lines are counted) and for `id_column` (ids must be unique).
 
-    Raises ValueError, in one line that names the field and its value, for all that can be wrong
-    with a corpus as a whole. What is wrong with one document is found by `read_shard`.
+    Inputs that are left out take no part in the plan, nor in its fingerprint; NothingLeft is raised
+    if those are all. Raises ValueError, in one line that names the field and its value, for all
+    that can be wrong with a corpus as a whole. What is wrong with one document is found by
+    `read_shard`.
     """
     corpus = _open(spec)
+    num_left_out = 0
     inputs: list[Input] = []
     sources: list[str] = []
     pieces: list[Piece] = []
     remaining = spec.limit
     for input_, reader in corpus.survey():
+        if leave_out is not None and leave_out(input_):
+            num_left_out += 1
+            continue
         inputs.append(input_)
         sources.append(reader.source)
         with corpus.plain_errors(input_):
@@ -154,6 +174,8 @@ def plan_corpus(spec: CorpusSpec) -> Plan:
             remaining -= sum(piece.num_documents or 0 for piece in taken)
             if remaining == 0:
                 break
+    if not inputs and num_left_out:
+        raise NothingLeft
     if not pieces:
         raise CorpusError(f"uri={redact(spec.uri)!r} holds no documents.")
     if spec.id_column is not None:

@@ -29,6 +29,13 @@ def test_items_come_in_order_from_another_thread():
     assert made_in.isdisjoint({threading.get_ident()})
 
 
+def test_the_first_are_made_before_anybody_asks():
+    made = []
+    found = run_ahead((made.append(i) for i in range(50)), 3)
+    wait_for(lambda: len(made) == 4)
+    found.close()
+
+
 def test_no_more_is_made_ahead_than_was_asked_for():
     made = []
 
@@ -60,7 +67,8 @@ def test_an_error_comes_at_its_place(error: BaseException):
     assert caught.value is error
 
 
-def test_what_is_dropped_ends_with_its_items():
+@pytest.mark.parametrize("taken", [0, 1])
+def test_what_is_dropped_ends_with_its_items(taken):
     ended = threading.Event()
 
     def items() -> Iterator[int]:
@@ -71,6 +79,7 @@ def test_what_is_dropped_ends_with_its_items():
             ended.set()
 
     found = run_ahead(items(), 2)
-    next(found)
+    for _ in range(taken):
+        next(found)
     del found
     assert ended.wait(10)

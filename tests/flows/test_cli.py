@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from flow_helpers import Score
 from logitmill.flows import CorpusSpec, Run, cli, open_run, progress
+from logitmill.flows.commands.mistakes import name_options
 
 
 def logitmill(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -43,7 +44,7 @@ def in_process(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int
     return int(ended.value.code or 0), out, err
 
 
-@pytest.mark.parametrize("command", ["", "score", "report", "inspect"])
+@pytest.mark.parametrize("command", ["", "score", "follow", "report", "inspect"])
 def test_help_teaches(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,6 +63,12 @@ def test_help_teaches(
             "exit status is 2",
             "authors you trust",
             "s3://",
+            "--workers",
+            "dask worker tcp://HOST:8786",
+            "CUDA_VISIBLE_DEVICES",
+            "--deadline",
+            "--only-new",
+            "--dry-run",
         ):
             assert word in out
 
@@ -149,6 +156,10 @@ def test_each_mistake_names_its_field(
             ("--max-logits-gb", "0", "--keep", "logits"),
             "--max-logits-gb: 0 GB is less than the 0.0",
         ),
+        (("--workers", "many"), "--workers: 'many' is neither 'gpus', nor a number of processes"),
+        (("--deadline", "0"), "--deadline: 0"),
+        (("--deadline", "1h"), "'--deadline': '1h' is not a number of seconds; give 900"),
+        (("--price-per-gb-month", "2"), "--price-per-gb-month: 2 is for --dry-run; add that"),
         (("--nonsense",), "No such option: --nonsense"),
     ]
     for arguments, expected in cases:
@@ -179,7 +190,7 @@ def test_fields_are_named_as_options_but_not_what_is_quoted() -> None:
         ),
         "quantization_config: the model's format: 3": "quantization_config: the model's format: 3",
     }
-    assert {message: cli._name_options(message) for message in said} == said
+    assert {message: name_options(message) for message in said} == said
 
 
 def test_shards_that_fail_are_status_1(
@@ -198,10 +209,9 @@ def test_shards_that_fail_are_status_1(
         patch.setattr(Folder, "publish", full)
         code, _, err = in_process(capsys, "score", demo_folder, corpus, "--out", tmp_path / "runs")
     assert code == 1
-    assert err.splitlines()[-1] == (
-        "error: 1 of 1 shards failed, the first is shard 0: [Errno 28] No space left on device; "
-        "run again to do them"
-    )
+    line = err.splitlines()[-1]
+    assert line.startswith("error: 1 of 1 shards failed, the first is shard 0: ")
+    assert "No space left on device" in line and line.endswith("; run again to do them")
     assert "Traceback" not in err
 
 
@@ -272,6 +282,80 @@ def test_inspect_and_report(
     assert finished.plan["run_key"] in (tmp_path / "r.html").read_text()
     code, _, err = in_process(capsys, "report", tmp_path)
     assert code == 2 and err.startswith(f"error: run: there is no run in '{tmp_path}'")
+
+
+def test_a_run_is_verified(
+    finished: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = in_process(capsys, "inspect", finished.uri, "--verify", "--sample", "3")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == f"run     {finished.uri}"
+    assert lines[2:] == [
+        "        scored 3 of 8 documents again: compared bit for bit",
+        "        all holds",
+    ]
+    copy = Path(shutil.copytree(finished.uri, tmp_path / "copy"))
+    (copy / "tokens/part-00000.parquet").unlink()
+    (copy / "left.over").write_text("x")
+    code, out, err = in_process(capsys, "inspect", copy, "--verify", "--sample", "0")
+    assert code == 1 and "all holds" not in out
+    assert err.splitlines() == [
+        "error: tokens/part-00000.parquet: it is missing",
+        "error: left.over: nothing names it: 1 bytes left over",
+        f"error: 2 findings; {copy} is not what it should be",
+    ]
+    for arguments, expected in (
+        (("--sample", "3"), "--sample: 3 goes with --verify"),
+        (("--verify", "--sample", "-3"), "--sample: -3 is not a number of documents"),
+        (("--verify", "--dtype", "float16"), "--dtype: 'float16' is the plan's to say"),
+        (("--verify", "--doc", "one"), "--doc: 'one' does not go with --verify"),
+    ):
+        code, _, err = in_process(capsys, "inspect", finished.uri, *arguments)
+        assert code == 2 and err.startswith(f"error: {expected}"), err
+
+
+def test_where_and_how_it_runs_is_passed_on(
+    demo_folder: Path,
+    corpus: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from logitmill.flows import request
+
+    asked: list[request.Request] = []
+
+    def refuse(what: request.Request) -> None:
+        asked.append(what)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(request, "prepare", refuse)
+    command = ("score", demo_folder, corpus, "--out", tmp_path)
+    in_process(capsys, *command, "--workers", "4", "--deadline", "60", "--only-new")
+    in_process(capsys, *command)
+    assert [(one.workers, one.deadline, one.only_new) for one in asked] == [
+        ("4", 60.0, True),
+        (None, 900.0, False),
+    ]
+
+
+def test_only_what_is_new_is_scored(
+    demo_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = Path(shutil.copytree(corpus, tmp_path / "own"))
+    command = ("score", demo_folder, own, "--out", tmp_path / "runs", "--only-new")
+    assert in_process(capsys, *command)[0] == 0
+    code, out, _ = in_process(capsys, *command)
+    assert (code, out) == (
+        0,
+        f"{tmp_path}/runs: its runs hold all of the corpus, there is nothing new to score\n",
+    )
+    (own / "one/new.py").write_text("def new():\n    return 1\n")
+    code, out, _ = in_process(capsys, *command, "--dry-run")
+    assert code == 0 and f"corpus  {own}: 1 document, " in out
+    code, out, _ = in_process(capsys, *command)
+    assert code == 0 and "scored now: 1 document in " in out
 
 
 def test_a_model_is_inspected_for_a_gpu_that_is_not_here(
@@ -375,7 +459,7 @@ def test_progress_is_lines_without_a_terminal(
     monkeypatch.setattr(progress._Lines.__init__, "__defaults__", (0.01,))
     score(corpus)
     lines = [r.getMessage() for r in caplog.records if r.getMessage().startswith("scoring")]
-    assert lines and all("documents" in line and "tokens/s" in line for line in lines)
+    assert lines and all("document" in line and "tokens/s" in line for line in lines)
 
 
 def test_progress_is_a_bar_on_a_terminal(demo_folder: Path, corpus: Path, tmp_path: Path) -> None:
@@ -414,18 +498,20 @@ def test_progress_counts_what_was_done_before(
 
 def test_a_failed_attempt_is_not_counted() -> None:
     tally = progress.Tally()
-    tally.add_batch(3, 10)
-    tally.add_document(scored=True)
+    with tally.attempt("first") as attempt:
+        attempt.add_batch(3, 10)
+        attempt.add_document(scored=True)
 
     def fail() -> None:
-        with tally.attempt():
-            tally.add_batch(2, 5)
-            tally.add_document(scored=True)
+        with tally.attempt("second") as attempt:
+            attempt.add_batch(2, 5)
+            attempt.add_document(scored=True)
+            assert tally.total().documents == 2
             raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
         fail()
-    assert (tally.documents, tally.bytes, tally.tokens) == (1, 10, 3)
+    assert tally.total() == progress.Count(documents=1, bytes=10, tokens=3)
 
 
 def test_plan_json_holds_no_absolute_input(finished: Run, corpus: Path) -> None:

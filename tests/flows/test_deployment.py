@@ -1,34 +1,32 @@
-"""`infra/prefect.yaml` for real: deployed, picked up by a worker, run to its manifest."""
+"""What Prefect's server and UI know of the flows that are deployed, and what `backfill` does."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import shutil
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
+from flow_helpers import SECRET
 from logitmill.engine import PRESETS
-from logitmill.flows import open_run, score_corpus
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from logitmill.flows import CorpusSpec, open_run, score_corpus
+from logitmill.flows.backfill import backfill
+from prefect import Flow
+from prefect.client.orchestration import get_client
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture
-def client(server_url: str) -> Iterator[SyncPrefectClient]:
-    from logitmill.flows.server import use_server
-
-    with use_server(), get_client(sync_client=True) as client:
-        yield client
+FIRST, LAST = date(2026, 2, 27), date(2026, 3, 2)
 
 
-def test_parameters_are_typed_and_described() -> None:
-    schema = score_corpus.parameters.model_dump()
+@pytest.mark.parametrize(
+    ("flow", "dates"),
+    [(score_corpus, {}), (backfill, {"first": "2026-02-27", "last": "2026-03-02"})],
+    ids=["score-corpus", "backfill"],
+)
+def test_parameters_are_typed_and_described(flow: Flow[..., Any], dates: dict[str, str]) -> None:
+    schema = flow.parameters.model_dump()
     for name, field in schema["properties"].items():
         assert field["description"], name
     assert schema["properties"]["tiers"]["items"]["enum"] == ["scores", "tokens", "logits"]
@@ -38,7 +36,13 @@ def test_parameters_are_typed_and_described() -> None:
         fields = schema["definitions"][definition]["properties"]
         undescribed = [n for n, field in fields.items() if not field.get("description")]
         assert undescribed == []
-    given: dict[str, Any] = {"model": "m", "corpus": "c", "out": "o", "recipe": "rolling-64"}
+    given: dict[str, Any] = {
+        "model": "m",
+        "corpus": "c",
+        "out": "o",
+        "recipe": "rolling-64",
+        **dates,
+    }
     jsonschema.validate(given, schema)
     jsonschema.validate({**given, "engine": {"quantization": "fp8", "fp8_head": True}}, schema)
     for engine in ({"quantization": "fp7"}, {"dtype": "int3"}, {"fp7_head": True}):
@@ -46,7 +50,14 @@ def test_parameters_are_typed_and_described() -> None:
             jsonschema.validate({**given, "engine": engine}, schema)
 
 
+def test_days_are_asked_for_as_dates() -> None:
+    schema = backfill.parameters.model_dump()
+    assert {schema["properties"][name]["format"] for name in ("first", "last")} == {"date"}
+    assert {"first", "last", "corpus", "model", "out"} <= set(schema["required"])
+
+
 def test_parameters_have_no_place_for_credentials() -> None:
+    assert "storage_options" not in json.dumps(backfill.parameters.model_dump())
     schema = score_corpus.with_options(name="other").parameters.model_dump()
     assert "storage_options" not in json.dumps(schema)
     given = {"uri": "s3://x", "storage_options": {"secret": "s"}}
@@ -54,45 +65,89 @@ def test_parameters_have_no_place_for_credentials() -> None:
         jsonschema.validate({"model": "m", "corpus": given, "out": "o"}, schema)
 
 
-@pytest.mark.slow
-def test_the_deployments_run(
-    client: SyncPrefectClient, server_url: str, demo_folder: Path, corpus: Path, tmp_path: Path
+@pytest.fixture
+def days(corpus: Path, tmp_path: Path) -> str:
+    """A corpus of a folder a day, a file each, and none on the last of February."""
+    files = sorted(corpus.rglob("*.py"))
+    for day, file in zip(("2026-02-27", "2026-03-01", "2026-03-02"), files, strict=False):
+        folder = tmp_path / "days" / f"date={day}"
+        folder.mkdir(parents=True)
+        shutil.copy(file, folder)
+    return str(tmp_path / "days" / "date={date}" / "*.py")
+
+
+def test_a_backfill_scores_the_days_that_have_files(
+    days: str, demo_folder: Path, tmp_path: Path, server_url: str
 ) -> None:
-    environment = {**os.environ, "PREFECT_API_URL": server_url}
+    given: dict[str, Any] = {"model": str(demo_folder), "out": str(tmp_path / "runs")}
+    state = backfill(corpus=days, first=FIRST, last=LAST, return_state=True, **given)
+    uris = state.result()
+    read = [open_run(uri).manifest for uri in uris]
+    assert [manifest["documents"] for manifest in read if manifest] == [1, 1, 1]
+    plans = [json.loads(Path(uri, "plan.json").read_text()) for uri in uris]
+    corpora = [plan["uri"].split("date=")[1][:10] for plan in plans]
+    assert corpora == ["2026-02-27", "2026-03-01", "2026-03-02"]
+    assert _logged(server_url, state, "skipped") == [
+        f"2026-02-28 is skipped: no files at {days.format(date='2026-02-28')}"
+    ]
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.json")}
+    assert backfill(corpus=days, first=FIRST, last=LAST, **given) == uris
+    after = {file: file.stat().st_mtime_ns for file in (tmp_path / "runs").rglob("*.json")}
+    assert after == before
 
-    def prefect(*arguments: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "prefect", *arguments],
-            cwd=ROOT,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
 
-    prefect("work-pool", "create", "scoring", "--type", "process")
-    prefect("--no-prompt", "deploy", "--all", "--prefect-file", "infra/prefect.yaml")
-    nightly = client.read_deployment_by_name("score-corpus/nightly")
-    (schedule,) = nightly.schedules
-    assert (schedule.schedule.cron, schedule.schedule.timezone) == ("0 2 * * *", "UTC")
-    jsonschema.validate(nightly.parameters, nightly.parameter_openapi_schema)
-    on_demand = client.read_deployment_by_name("score-corpus/on-demand")
-    assert not on_demand.schedules
-    assert on_demand.entrypoint == "logitmill.flows.score.score_corpus"
+def test_a_backfill_goes_on_after_days_that_fail_and_names_them(
+    days: str, demo_folder: Path, tmp_path: Path
+) -> None:
+    for day in (FIRST, LAST):
+        Path(days.format(date=day)).with_name("broken.parquet").write_bytes(b"PAR1 no more")
+    given: dict[str, Any] = {"model": str(demo_folder), "out": str(tmp_path / "runs")}
+    corpus = CorpusSpec(uri=days.replace("*.py", ""), source_column=None)
+    with pytest.raises(RuntimeError) as failure:
+        backfill(corpus=corpus, first=FIRST, last=LAST, **given)
+    said = str(failure.value)
+    assert said.startswith("2 of 4 days failed: 2026-02-27 (")
+    assert "; 2026-03-02 (" in said and "broken.parquet" in said
+    assert "2026-03-01" not in said
+    assert len(list((tmp_path / "runs").glob("*/manifest.json"))) == 1
 
-    parameters = {
-        "model": str(demo_folder),
-        "corpus": {"uri": str(corpus), "shard_bytes": 3000},
-        "out": str(tmp_path / "runs"),
-        "tiers": ["scores", "tokens"],
-        "limit": 5,
-    }
-    run = client.create_flow_run_from_deployment(on_demand.id, parameters=parameters)
-    prefect("worker", "start", "--pool", "scoring", "--run-once")
-    finished = client.read_flow_run(run.id)
-    assert finished.state is not None and finished.state.is_completed(), finished.state
-    scored = open_run(str(tmp_path / "runs"))
-    assert scored.manifest is not None and scored.manifest["documents"] == 5
-    assert scored.tiers == ["scores", "tokens"]
+
+@pytest.mark.parametrize(
+    ("changed", "says"),
+    [
+        ({"first": LAST, "last": FIRST}, "first: 2026-03-02 is after last, 2026-02-27"),
+        ({"corpus": "s3://web/*.parquet"}, "put {date} into it"),
+        ({"corpus": "s3://web/{day}/*.parquet"}, "its one field in braces is {date}"),
+        ({"corpus": "s3://web/{date.when}/*.parquet"}, "its one field in braces is {date}"),
+    ],
+)
+def test_a_backfill_that_cannot_be_is_refused(changed: dict[str, Any], says: str) -> None:
+    given = {"corpus": "s3://web/{date}/*", "first": FIRST, "last": LAST, **changed}
+    with pytest.raises(ValueError, match=r"^(first|corpus): ") as refused:
+        backfill(model="m", out="o", **given)
+    assert says in str(refused.value)
+
+
+def test_a_backfill_keeps_credentials_from_the_server() -> None:
+    corpus = CorpusSpec(uri="s3://web/{date}/*", storage_options={"secret": SECRET})
+    with pytest.raises(ValueError, match=r"^corpus: storage_options") as refused:
+        backfill(model="m", out="o", corpus=corpus, first=FIRST, last=LAST)
+    assert SECRET not in str(refused.value)
+
+
+def test_other_ways_to_write_a_day() -> None:
+    from logitmill.flows.backfill import _uri_of
+
+    assert _uri_of("s3://web/{date:%Y/%m/%d}/*", FIRST) == "s3://web/2026/02/27/*"
+
+
+def _logged(server_url: str, state: Any, word: str) -> list[str]:
+    """Lines of a flow run's log on the server that hold a word."""
+    from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
+    from prefect.logging.handlers import APILogHandler
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    APILogHandler.flush()
+    with temporary_settings({PREFECT_API_URL: server_url}), get_client(sync_client=True) as client:
+        run = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[state.state_details.flow_run_id]))
+        return [log.message for log in client.read_logs(run) if word in log.message]

@@ -16,6 +16,7 @@ from flow_helpers import Score, digests, write_lines
 from logitmill.flows import Run, open_run, score_corpus, shards
 from logitmill.flows.corpus import CorpusSpec, read_shard
 from logitmill.flows.folder import Folder, StoreError, sweep
+from logitmill.flows.progress import Attempt
 from logitmill.flows.request import Request, prepare
 from prefect import Flow
 
@@ -372,14 +373,14 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: Any) -
 def test_an_interrupted_flow_stops_its_task_at_the_next_document(
     score: Score, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = shards.TALLY.add_document
+    original = Attempt.add_document
 
-    def interrupt(*, scored: bool) -> None:
-        shards.stopped.update(p.parent.name for p in tmp_path.glob("runs/*/plan.json"))
-        original(scored=scored)
+    def interrupt(attempt: Attempt, *, scored: bool) -> None:
+        shards.stopped.update(attempt for attempt, _ in shards.TALLY.running())
+        original(attempt, scored=scored)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards.TALLY, "add_document", interrupt)
+        patch.setattr(Attempt, "add_document", interrupt)
         with pytest.raises(RuntimeError, match="interrupted"):
             score(corpus)
     assert not list(tmp_path.glob("runs/*/scores/*"))

@@ -22,7 +22,8 @@ def rows_of(length: int, dtype: str, seed: int) -> tuple[np.ndarray, np.ndarray]
 
 def write(path: Path, lengths: Sequence[int], cuts: Sequence[int], dtype: str) -> bytes:
     """Documents of some lengths, handed over in one array that is overwritten, cut after `cuts`."""
-    writer = LogitsWriter(path, {"run_key": "k"}, dtype=dtype, max_bytes=1 << 30)
+    writer = LogitsWriter(path, {"run_key": "k"}, dtype=dtype)
+    writer.room = 1 << 30
     for index, length in enumerate(lengths):
         logprobs, logsumexp = rows_of(length, dtype, index)
         room, sums = np.empty_like(logprobs), np.empty_like(logsumexp)
@@ -65,7 +66,8 @@ def test_rows_are_stored_alike_however_they_come(
 
 def test_no_more_than_was_allowed_is_kept(tmp_path: Path) -> None:
     row_bytes = VOCABULARY * 2
-    writer = LogitsWriter(tmp_path / "part", {}, dtype="float16", max_bytes=10 * row_bytes)
+    writer = LogitsWriter(tmp_path / "part", {}, dtype="float16")
+    writer.room = 10 * row_bytes
     rows, sums = rows_of(5, "float16", 0)
     writer.add_rows(0, "a", 0, rows, sums)
     writer.add_rows(0, "a", 5, rows, sums)

@@ -540,3 +540,37 @@ def test_empty_rows_are_part_of_a_stream(score: Score, tmp_path: Path, demo_fold
     (stream,) = pipeline(demo_folder).score(rows, recipe="disjoint-16")
     assert run.table()["num_tokens"].to_pylist() == [stream.record.num_tokens]
     assert run.table()["loglikelihood"].to_pylist() == [stream.record.loglikelihood]
+
+
+# ---- corpora that grow
+
+
+def test_only_what_is_new_is_scored(
+    score: Score, corpus: Path, demo_folder: Path, tmp_path: Path
+) -> None:
+    growing = Path(shutil.copytree(corpus, tmp_path / "growing"))
+    newest = sorted(growing.rglob("*.py"))[-2:]
+    held_back = {path: path.read_text() for path in newest}
+    for path in newest:
+        path.unlink()
+    first = score(growing, only_new=True)
+    assert first.table().num_rows == 6
+    for path, text in held_back.items():
+        path.write_text(text)
+    # The same content under another name is not new.
+    sorted(growing.rglob("*.py"))[0].rename(growing / "moved.py")
+    second = score(growing, only_new=True)
+    assert second.uri != first.uri
+    assert second.table()["doc_id"].to_pylist() == [str(p.relative_to(growing)) for p in newest]
+    runs = str(tmp_path / "runs")
+    assert score_corpus(str(demo_folder), str(growing), runs, only_new=True) == runs
+    # Other settings ask for other numbers, and a run that was limited may have read a part.
+    assert score(growing, only_new=True, recipe="rolling-64").table().num_rows == 8
+    assert score(growing, only_new=True, recipe="rolling-32", limit=8).table().num_rows == 8
+    assert score(growing, only_new=True, recipe="rolling-32").table().num_rows == 8
+
+
+def test_an_unfinished_run_has_scored_nothing(score: Score, corpus: Path, tmp_path: Path) -> None:
+    run = score(corpus, only_new=True)
+    (Path(run.uri) / "manifest.json").unlink()
+    assert score(corpus, only_new=True).uri == run.uri

@@ -1,0 +1,1 @@
+"""The commands of `logitmill`: a file each, and what they share. They import nothing heavy."""

@@ -1,0 +1,37 @@
+"""`logitmill report`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .mistakes import or_exit
+from .options import ENDPOINT_HELP
+
+
+def report(
+    run: Annotated[str, typer.Argument(help="URI of a run, or of a folder that holds one.")],
+    out: Annotated[
+        str | None, typer.Option(help="Local file to write; default the run's report.html.")
+    ] = None,
+    endpoint_url: Annotated[str | None, typer.Option(help=ENDPOINT_HELP)] = None,
+) -> None:
+    """Make a run's report.html anew from its summary tables.
+
+    Examples:
+
+    `logitmill report runs/6f3a09c2d41b77e0`
+
+    `logitmill report s3://scores/6f3a09c2d41b77e0 --out report.html`
+    """
+
+    def make() -> None:
+        from ..folder import endpoint_options
+        from ..publish import rewrite_report
+        from ..run import open_run
+
+        opened = open_run(run, storage_options=endpoint_options(run, endpoint_url))
+        typer.echo(rewrite_report(opened, out))
+
+    or_exit(make)

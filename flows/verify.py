@@ -1,0 +1,460 @@
+"""Holds a run to its receipts: every byte, every row and every sum of what lies in its folder.
+
+What the receipts cannot tell, whether the numbers are the model's, is `rescore`'s. Knows nothing
+of models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from fcntl import LOCK_EX, LOCK_NB, flock
+from functools import partial
+from itertools import zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ..engine.records import OK, TOKEN_DTYPES
+from .corpus.locations import is_garbled
+from .folder import Folder, Part, endpoint_options, one_line
+from .run import Run, open_run
+from .store import MANIFEST, PLAN, REPORT, Receipt
+from .summary import STATUS, merge_counts, merge_outliers
+
+if TYPE_CHECKING:
+    from ..engine.pipeline import EngineSettings
+
+SAMPLE = 8
+"""Documents that are scored again, unless it is said otherwise."""
+_READERS = 8
+_BLOCK = 1 << 20
+_MERGES = {"counts": merge_counts, "outliers": merge_outliers}
+_TOTALS = ("documents", "failed", "tokens", "bytes")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that does not hold."""
+
+    place: str
+    """A file of the run, or what else it is about: a document, the corpus, the model."""
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.problem}"
+
+
+Said = Callable[[str], None]
+"""Told in a line what was done."""
+Progress = Callable[[int, int], None]
+"""Told how many bytes of how many are read; from several threads."""
+
+
+def verify_run(
+    run: Run | str,
+    *,
+    sample: int = SAMPLE,
+    seed: int = 0,
+    engine: EngineSettings | None = None,
+    endpoint_url: str | None = None,
+    on_line: Said = lambda line: None,
+    on_progress: Progress = lambda done, total: None,
+) -> list[Finding]:
+    """Check a run, complete or not, against its receipts, and score a few documents again.
+
+    Every part that a receipt names is read whole and hashed; rows, sums, summaries and manifest are
+    held to each other, and what no receipt names is reported. Then documents spread over the run
+    are scored again and compared bit for bit, or within `rescore`'s tolerance where device or
+    software are not those that the run was made with.
+
+    Args:
+        run: a run, or the URI of one.
+        sample: documents to score again; 0 leaves that out.
+        seed: which documents these are.
+        engine: where and in what room they are scored; what decides the numbers is the plan's.
+        endpoint_url: the S3 server to use where it is not Amazon's.
+        on_line: is told what was compared, and how.
+        on_progress: is told how far the reading is.
+
+    Returns:
+        What does not hold, also what could not be checked; empty if all does.
+
+    Raises:
+        ValueError: if there is no such run, or for a negative sample.
+    """
+    if sample < 0:
+        raise ValueError(f"sample: {sample} is not a number of documents; 0 scores none again")
+    if isinstance(run, str):
+        options = endpoint_options(run, endpoint_url)
+        run = open_run(run, partial=True, storage_options=options)
+    stored = _Stored(run)
+    findings = stored.check(on_progress)
+    num_done, num_shards = len(stored.receipts), len(stored.shards)
+    on_line(
+        f"read {stored.num_bytes:,} bytes in {stored.num_parts:,} files of {num_done:,} of "
+        f"{num_shards:,} shards"
+    )
+    if sample:
+        from .rescore import rescore
+
+        whole = [stored.receipts[i] for i in sorted(stored.receipts) if i not in stored.damaged]
+        findings += rescore(
+            run,
+            whole,
+            sample=sample,
+            seed=seed,
+            engine=engine,
+            endpoint_url=endpoint_url,
+            on_line=on_line,
+        )
+    return findings
+
+
+class _Stored:
+    """What lies in a run's folder, and what its receipts say of it."""
+
+    def __init__(self, run: Run) -> None:
+        self._folder, self._plan = run.folder, run.plan
+        self.shards: list[dict[str, Any]] = run.plan["corpus"]["shards"]
+        self._manifest = run.manifest
+        self._there = _list_files(run.folder)
+        self.receipts: dict[int, Receipt] = {}
+        """By shard, those that can be read."""
+        self.damaged: set[int] = set()
+        """Shards whose parts are not what their receipt says."""
+        self.num_parts = self.num_bytes = 0
+        """What was read."""
+
+    def check(self, on_progress: Progress) -> list[Finding]:
+        """All that does not hold."""
+        findings = list(self._read_receipts())
+        found = list(self.receipts.values())
+        total = sum(part.bytes for receipt in found for part in receipt.parts)
+        lock = threading.Lock()
+
+        def count(num_bytes: int) -> None:
+            with lock:
+                self.num_bytes += num_bytes
+                on_progress(self.num_bytes, total)
+
+        with ThreadPoolExecutor(_READERS) as pool:
+            for receipt, in_shard in zip(
+                found, pool.map(partial(self._check_shard, count=count), found), strict=True
+            ):
+                self.num_parts += len(receipt.parts)
+                findings += in_shard
+                if in_shard:
+                    self.damaged.add(receipt.shard)
+        findings += self._check_manifest()
+        findings += self._find_leftovers()
+        return findings
+
+    def _read_receipts(self) -> Iterator[Finding]:
+        names = {Receipt.name(shard): shard for shard in range(len(self.shards))}
+        there = [name for name in names if name in self._there]
+        with ThreadPoolExecutor(_READERS) as pool:
+            read = pool.map(lambda name: Receipt.read(self._folder, names[name]), there)
+            for name, receipt in zip(there, read, strict=True):
+                if receipt is None:
+                    yield Finding(name, "it is no whole receipt")
+                elif receipt.shard != names[name]:
+                    yield Finding(name, f"it is the receipt of shard {receipt.shard}")
+                else:
+                    self.receipts[receipt.shard] = receipt
+        if self._manifest is not None:
+            for name in sorted(names.keys() - set(there)):
+                yield Finding(name, "it is missing, and the manifest says that the run is complete")
+
+    def _check_shard(self, receipt: Receipt, count: Callable[[int], None]) -> list[Finding]:
+        named = {part.name for part in receipt.parts}
+        wanted = set(self._part_names(receipt.shard))
+        if named != wanted:
+            differ = ", ".join(sorted(named ^ wanted))
+            return [
+                Finding(
+                    Receipt.name(receipt.shard), f"it names other parts than its shard's: {differ}"
+                )
+            ]
+        damage = [f for part in receipt.parts if (f := self._check_part(part, count))]
+        # Rows of what is not the receipt's say nothing of it.
+        return damage or self._check_rows(receipt)
+
+    def _check_part(self, part: Part, count: Callable[[int], None]) -> Finding | None:
+        """Whether a part is there in its size and sha256; it is read in blocks."""
+        size = self._there.get(part.name)
+        if size is None:
+            # It may have come since the folder was listed.
+            size = self._folder.size(part.name)
+        if size is None:
+            return Finding(part.name, "it is missing")
+        if size != part.bytes:
+            return Finding(part.name, f"it has {size:,} bytes, its receipt says {part.bytes:,}")
+        digest = hashlib.sha256()
+        with self._folder.filesystem.open(self._folder.path(part.name), "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                count(len(block))
+        if digest.hexdigest() != part.sha256:
+            return Finding(
+                part.name,
+                f"its sha256 is {digest.hexdigest()[:16]}..., its receipt says "
+                f"{part.sha256[:16]}...",
+            )
+        return None
+
+    def _check_rows(self, receipt: Receipt) -> list[Finding]:
+        name = f"shard {receipt.shard}"
+        try:
+            return list(_hold_rows(self._folder, self._plan, receipt, self.shards))
+        except (KeyError, pa.ArrowException, OSError) as error:
+            if isinstance(error, KeyError):
+                return [Finding(name, f"its tables have no column {error}")]
+            if not is_garbled(error):
+                raise
+            return [Finding(name, f"its tables cannot be read: {one_line(error)}")]
+
+    def _check_manifest(self) -> Iterator[Finding]:
+        manifest = self._manifest
+        if manifest is None:
+            if MANIFEST in self._there:
+                yield Finding(MANIFEST, "it is no whole JSON object")
+            return
+        for name in ("run_key", "recipe_hash", "tiers", "model", "engine"):
+            if manifest.get(name) != self._plan[name]:
+                yield Finding(MANIFEST, f"its {name} is not the plan's")
+        receipts = [self.receipts[shard] for shard in sorted(self.receipts)]
+        stated = {(p["shard"], p["name"]): (p["bytes"], p["sha256"]) for p in manifest["parts"]}
+        held = {(r.shard, p.name): (p.bytes, p.sha256) for r in receipts for p in r.parts}
+        if len(stated) != len(manifest["parts"]):
+            yield Finding(MANIFEST, "it names a part twice")
+        for shard, name in sorted(stated.keys() | held.keys()):
+            ours, theirs = stated.get((shard, name)), held.get((shard, name))
+            if ours is None:
+                yield Finding(
+                    MANIFEST, f"it misses {name}, which the receipt of shard {shard} names"
+                )
+            elif theirs is None:
+                yield Finding(MANIFEST, f"it names {name}, which no receipt of shard {shard} does")
+            elif ours != theirs:
+                yield Finding(MANIFEST, f"it has another size or sha256 of {name} than its receipt")
+        for total in _TOTALS:
+            added = sum(getattr(receipt, total) for receipt in receipts)
+            if manifest[total] != added:
+                yield Finding(
+                    MANIFEST, f"it says {manifest[total]:,} {total}, the receipts {added:,}"
+                )
+        summaries = [Part(**part) for part in manifest["summaries"]]
+        damage = [f for part in summaries if (f := self._check_part(part, lambda _: None))]
+        yield from damage
+        if REPORT not in self._there:
+            yield Finding(REPORT, "it is missing")
+        # Only of whole shards can it be told what their tables add up to.
+        if not damage and not self.damaged and len(receipts) == len(self.shards):
+            yield from self._check_summaries(receipts)
+
+    def _check_summaries(self, receipts: Sequence[Receipt]) -> Iterator[Finding]:
+        for name, merge in _MERGES.items():
+            tables = (_read(self._folder, f"shards/{r.shard:05d}.{name}.parquet") for r in receipts)
+            whole = f"summary/{name}.parquet"
+            if not merge(tables).equals(_read(self._folder, whole)):
+                yield Finding(whole, "it is not what the tables of the shards add up to")
+
+    def _find_leftovers(self) -> Iterator[Finding]:
+        """Files that nothing of the run names, and uploads that nobody finished."""
+        named = {PLAN, MANIFEST, REPORT}
+        named |= {f"summary/{name}.parquet" for name in _MERGES}
+        named |= {name for r in self.receipts.values() for name in self._names(r.shard)}
+        if self._manifest is None:
+            # Where a shard is not done, somebody may be at work, and a rerun writes over it.
+            named |= {name for i in range(len(self.shards)) for name in self._names(i)}
+        else:
+            named |= {Receipt.name(shard) for shard in range(len(self.shards))}
+        for name in sorted(self._there.keys() - named):
+            yield Finding(name, f"nothing names it: {self._there[name]:,} bytes left over")
+        if self._manifest is not None:
+            for name, begun in _list_uploads(self._folder):
+                yield Finding(name, f"an upload of {begun} that was never finished is left over")
+
+    def _names(self, shard: int) -> list[str]:
+        return [Receipt.name(shard), *self._part_names(shard)]
+
+    def _part_names(self, shard: int) -> list[str]:
+        tables = [f"shards/{shard:05d}.{name}.parquet" for name in _MERGES]
+        return [*(f"{tier}/part-{shard:05d}.parquet" for tier in self._plan["tiers"]), *tables]
+
+
+def _hold_rows(
+    folder: Folder,
+    plan: Mapping[str, Any],
+    receipt: Receipt,
+    shards: Sequence[Mapping[str, Any]],
+) -> Iterator[Finding]:
+    """Whether a shard's tables hold the rows and sums that its receipt says."""
+    n = f"{receipt.shard:05d}"
+    name = f"scores/part-{n}.parquet"
+    sums: dict[str, Any] = dict.fromkeys(_TOTALS, 0) | {"loglikelihood": 0.0}
+    ids: set[str] = set()
+    scored: list[tuple[str, int]] = []
+    columns = ["doc_id", "status", "num_tokens_scored", "num_bytes", "loglikelihood"]
+    for rows in _row_groups(folder, name, plan["run_key"], columns):
+        for doc_id, status, tokens, num_bytes, loglikelihood in zip(
+            *(rows[column].to_pylist() for column in columns), strict=True
+        ):
+            if doc_id in ids:
+                yield Finding(name, f"document {doc_id!r} stands in it twice")
+            ids.add(doc_id)
+            if tokens:
+                scored.append((doc_id, tokens))
+            sums["documents"] += 1
+            sums["failed"] += status != OK
+            sums["tokens"] += tokens
+            sums["bytes"] += num_bytes
+            # In the order of the rows, as it was added up: the sums have the same bits.
+            sums["loglikelihood"] += loglikelihood or 0.0
+    for total, value in sums.items():
+        if getattr(receipt, total) != value:
+            yield Finding(
+                name,
+                f"its rows have {value:,} {total}, its receipt says {getattr(receipt, total):,}",
+            )
+    planned = shards[receipt.shard]["num_documents"]
+    if planned is not None and not plan["recipe"]["concatenate"] and planned != receipt.documents:
+        yield Finding(name, f"it has {receipt.documents:,} documents, the plan says {planned:,}")
+    if "tokens" in plan["tiers"]:
+        name = f"tokens/part-{n}.parquet"
+        yield from _hold_documents(name, scored, _count_tokens(folder, name, plan["run_key"]))
+    if "logits" in plan["tiers"]:
+        name = f"logits/part-{n}.parquet"
+        yield from _hold_documents(name, scored, _count_logits(folder, name, plan["run_key"]))
+    counts = _read(folder, f"shards/{n}.counts.parquet")
+    of_status = counts.filter([panel.startswith(STATUS) for panel in counts["panel"].to_pylist()])
+    for total in ("documents", "tokens"):
+        counted = sum(of_status[total].to_pylist())
+        if counted != sums[total]:
+            yield Finding(
+                f"shards/{n}.counts.parquet", f"it counts {counted:,} {total}, of {sums[total]:,}"
+            )
+
+
+def _hold_documents(
+    name: str, scored: Iterable[tuple[str, int]], kept: Iterable[tuple[str, int]]
+) -> Iterator[Finding]:
+    """Whether a table is of the documents that were scored, in order, with all of their tokens."""
+    for wanted, found in zip_longest(scored, kept):
+        if wanted == found:
+            continue
+        there = f"{found[1]:,} tokens of {found[0]!r}" if found else "no document"
+        expected = f"{wanted[1]:,} of {wanted[0]!r}" if wanted else "no more"
+        yield Finding(name, f"it has {there} where the scores have {expected}")
+        return
+
+
+def _count_tokens(folder: Folder, name: str, run_key: str) -> Iterator[tuple[str, int]]:
+    """(doc_id, its tokens) of every row."""
+    lists = [column for column in TOKEN_DTYPES if column != "token_id"]
+    for rows in _row_groups(folder, name, run_key, ["doc_id", "token_id"], same_length=lists):
+        lengths = rows["token_id"].combine_chunks().value_lengths().to_pylist()
+        yield from zip(rows["doc_id"].to_pylist(), lengths, strict=True)
+
+
+def _count_logits(folder: Folder, name: str, run_key: str) -> Iterator[tuple[str, int]]:
+    """(doc_id, its rows of logits), of documents whose rows follow each other."""
+    document, count = None, 0
+    columns = ["doc_id", "first_row", "num_rows"]
+    for rows in _row_groups(folder, name, run_key, columns):
+        for doc_id, first, number in zip(*(rows[c].to_pylist() for c in columns), strict=True):
+            if first == 0 or doc_id != document:
+                if document is not None:
+                    yield document, count
+                document, count = doc_id, 0
+            count += number if first == count else 0
+    if document is not None:
+        yield document, count
+
+
+def _row_groups(
+    folder: Folder,
+    name: str,
+    run_key: str,
+    columns: Sequence[str],
+    *,
+    same_length: Sequence[str] = (),
+) -> Iterator[pa.Table]:
+    """Columns of a part, a row group at a time.
+
+    Raises:
+        ArrowInvalid: if it is another run's, or lists of `same_length` do not hold as many values
+            as the last of the columns does.
+    """
+    with folder.filesystem.open(folder.path(name), "rb") as file:
+        parquet = pq.ParquetFile(file)
+        stated = (parquet.schema_arrow.metadata or {}).get(b"logitmill.run_key", b"").decode()
+        if stated != run_key:
+            raise pa.ArrowInvalid(f"{name} is of run {stated!r}, not of {run_key!r}")
+        for group in range(parquet.num_row_groups):
+            about = parquet.metadata.row_group(group)
+            values = {
+                column.path_in_schema.split(".")[0]: column.num_values
+                for column in map(about.column, range(about.num_columns))
+            }
+            for other in same_length:
+                if values[other] != values[columns[-1]]:
+                    raise pa.ArrowInvalid(f"{name} has lists of {other} of another length")
+            yield parquet.read_row_group(group, columns=list(columns))
+
+
+def _read(folder: Folder, name: str) -> pa.Table:
+    data = folder.read(name)
+    assert data is not None, f"{name} is in a receipt"
+    return pq.read_table(io.BytesIO(data))
+
+
+def _list_files(folder: Folder) -> dict[str, int]:
+    """All files of a folder with their sizes in bytes, without those that somebody is writing."""
+    root = folder.path("")
+    listed = folder.filesystem.find(root, detail=True)
+    files = {str(path)[len(root) :]: int(info["size"]) for path, info in listed.items()}
+    if not folder.is_local:
+        return files
+    busy = {path.name for path in Path(root).glob(".tmp-*") if _is_locked(path)}
+    return {name: size for name, size in files.items() if name.split("/")[0] not in busy}
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether the writer of a scratch folder lives."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        flock(handle, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _list_uploads(folder: Folder) -> list[tuple[str, str]]:
+    """(file, when it was begun) of uploads in parts to the folder that have not been finished."""
+    fs = folder.filesystem
+    if not hasattr(fs, "list_multipart_uploads"):
+        return []
+    bucket, _, root = folder.path("").partition("/")
+    # Not every server lists them, nor may everybody ask.
+    with suppress(OSError, NotImplementedError):
+        return [
+            (upload["Key"][len(root) :], str(upload["Initiated"]))
+            for upload in fs.list_multipart_uploads(bucket)
+            if upload["Key"].startswith(root)
+        ]
+    return []
