@@ -136,7 +136,7 @@ def start_workers(workers: str) -> Iterator[str]:
         processes: list[subprocess.Popen[bytes]] = []
         stack.callback(_end, processes)
         for i in range(count):
-            environment = os.environ | _environment(gpus[i % len(gpus)] if gpus else None)
+            environment = os.environ | _environment(gpus[i % len(gpus)] if gpus else None, count)
             processes.append(
                 subprocess.Popen(
                     [*command, "--name", f"worker-{i}"], env=environment, start_new_session=True
@@ -153,11 +153,14 @@ def list_gpus() -> list[str]:
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
-def _environment(gpu: str | None) -> Mapping[str, str]:
-    quiet = {"DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "error"}
-    if gpu is None:
-        return {**quiet, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    return {**quiet, "CUDA_VISIBLE_DEVICES": gpu}
+def _environment(gpu: str | None, count: int) -> Mapping[str, str]:
+    # Where nothing is said, Dask sees to it that a worker has one thread for its arithmetic.
+    threads = torch.get_num_threads() if gpu is None else max(1, (os.cpu_count() or 1) // count)
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    environment = dict.fromkeys(names, str(threads))
+    if gpu is not None:
+        environment["CUDA_VISIBLE_DEVICES"] = gpu
+    return environment | {"DASK_DISTRIBUTED__LOGGING__DISTRIBUTED": "error"}
 
 
 def _end(processes: Sequence[subprocess.Popen[bytes]]) -> None:

@@ -3,8 +3,8 @@
 With `PREFECT_CLIENT_METRICS_ENABLED=true` Prefect serves the process's registry, this one's metrics
 included, on `PREFECT_CLIENT_METRICS_PORT` for as long as the flow's process lives. Everything is
 counted there, where the receipts of all workers come together: workers serve nothing. The key of
-the run stands on one series alone, `logitmill_run_info`, and the GPU on two: what else there is
-has as many series after a year of nights as after the first.
+the run stands on one series alone, `logitmill_run_info`: what else there is has as many series
+after a year of nights as after the first.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _retries = Counter(
 )
 _shard_seconds = Histogram(
     "logitmill_shard_duration_seconds",
-    "Seconds from the start of a shard to its last part in place.",
+    "Seconds that the engine was at work on a shard.",
     buckets=_SHARD_SECONDS,
 )
 
@@ -45,10 +45,6 @@ _run_progress = Gauge("logitmill_run_progress_ratio", "Scored part of the run's 
 _run_left = Gauge("logitmill_run_left_seconds", "Seconds until the run is done; NaN if unknown.")
 _run_speed = Gauge("logitmill_run_tokens_per_second", "Tokens scored a second, by all workers.")
 _run_workers = Gauge("logitmill_run_workers", "Processes at work on the run.")
-_speed = Gauge("logitmill_worker_tokens_per_second", "Tokens scored a second.", ["worker"])
-_busy = Gauge(
-    "logitmill_worker_busy_ratio", "Part of the time in which the GPU computes, 0 to 1.", ["worker"]
-)
 
 for _outcome in ("done", "failed"):
     # A series that is there from the start has a rate when it first moves.
@@ -74,8 +70,6 @@ def of_run(run_key: str, model: str) -> Iterator[None]:
         _run_left.set(float("nan"))
         for gauge in (_run_speed, _run_workers):
             gauge.set(0)
-        _speed.clear()
-        _busy.clear()
 
 
 def record_shard(receipt: Receipt) -> None:
@@ -106,13 +100,3 @@ def record_progress(seen: Seen) -> None:
     _run_left.set(float("nan") if seen.seconds_left is None else seen.seconds_left)
     _run_speed.set(seen.tokens_per_second)
     _run_workers.set(seen.workers)
-
-
-def record_worker(worker: str, tokens_per_second: float, busy: float) -> None:
-    """What a GPU does: tokens a second, and the part of the time in which it computes, 0 to 1.
-
-    `worker` names the GPU, not the process: a process that takes the place of one that died goes
-    on with its series.
-    """
-    _speed.labels(worker).set(tokens_per_second)
-    _busy.labels(worker).set(busy)

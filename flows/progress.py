@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 from uuid import UUID
 
+from . import metrics
+
 _TICK_SECONDS = 0.2
 
 
@@ -207,7 +209,7 @@ def show_progress(done: Done, log: logging.LoggerAdapter[Any] | logging.Logger) 
 
     with ExitStack() as stack:
         in_terminal: Display = stack.enter_context(_bar()) if sys.stderr.isatty() else _Lines(log)
-        for display in (in_terminal, _Artifact()):
+        for display in (in_terminal, _Artifact(), _Gauges()):
             stack.enter_context(_repeat(display, look))
         yield
 
@@ -263,6 +265,15 @@ class _Artifact:
                 update_progress_artifact(self._id, progress=percent)
         except Exception:
             logging.getLogger(__name__).debug("no progress artifact", exc_info=True)
+
+
+class _Gauges:
+    """The metrics of this process."""
+
+    seconds = 5.0
+
+    def show(self, seen: Seen) -> None:
+        metrics.record_progress(seen)
 
 
 @contextmanager

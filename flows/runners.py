@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from prefect.futures import PrefectWrappedFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from . import shards
+from . import metrics, shards
 from .cluster import THREADS, is_address, start_workers
 from .corpus.plan import Shard
 from .progress import TALLY, Count
@@ -219,6 +219,7 @@ def run_all(
         if isinstance(result, Lost):
             losses[shard.index] += 1
             if losses[shard.index] < _MOST_LOSSES:
+                metrics.record_retry()
                 lost.append(shard)
                 continue
             result = Lost(f"its worker was lost {_MOST_LOSSES} times ({result})")

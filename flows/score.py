@@ -16,7 +16,7 @@ from prefect.utilities.callables import get_call_parameters
 
 from ..engine.pipeline import EngineSettings
 from ..engine.recipes import Recipe
-from . import shards
+from . import metrics, shards
 from .corpus import CorpusSpec
 from .corpus.plan import Shard
 from .folder import Folder, one_line
@@ -196,6 +196,7 @@ def carry_out(request: Request) -> str:
     failures: list[tuple[Shard, BaseException]] = []
     if pending:
         with (
+            metrics.of_run(job.run_key, request.model),
             open_pool(job, request.workers, request.deadline, log) as pool,
             _stop_if_interrupted(pool),
         ):
@@ -203,8 +204,11 @@ def carry_out(request: Request) -> str:
                 for shard, result in run_all(pool, pending, note_workers=progress.note_workers):
                     if isinstance(result, BaseException):
                         failures.append((shard, result))
+                        metrics.record_failure()
                     else:
                         progress.shards += 1
+                        if (receipt := Receipt.read(folder, shard.index)) is not None:
+                            metrics.record_shard(receipt)
     if failures:
         shard, error = failures[0]
         raise RuntimeError(

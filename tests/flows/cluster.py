@@ -62,7 +62,9 @@ class Cluster:
     def start_worker(self, **environment: str) -> None:
         """Start a worker, and wait until it is there."""
         before = len(self.workers())
-        threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+        # Dask gives them one, and a CPU's name says how many it computes with.
+        names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+        threads = dict.fromkeys(names, str(torch.get_num_threads()))
         options = ["--nthreads", "2", "--memory-limit", "0"]
         options += ["--local-directory", str(self._folder)]
         preload = ["--preload", str(self._folder / "poison.py")]

@@ -150,7 +150,6 @@ REASONS = {
         ("skew", "all"),
         ("500", "listing"),
         ("reset", "manifest"),
-        ("silence", "part"),
     ]
     if not LONG
     else [(fault, where) for fault in REASONS for where in WHERE],

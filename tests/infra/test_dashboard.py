@@ -27,7 +27,6 @@ def dashboard(infra: Path) -> dict[str, Any]:
 
 def served() -> dict[str, tuple[str, set[str]]]:
     """Series of `logitmill.flows.metrics` -> their kind and labels."""
-    metrics.record_worker("host:0", 1.0, 0.5)
     metrics._run.info({"run_key": "k", "model": "m"})
     return {
         sample.name: (family.type, set(sample.labels))
