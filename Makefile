@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 LIMIT ?= 80
 OUT ?= runs
 
-.PHONY: demo test lint types unit clean help
+.PHONY: demo test lint types unit faults clean help
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -25,6 +25,10 @@ types: $(VENV)/.tested
 
 unit: $(VENV)/.tested
 	$(BIN)/python -m pytest -n 2
+
+faults: $(VENV)/.tested ## The long form of what goes wrong: an hour or more
+	LOGITMILL_LONG=1 $(BIN)/python -m pytest -rP tests/flows/test_workers.py tests/flows/test_kill.py \
+		tests/flows/test_storage.py tests/flows/test_storage_faults.py tests/infra/test_scheduled.py
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) build *.egg-info

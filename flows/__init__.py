@@ -6,8 +6,9 @@ if TYPE_CHECKING:
     from .corpus import CorpusSpec
     from .run import Run, open_run
     from .score import score_corpus
+    from .verify import verify_run
 
-__all__ = ["CorpusSpec", "Run", "open_run", "score_corpus"]
+__all__ = ["CorpusSpec", "Run", "open_run", "score_corpus", "verify_run"]
 
 
 def __getattr__(name: str) -> Any:
@@ -24,4 +25,8 @@ def __getattr__(name: str) -> Any:
         from . import run
 
         return getattr(run, name)
+    if name == "verify_run":
+        from .verify import verify_run
+
+        return verify_run
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
