@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from asyncio import CancelledError as AsyncCancelledError
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -24,6 +26,7 @@ from .request import Job
 _MOST_LOSSES = 3
 """Times that a shard may be lost with its worker before it is given up."""
 _LOOK_SECONDS = 1.0
+_STOP_SECONDS = 10.0
 
 Future = PrefectWrappedFuture[Any, Any]
 Log = logging.Logger | logging.LoggerAdapter[Any]
@@ -95,7 +98,7 @@ class _Here:
         pass
 
     def stop(self) -> None:
-        shards.stopped.add(self._job.attempt)
+        shards.stop(self._job.attempt)
 
 
 class _Cluster:
@@ -110,24 +113,25 @@ class _Cluster:
         self._topic = f"logitmill-{job.attempt}"
         self._moved: dict[str, float] = {}
         """When each worker that has tasks was last seen to get on."""
-        self._keys: dict[str, Future] = {}
-        """Tasks in flight by Dask's names of them."""
+        self._flying: dict[str, tuple[Future, int]] = {}
+        """Tasks in flight, and their shards, by Dask's names of them."""
         self._client.subscribe_topic(self._topic, self._hear)
 
     def count(self) -> int:
-        return len(self._client.nthreads())
+        with self._plain_errors():
+            return len(self._client.nthreads())
 
     def submit(self, shard: Shard) -> Future:
         parameters = {"job": self._job, "shard": shard, "topic": self._topic}
         future = self._runner.submit(shards.score_shard, parameters)
-        self._keys[future.wrapped_future.key] = future
+        self._flying[future.wrapped_future.key] = future, shard.index
         return future
 
     def result(self, shard: Shard, future: Future) -> Any:
         from distributed import KilledWorker
         from distributed.comm import CommClosedError
 
-        self._keys.pop(future.wrapped_future.key, None)
+        self._flying.pop(future.wrapped_future.key, None)
         try:
             result = future.result(raise_on_failure=False)
         except (KilledWorker, CommClosedError, CancelledError, AsyncCancelledError) as error:
@@ -147,23 +151,28 @@ class _Cluster:
     def check(self) -> None:
         """Start workers anew that have tasks and have not got on for the deadline."""
         now = time.monotonic()
-        processing = {w: keys for w, keys in self._client.processing().items() if keys}
+        with self._plain_errors():
+            processing = {w: keys for w, keys in self._client.processing().items() if keys}
         self._moved = {worker: self._moved.get(worker, now) for worker in processing}
-        for worker, moved in self._moved.items():
+        for worker in processing:
+            moved = self._moved[worker]
             if now - moved <= self._deadline:
                 continue
             self._log.warning(
                 "worker %s has not got on for %.0f s: it is started anew", worker, now - moved
             )
             for key in processing[worker]:
-                if key in self._keys:
-                    self._keys[key].wrapped_future.cancel(force=True)
+                if key in self._flying:
+                    self._flying[key][0].wrapped_future.cancel(force=True)
             self._client.restart_workers([worker], raise_for_error=False)
             self._moved[worker] = time.monotonic()
 
     def stop(self) -> None:
-        # Beside the tasks, not in line behind them.
-        self._client.run(shards.stopped.add, self._job.attempt, on_error="ignore")
+        # Beside the tasks, not in line behind them. A worker that hangs does not answer.
+        say = partial(self._client.run, shards.stop, self._job.attempt, on_error="ignore")
+        thread = threading.Thread(target=say, name="logitmill-stop", daemon=True)
+        thread.start()
+        thread.join(_STOP_SECONDS)
 
     def close(self) -> None:
         self._client.unsubscribe_topic(self._topic)
@@ -171,8 +180,22 @@ class _Cluster:
     def _hear(self, event: tuple[float, Any]) -> None:
         """A worker says how far it is with its shards."""
         said = event[1]
-        if TALLY.report(self._key(said["shard"]), Count(**said["count"])):
+        # The last word of a task may come after its result.
+        if any(shard == said["shard"] for _, shard in list(self._flying.values())) and TALLY.report(
+            self._key(said["shard"]), Count(**said["count"])
+        ):
             self._moved[said["worker"]] = time.monotonic()
+
+    @contextmanager
+    def _plain_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            address = self._client.scheduler.address
+            raise RuntimeError(
+                f"workers: the scheduler at {address} is gone ({type(error).__name__}); run again "
+                "to do the rest"
+            ) from None
 
     def _key(self, shard: int) -> tuple[str, int]:
         return self._job.attempt, shard

@@ -135,7 +135,7 @@ def score_corpus(
             of this machine; a number, so many processes of it; `tcp://host:8786`, the workers of
             the Dask cluster with this scheduler.
         deadline: seconds without progress after which one of these processes is taken for hung and
-            started anew, and its shards are done again.
+            started anew, and its shards are done again; to load the model is no progress.
         only_new: leave out the inputs that complete runs in `out`, of the same settings, have
             scored; content tells, not the name.
 

@@ -42,14 +42,18 @@ RETRIES = 2
 _REPORT_SECONDS = 1.0
 
 stopped: set[str] = set()
-"""Flow runs (`Job.attempt`) that were interrupted: their tasks in this process end at the next
-document."""
+"""Flow runs (`Job.attempt`) that were interrupted: their tasks in this process end soon."""
 
 _kept: dict[tuple[str, int], int] = {}
 """Tokens of shards that this process has kept logits of, by flow run; receipts come a bit later."""
 
 _turn = threading.Lock()
 """Held by the task whose shard the engine is at work on. Others read theirs, or write it."""
+
+
+def stop(attempt: str) -> None:
+    """Have the tasks of a flow run in this process end after the batch at hand."""
+    stopped.add(attempt)
 
 
 class Stopped(Exception):
@@ -143,21 +147,26 @@ def _score(job: Job, shard: Shard, attempt: Attempt) -> Receipt:
             logits = LogitsWriter(scratch / "logits", metadata, dtype=job.logits_dtype)
             writers.append(logits)
         writers.append(ScoresWriter(scratch / "scores", metadata))
+
+        def on_batch(tokens: int, num_bytes: int) -> None:
+            attempt.add_batch(tokens, num_bytes)
+            # Documents come many batches at a time.
+            _end_if_stopped(job)
+
         # Its documents are read and tokenized from here on, while another shard has its turn.
         scores = pipe.score(
             read_shard(job.corpus, shard),
             recipe=job.recipe,
             on_logits=None if logits is None else logits.add_rows,
             logits_dtype=job.logits_dtype,
-            on_batch=attempt.add_batch,
+            on_batch=on_batch,
         )
         with _turn, closing(cast("Generator[DocumentScore]", scores)):
             if logits is not None:
                 logits.room = _logits_room(job, pipe.vocab_size)
             started = time.monotonic()
             for score in scores:
-                if job.attempt in stopped:
-                    raise Stopped("interrupted")
+                _end_if_stopped(job)
                 record = score.record
                 for writer in writers:
                     writer.add(score)
@@ -189,6 +198,11 @@ def _score(job: Job, shard: Shard, attempt: Attempt) -> Receipt:
         versions=versions(),
         **counts,
     )
+
+
+def _end_if_stopped(job: Job) -> None:
+    if job.attempt in stopped:
+        raise Stopped("interrupted")
 
 
 def _logits_room(job: Job, vocab_size: int) -> int:

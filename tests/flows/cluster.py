@@ -81,6 +81,14 @@ class Cluster:
         with Client(self.address, set_as_default=False) as client:
             return any(client.processing().values())
 
+    def are_engines_free(self) -> bool:
+        """Whether no worker's engine has a shard, whatever the scheduler knows of it."""
+        with Client(self.address, set_as_default=False) as client:
+            turns = client.run(
+                lambda: __import__("logitmill.flows.shards", fromlist=["_turn"])._turn.locked()
+            )
+            return not any(turns.values())
+
     def close(self) -> None:
         """End everything."""
         for process in self._processes:
