@@ -27,13 +27,15 @@ THREADS = 2
 _ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://.+:\d+")
 # Seconds: for a scheduler to answer, for the first worker to be there, and for a worker to find its
 # scheduler again before it ends.
-_ANSWER, _FIRST_WORKER, _ORPHAN = "10s", 120, 60
-_TIMES_ASKED = 3
+_ANSWER, FIRST_WORKER_SECONDS, _ORPHAN = "10s", 120, 60
+_TIMES_ASKED, _PATIENCE_SECONDS = 3, 5
 _EXTRA = "pip install 'logitmill[dask]'"
 
 
 def check_workers(workers: str | None) -> None:
     """ValueError for what says of no processes where they are."""
+    if workers is not None and not isinstance(workers, str):
+        raise ValueError(f"workers: {workers!r} is no text; a number is text here, too: '4'")
     if workers is None or is_address(workers):
         pass
     elif workers == GPUS:
@@ -79,40 +81,51 @@ def ask(address: str, function: Callable[..., _T], *args: Any) -> dict[str, _T]:
     with client:
         for _ in range(_TIMES_ASKED):
             try:
-                client.wait_for_workers(1, timeout=_FIRST_WORKER)
+                client.wait_for_workers(1, timeout=FIRST_WORKER_SECONDS)
             except TimedOut:
                 raise ValueError(
                     f"workers: the cluster at {address!r} has none; start one for each GPU with: "
-                    f"dask worker {address} --nthreads {THREADS}"
+                    f"dask worker {address} --nthreads {THREADS} --memory-limit 0"
                 ) from None
+            for worker, threads in client.nthreads().items():
+                if threads != THREADS:
+                    raise ValueError(
+                        f"workers: {worker} has {threads} threads, which would take turns with one "
+                        f"engine; start it with --nthreads {THREADS}"
+                    )
+            # Ahead of the shards of others.
             asked = {
-                worker: client.submit(function, *args, workers=[worker], pure=False)
+                worker: client.submit(function, *args, workers=[worker], pure=False, priority=10)
                 for worker in client.nthreads()
             }
             found = {}
             for worker, answer in asked.items():
-                # One that dies meanwhile is not needed.
+                # One that dies or leaves meanwhile is not needed.
                 with suppress(KilledWorker, CancelledError):
-                    found[worker] = answer.result()
+                    while worker in client.nthreads():
+                        with suppress(TimedOut):
+                            found[worker] = answer.result(timeout=_PATIENCE_SECONDS)
+                            break
             if found:
                 return found
     raise ValueError(f"workers: those of the cluster at {address!r} die when asked what they are")
 
 
 @contextmanager
-def start_workers(workers: str) -> Iterator[str]:
+def start_workers(workers: str, *, on_gpus: bool) -> Iterator[str]:
     """Processes of this machine for as long as the block runs; gives their scheduler's address.
 
     One that dies is started again by its nanny. They end by themselves if this process is killed.
 
     Args:
-        workers: `gpus`, or a number. They share the GPUs there are; without any, each computes with
-            as many threads as this process, so that the numbers are the same.
+        workers: `gpus`, or a number.
+        on_gpus: whether they share the GPUs there are. On a CPU each computes with as many threads
+            as this process, so that the numbers are the same.
     """
     import dask
     from distributed import LocalCluster
 
-    gpus = list_gpus()
+    gpus = list_gpus() if on_gpus else []
     count = len(gpus) if workers == GPUS else int(workers)
     with ExitStack() as stack:
         # A shard whose worker died is taken back at once: who else was there must not pay for it.

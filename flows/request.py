@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import socket
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +94,7 @@ class Job:
     is_elsewhere: bool
     """Whether tasks may run on other machines, which find the model for themselves."""
     attempt: str
-    """Of this run of the flow alone."""
+    """Of one attempt of the flow alone, which sets it."""
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,30 @@ def describe(model_folder: Path, engine: EngineSettings) -> Description:
     return Description(facts, linears, name_device(engine.resolve_device()), versions())
 
 
+@contextmanager
+def _sign(root: Folder) -> Iterator[str | None]:
+    """A file below a local `root`, by which workers tell that they write to the same place."""
+    if not root.is_local:
+        yield None
+        return
+    root.check_writable()
+    path = Path(root.path(f".workers-{uuid.uuid4().hex}"))
+    path.touch()
+    try:
+        yield str(path)
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def _find_and_describe(
-    model: str, options: Mapping[str, Any], engine: EngineSettings
+    model: str, options: Mapping[str, Any], engine: EngineSettings, sign: str | None
 ) -> tuple[Description, str]:
     """Of a model where this runs: its description and the digest of its files."""
+    if sign is not None and not Path(sign).exists():
+        raise ValueError(
+            f"out: {str(Path(sign).parent)!r} is another folder on {socket.gethostname()}; "
+            "give one that all workers share, or object storage"
+        )
     folder = find_model(model, storage_options=options)
     return describe(folder, engine), digest(folder)
 
@@ -214,7 +236,8 @@ def prepare(request: Request) -> Prepared:
     if is_elsewhere:
         model = os.path.abspath(model_folder) if Path(request.model).is_dir() else request.model
         assert request.workers is not None
-        answers = ask(request.workers, _find_and_describe, model, model_options, engine)
+        with _sign(root) as sign:
+            answers = ask(request.workers, _find_and_describe, model, model_options, engine, sign)
         description, model_digest = _agree(answers)
         spec = replace(spec, uri=_absolute(spec.uri))
     else:
@@ -246,7 +269,7 @@ def prepare(request: Request) -> Prepared:
         "logits_dtype": request.logits_dtype if "logits" in tiers else None,
     }
     try:
-        plan = plan_corpus(spec, leave_out=_scored(root, asked, spec) if request.only_new else None)
+        plan = _plan_new(root, asked, spec) if request.only_new else plan_corpus(spec)
     except NothingLeft:
         raise NothingNew(request.out) from None
     except CorpusError as error:
@@ -294,7 +317,7 @@ def prepare(request: Request) -> Prepared:
         run_key=run_key,
         made=description.made,
         is_elsewhere=is_elsewhere,
-        attempt=uuid.uuid4().hex,
+        attempt="",
     )
     other = _find_other(root, described) if found is None else None
     doubt = None
@@ -309,23 +332,52 @@ def _absolute(uri: str) -> str:
     return os.path.abspath(os.path.expanduser(uri)) if is_path else uri
 
 
-def _scored(root: Folder, asked: Mapping[str, Any], spec: CorpusSpec) -> Callable[[Input], bool]:
-    """Whether complete runs below `root` that were asked the same have scored an input."""
+def _plan_new(root: Folder, asked: Mapping[str, Any], spec: CorpusSpec) -> Plan:
+    """A plan of the inputs that no complete run below `root` of the same settings has scored.
+
+    What an unfinished run has begun comes first, and alone: it is resumed so.
+    """
+    if spec.limit is not None:
+        raise ValueError(
+            f"limit: {spec.limit} cannot go with only_new, which tells inputs that were scored "
+            "whole; leave one of them out"
+        )
+    scored, begun = _inputs_of_runs(root, asked, spec)
+    plan = plan_corpus(spec, leave_out=lambda input_: _content(input_) in scored)
+    new = {_content(input_) for input_ in plan.inputs}
+    for inputs in begun:
+        if inputs and inputs < new:
+            return plan_corpus(spec, leave_out=lambda i, kept=inputs: _content(i) not in kept)  # type: ignore[misc]
+    return plan
+
+
+_Contents = set[tuple[str, int, str]]
+
+
+def _inputs_of_runs(
+    root: Folder, asked: Mapping[str, Any], spec: CorpusSpec
+) -> tuple[_Contents, list[_Contents]]:
+    """Inputs of all complete runs below `root` that were asked the same, and of each other one."""
     # As a plan that was written and read.
-    same = json.loads(json.dumps({**asked, "reading": spec.reading() | {"limit": None}}))
-    found: set[tuple[str, int, str]] = set()
+    same = json.loads(json.dumps({**asked, "reading": spec.reading()}))
+    scored: _Contents = set()
+    begun: list[_Contents] = []
     for name in root.folders():
         folder = root.below(name)
         plan = None if name.startswith(".") else folder.read_json(PLAN)
-        if plan is None or folder.size(MANIFEST) is None:
+        if (
+            plan is None
+            or {key: plan.get(key) for key in same}
+            | {"model": {key: plan["model"].get(key) for key in same["model"]}}
+            != same
+        ):
             continue
-        there = {key: plan.get(key) for key in same}
-        there["model"] = {key: plan["model"][key] for key in same["model"]}
-        # One with a limit may have scored its last input in part.
-        there["reading"] = {"limit": None, **(plan.get("reading") or {})}
-        if there == same:
-            found |= {_content(input_) for input_ in Plan.from_dict(plan["corpus"]).inputs}
-    return lambda input_: _content(input_) in found
+        inputs = {_content(input_) for input_ in Plan.from_dict(plan["corpus"]).inputs}
+        if folder.size(MANIFEST) is None:
+            begun.append(inputs)
+        else:
+            scored |= inputs
+    return scored, begun
 
 
 def _content(input_: Input) -> tuple[str, int, str]:

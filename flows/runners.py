@@ -9,8 +9,7 @@ from asyncio import CancelledError as AsyncCancelledError
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import ExitStack, contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -18,7 +17,7 @@ from prefect.futures import PrefectWrappedFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from . import metrics, shards
-from .cluster import THREADS, is_address, start_workers
+from .cluster import FIRST_WORKER_SECONDS, THREADS, is_address, start_workers
 from .corpus.plan import Shard
 from .progress import TALLY, Count
 from .request import Job
@@ -66,10 +65,18 @@ def open_pool(job: Job, workers: str | None, deadline: float, log: Log) -> Itera
         with threads:
             yield _Here(job, threads)
         return
+    from prefect.settings import PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED, temporary_settings
     from prefect_dask import DaskTaskRunner
 
     with ExitStack() as stack:
-        address = workers if is_address(workers) else stack.enter_context(start_workers(workers))
+        # Workers get the settings of this process. A task that may not ask the server for its
+        # version needs no server.
+        unasked = {PREFECT_CLIENT_SERVER_VERSION_CHECK_ENABLED: False}
+        stack.enter_context(temporary_settings(unasked))
+        address = workers
+        if not is_address(workers):
+            on_gpus = job.engine.resolve_device().type == "cuda"
+            address = stack.enter_context(start_workers(workers, on_gpus=on_gpus))
         # It says where it connects to, which the caller has said better.
         logging.getLogger("prefect.task_runner.dask").setLevel(logging.WARNING)
         runner = stack.enter_context(DaskTaskRunner(address=address))
@@ -111,6 +118,8 @@ class _Cluster:
         self._deadline = deadline
         self._log = log
         self._topic = f"logitmill-{job.attempt}"
+        self._manned = time.monotonic()
+        """When there was a worker last."""
         self._moved: dict[str, float] = {}
         """When each worker that has tasks was last seen to get on."""
         self._flying: dict[str, tuple[Future, int]] = {}
@@ -119,7 +128,15 @@ class _Cluster:
 
     def count(self) -> int:
         with self._plain_errors():
-            return len(self._client.nthreads())
+            count = len(self._client.nthreads())
+        now = time.monotonic()
+        self._manned = now if count else self._manned
+        if now - self._manned > FIRST_WORKER_SECONDS:
+            raise RuntimeError(
+                f"workers: there have been none for {now - self._manned:.0f} s; start some, and "
+                "run again to do the rest"
+            )
+        return count
 
     def submit(self, shard: Shard) -> Future:
         parameters = {"job": self._job, "shard": shard, "topic": self._topic}
@@ -152,7 +169,13 @@ class _Cluster:
         """Start workers anew that have tasks and have not got on for the deadline."""
         now = time.monotonic()
         with self._plain_errors():
-            processing = {w: keys for w, keys in self._client.processing().items() if keys}
+            everybodys = self._client.processing()
+        # Workers may be at work for others as well.
+        processing = {
+            worker: ours
+            for worker, keys in everybodys.items()
+            if (ours := [key for key in keys if key in self._flying])
+        }
         self._moved = {worker: self._moved.get(worker, now) for worker in processing}
         for worker in processing:
             moved = self._moved[worker]
@@ -162,14 +185,20 @@ class _Cluster:
                 "worker %s has not got on for %.0f s: it is started anew", worker, now - moved
             )
             for key in processing[worker]:
-                if key in self._flying:
-                    self._flying[key][0].wrapped_future.cancel(force=True)
-            self._client.restart_workers([worker], raise_for_error=False)
+                self._flying[key][0].wrapped_future.cancel(force=True)
+            try:
+                self._client.restart_workers([worker], raise_for_error=False)
+            except Exception as error:
+                # It has gone by itself, or has no nanny to start it.
+                self._log.warning("worker %s cannot be started anew: %r", worker, error)
             self._moved[worker] = time.monotonic()
 
     def stop(self) -> None:
         # Beside the tasks, not in line behind them. A worker that hangs does not answer.
-        say = partial(self._client.run, shards.stop, self._job.attempt, on_error="ignore")
+        def say() -> None:
+            with suppress(Exception):
+                self._client.run(shards.stop, self._job.attempt, on_error="ignore")
+
         thread = threading.Thread(target=say, name="logitmill-stop", daemon=True)
         thread.start()
         thread.join(_STOP_SECONDS)
@@ -181,9 +210,10 @@ class _Cluster:
         """A worker says how far it is with its shards."""
         said = event[1]
         # The last word of a task may come after its result.
-        if any(shard == said["shard"] for _, shard in list(self._flying.values())) and TALLY.report(
-            self._key(said["shard"]), Count(**said["count"])
-        ):
+        if all(shard != said["shard"] for _, shard in list(self._flying.values())):
+            return
+        is_news = TALLY.report(self._key(said["shard"]), Count(**said["count"]))
+        if is_news or said["is_loading"]:
             self._moved[said["worker"]] = time.monotonic()
 
     @contextmanager

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -41,8 +43,9 @@ class ScoringFlow(Flow[..., str]):
     """A flow whose callers need nothing set up, and learn of a mistake before anything starts.
 
     Called from Python, it brings its own server where none is set up, and hands the flow run what
-    it has checked. What opens the corpus (`CorpusSpec.storage_options`) stays in this process:
-    the server, which keeps the parameters of its runs, is not told.
+    it has checked. What opens the corpus (`CorpusSpec.storage_options`) reaches the processes that
+    score, through Dask's scheduler where that is a cluster's, and never the server, which keeps the
+    parameters of its runs.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -137,7 +140,7 @@ def score_corpus(
         deadline: seconds without progress after which one of these processes is taken for hung and
             started anew, and its shards are done again; to load the model is no progress.
         only_new: leave out the inputs that complete runs in `out`, of the same settings, have
-            scored; content tells, not the name.
+            scored; content tells, not the name. A run that was begun is finished first, alone.
 
     Returns:
         The URI of the run's folder; `out` if there is nothing new to score.
@@ -161,7 +164,9 @@ def carry_out(request: Request) -> str:
     except NothingNew as found:
         log.info("%s", found)
         return found.uri
-    job, plan, facts = prepared.job, prepared.plan, prepared.facts
+    plan, facts = prepared.plan, prepared.facts
+    # A retry of the flow is not stopped with what it retries.
+    job = replace(prepared.job, attempt=uuid.uuid4().hex)
     folder = job.folder
     if prepared.is_complete():
         log.info("%s is complete, nothing to do", folder.uri)
@@ -202,13 +207,14 @@ def carry_out(request: Request) -> str:
         ):
             with show_progress(progress, log):
                 for shard, result in run_all(pool, pending, note_workers=progress.note_workers):
+                    if isinstance(result, shards.Unfit):
+                        raise RuntimeError(str(result))
                     if isinstance(result, BaseException):
                         failures.append((shard, result))
                         metrics.record_failure()
                     else:
                         progress.shards += 1
-                        if (receipt := Receipt.read(folder, shard.index)) is not None:
-                            metrics.record_shard(receipt)
+                        _count_shard(folder, shard)
     if failures:
         shard, error = failures[0]
         raise RuntimeError(
@@ -226,6 +232,13 @@ def carry_out(request: Request) -> str:
     if 0 < sum(r.documents for r in receipts) == sum(r.failed for r in receipts):
         log.warning("%s: none of its documents could be scored", folder.uri)
     return folder.uri
+
+
+def _count_shard(folder: Folder, shard: Shard) -> None:
+    """Count a shard in the metrics, which storage that fails for once shall not end a run for."""
+    with suppress(OSError):
+        if (receipt := Receipt.read(folder, shard.index)) is not None:
+            metrics.record_shard(receipt)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import socket
 import threading
@@ -9,11 +10,11 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
-from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import torch
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
@@ -56,6 +57,10 @@ def stop(attempt: str) -> None:
     stopped.add(attempt)
 
 
+class Unfit(Exception):
+    """A worker is not what the run was planned for. The message says how."""
+
+
 class Stopped(Exception):
     """The run was interrupted while its shard was scored."""
 
@@ -67,7 +72,9 @@ class Stopped(Exception):
     retry_delay_seconds=exponential_backoff(backoff_factor=10),
     # A mistake stays one, and what was stopped is not wanted: only the rest may pass.
     retry_condition_fn=lambda task, run, state: (
-        not isinstance(state.result(raise_on_failure=False), (ValueError, Stopped, TooManyLogits))
+        not isinstance(
+            state.result(raise_on_failure=False), (ValueError, Stopped, TooManyLogits, Unfit)
+        )
     ),
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -90,7 +97,8 @@ def complete(job: Job, shard: Shard, topic: str | None = None) -> Count:
         key = (job.attempt, shard.index)
         try:
             with TALLY.attempt(key) as attempt, _report(key, topic):
-                receipt = _score(job, shard, attempt)
+                pipe = load_engine(job, is_worker=topic is not None)
+                receipt = _score(job, shard, attempt, pipe)
         except Exception as error:
             if isinstance(error, TooManyLogits):
                 # The other shards have no more room than this one.
@@ -115,7 +123,12 @@ def _report(key: tuple[str, int], topic: str | None) -> Iterator[None]:
     def say() -> None:
         while not ended.wait(_REPORT_SECONDS):
             count = TALLY.running().get(key, Count())
-            said = {"shard": key[1], "worker": worker.address, "count": asdict(count)}
+            said = {
+                "shard": key[1],
+                "worker": worker.address,
+                "count": asdict(count),
+                "is_loading": _engine.loading.locked(),
+            }
             worker.log_event(topic, said)
 
     thread = threading.Thread(target=say, name="logitmill-report", daemon=True)
@@ -126,8 +139,7 @@ def _report(key: tuple[str, int], topic: str | None) -> Iterator[None]:
         ended.set()
 
 
-def _score(job: Job, shard: Shard, attempt: Attempt) -> Receipt:
-    pipe = load_engine(job)
+def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
     name = f"{shard.index:05d}"
     metadata = {
         "run_key": job.run_key,
@@ -214,44 +226,68 @@ def _logits_room(job: Job, vocab_size: int) -> int:
     return job.max_logits_bytes - tokens * row_bytes
 
 
-_loading = threading.Lock()
+class _Engine:
+    """The engine of this process, and of what it is."""
+
+    def __init__(self) -> None:
+        self.loading = threading.Lock()
+        self._kept: tuple[tuple[str, EngineSettings], Pipeline] | None = None
+
+    def find(self, key: tuple[str, EngineSettings]) -> Pipeline | None:
+        """The engine if it is this one; another makes room, for both need the same memory."""
+        if self._kept is not None and self._kept[0] == key:
+            return self._kept[1]
+        if self._kept is not None:
+            # Whoever has its turn goes on to the end of his shard.
+            with _turn:
+                self._kept = None
+            gc.collect()
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
+        return None
+
+    def keep(self, key: tuple[str, EngineSettings], pipe: Pipeline) -> Pipeline:
+        """Keep it for the next shards."""
+        self._kept = key, pipe
+        return pipe
 
 
-def load_engine(job: Job) -> Pipeline:
+_engine = _Engine()
+
+
+def load_engine(job: Job, *, is_worker: bool = False) -> Pipeline:
     """The engine of this process: loaded once for a model's digest, kept between shards.
 
     Raises:
-        ValueError: naming what is wrong with the model, the settings, or this process for the run.
+        ValueError: naming what is wrong with the model or the settings.
+        Unfit: if this process is a worker of another kind than the run was planned for.
     """
-    with _loading:
-        if not job.is_elsewhere:
-            return _load_engine(job.model, job.digest, job.engine)
-        storage_options = dict(job.model_options)
-        folder = str(find_model(job.model, storage_options=storage_options))
-        _check_worker(folder, job.digest, job.engine, job.made)
-        return _load_engine(folder, job.digest, job.engine)
+    key = job.digest, job.engine
+    with _engine.loading:
+        if (pipe := _engine.find(key)) is not None:
+            return pipe
+        folder = Path(job.model)
+        if job.is_elsewhere:
+            folder = find_model(job.model, storage_options=dict(job.model_options))
+        if is_worker:
+            _check_worker(job, folder)
+        return _engine.keep(key, load_pipeline(folder, job.engine))
 
 
-@lru_cache(maxsize=1)
-def _load_engine(model: str, digest: str, settings: EngineSettings) -> Pipeline:
-    return load_pipeline(Path(model), settings)
+def _check_worker(job: Job, folder: Path) -> None:
+    """Unfit if what this process would compute is not what the run was planned with.
 
-
-@lru_cache(maxsize=1)
-def _check_worker(folder: str, expected: str, settings: EngineSettings, made: str) -> None:
-    """ValueError if what this process would compute is not what the run was planned with.
-
-    It may have joined the cluster after that.
+    It may have joined the cluster after that, or be another GPU of the same machine.
     """
     host = socket.gethostname()
-    found = describe(Path(folder), settings).made
-    if found != made:
-        raise ValueError(
-            f"workers: one on {host} has {found}, and the run was planned for {made}; give the run "
-            "workers of one kind"
+    found = describe(folder, job.engine).made
+    if found != job.made:
+        raise Unfit(
+            f"workers: one on {host} has {found}, and the run was planned for {job.made}; give the "
+            "run workers of one kind"
         )
-    if digest(Path(folder)) != expected:
-        raise ValueError(
-            f"model: on {host}, {folder!r} holds other files than the run was planned with; give "
-            "all workers the same model"
+    if job.is_elsewhere and digest(folder) != job.digest:
+        raise Unfit(
+            f"model: on {host}, {str(folder)!r} holds other files than the run was planned with; "
+            "give all workers the same model"
         )

@@ -564,13 +564,43 @@ def test_only_what_is_new_is_scored(
     assert second.table()["doc_id"].to_pylist() == [str(p.relative_to(growing)) for p in newest]
     runs = str(tmp_path / "runs")
     assert score_corpus(str(demo_folder), str(growing), runs, only_new=True) == runs
-    # Other settings ask for other numbers, and a run that was limited may have read a part.
+    # Other settings ask for other numbers.
     assert score(growing, only_new=True, recipe="rolling-64").table().num_rows == 8
-    assert score(growing, only_new=True, recipe="rolling-32", limit=8).table().num_rows == 8
-    assert score(growing, only_new=True, recipe="rolling-32").table().num_rows == 8
+    with pytest.raises(ValueError, match="limit: 3 cannot go with only_new"):
+        score(growing, only_new=True, limit=3)
+
+
+def test_a_run_with_a_limit_has_scored_nothing_whole(score: Score, corpus: Path) -> None:
+    assert score(corpus, limit=8).table().num_rows == 8
+    assert score(corpus, only_new=True).table().num_rows == 8
+
+
+def test_a_plan_that_does_not_say_what_it_read_counts_for_nothing(
+    score: Score, corpus: Path
+) -> None:
+    run = score(corpus)
+    path = Path(run.uri) / "plan.json"
+    plan = json.loads(path.read_text())
+    del plan["reading"]
+    other = path.parent.with_name("0" * 16)
+    shutil.copytree(run.uri, other)
+    (other / "plan.json").write_text(json.dumps(plan))
+    shutil.rmtree(run.uri)
+    assert score(corpus, only_new=True).table().num_rows == 8
 
 
 def test_an_unfinished_run_has_scored_nothing(score: Score, corpus: Path, tmp_path: Path) -> None:
     run = score(corpus, only_new=True)
     (Path(run.uri) / "manifest.json").unlink()
     assert score(corpus, only_new=True).uri == run.uri
+
+
+def test_a_run_that_was_begun_is_finished_before_what_came_later(
+    score: Score, corpus: Path, tmp_path: Path
+) -> None:
+    growing = Path(shutil.copytree(corpus, tmp_path / "growing"))
+    run = score(growing, only_new=True)
+    (Path(run.uri) / "manifest.json").unlink()
+    (growing / "later.py").write_text("x = 1\n")
+    assert score(growing, only_new=True).uri == run.uri
+    assert score(growing, only_new=True).table()["doc_id"].to_pylist() == ["later.py"]

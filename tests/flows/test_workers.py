@@ -285,6 +285,8 @@ def test_a_flow_that_is_killed_loses_nothing(
         flow.kill()
         flow.wait()
         fault.times += 1
+        # What is written late would be taken for what a flow has left.
+        wait_for(cluster.are_engines_free)
         assert not list(tmp_path.glob("runs/*/manifest.json"))
         fault.check(score(modules, tiers=["tokens"], workers=cluster.address))
         shutil.rmtree(tmp_path / "runs")
