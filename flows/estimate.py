@@ -1,6 +1,7 @@
 """What a run will be: its tokens, its size in storage and its time, told from a sample of it.
 
-Nothing is written but a few files in a temporary folder, which is removed again.
+Nothing is written but a few files in a temporary folder, which is removed again, and what the cache
+of a model lacks.
 """
 
 from __future__ import annotations

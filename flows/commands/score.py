@@ -232,7 +232,7 @@ def score(
 
     `dask scheduler --port 8786`, on one machine; then on each, for each of its GPUs:
 
-    `CUDA_VISIBLE_DEVICES=0 dask worker tcp://HOST:8786 --nthreads 2 --nworkers 1 --resources GPU=1
+    `CUDA_VISIBLE_DEVICES=0 dask worker tcp://HOST:8786 --nthreads 2 --memory-limit 0
     --no-dashboard`
 
     `logitmill score ./model s3://corpora/web --out s3://scores --workers tcp://HOST:8786`
