@@ -137,7 +137,9 @@ def start_workers(workers: str, *, on_gpus: bool) -> Iterator[str]:
         # Who comes and goes is of no interest to whoever reads a run's log.
         logging.getLogger("distributed").setLevel(logging.ERROR)
         cluster = stack.enter_context(
-            LocalCluster(n_workers=0, processes=True, dashboard_address=None, silence_logs="ERROR")
+            LocalCluster(
+                n_workers=0, processes=True, dashboard_address="127.0.0.1:0", silence_logs="ERROR"
+            )
         )
         command = [
             *(sys.executable, "-m", "dask", "worker", cluster.scheduler_address),
