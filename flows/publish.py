@@ -21,10 +21,11 @@ from .summary import merge_counts, merge_outliers
 if TYPE_CHECKING:
     from .run import Run
 
-_MERGES: dict[str, Callable[[Iterable[pa.Table]], pa.Table]] = {
+MERGES: dict[str, Callable[[Iterable[pa.Table]], pa.Table]] = {
     "counts": merge_counts,
     "outliers": merge_outliers,
 }
+"""How the tables of shards become the run's."""
 
 
 def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
@@ -34,8 +35,8 @@ def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
     tables: dict[str, pa.Table] = {}
     summaries: list[Part] = []
     with folder.scratch() as scratch:
-        for name, merge in _MERGES.items():
-            shards = (_read(folder, f"shards/{r.shard:05d}.{name}.parquet") for r in receipts)
+        for name, merge in MERGES.items():
+            shards = (read_table(folder, f"shards/{r.shard:05d}.{name}.parquet") for r in receipts)
             tables[name] = merge(shards)
             write_table(tables[name], scratch / name)
             summaries.append(folder.publish(scratch / name, f"summary/{name}.parquet"))
@@ -106,7 +107,8 @@ def report_facts(uri: str, plan: dict[str, Any], receipts: Sequence[Receipt]) ->
     }
 
 
-def _read(folder: Folder, name: str) -> pa.Table:
+def read_table(folder: Folder, name: str) -> pa.Table:
+    """A small table of a run, which a receipt names."""
     data = folder.read(name)
     assert data is not None, f"{name} is in a receipt"
     return pq.read_table(io.BytesIO(data))

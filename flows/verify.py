@@ -7,7 +7,6 @@ of models.
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -26,9 +25,10 @@ import pyarrow.parquet as pq
 from ..engine.records import OK, TOKEN_DTYPES
 from .corpus.locations import is_garbled
 from .folder import Folder, Part, endpoint_options, one_line
+from .publish import MERGES, read_table
 from .run import Run, open_run
 from .store import MANIFEST, PLAN, REPORT, Receipt
-from .summary import STATUS, merge_counts, merge_outliers
+from .summary import STATUS
 
 if TYPE_CHECKING:
     from ..engine.pipeline import EngineSettings
@@ -37,7 +37,6 @@ SAMPLE = 8
 """Documents that are scored again, unless it is said otherwise."""
 _READERS = 8
 _BLOCK = 1 << 20
-_MERGES = {"counts": merge_counts, "outliers": merge_outliers}
 _TOTALS = ("documents", "failed", "tokens", "bytes")
 
 
@@ -262,16 +261,18 @@ class _Stored:
             yield from self._check_summaries(receipts)
 
     def _check_summaries(self, receipts: Sequence[Receipt]) -> Iterator[Finding]:
-        for name, merge in _MERGES.items():
-            tables = (_read(self._folder, f"shards/{r.shard:05d}.{name}.parquet") for r in receipts)
+        for name, merge in MERGES.items():
+            tables = (
+                read_table(self._folder, f"shards/{r.shard:05d}.{name}.parquet") for r in receipts
+            )
             whole = f"summary/{name}.parquet"
-            if not merge(tables).equals(_read(self._folder, whole)):
+            if not merge(tables).equals(read_table(self._folder, whole)):
                 yield Finding(whole, "it is not what the tables of the shards add up to")
 
     def _find_leftovers(self) -> Iterator[Finding]:
         """Files that nothing of the run names, and uploads that nobody finished."""
         named = {PLAN, MANIFEST, REPORT}
-        named |= {f"summary/{name}.parquet" for name in _MERGES}
+        named |= {f"summary/{name}.parquet" for name in MERGES}
         named |= {name for r in self.receipts.values() for name in self._names(r.shard)}
         if self._manifest is None:
             # Where a shard is not done, somebody may be at work, and a rerun writes over it.
@@ -288,7 +289,7 @@ class _Stored:
         return [Receipt.name(shard), *self._part_names(shard)]
 
     def _part_names(self, shard: int) -> list[str]:
-        tables = [f"shards/{shard:05d}.{name}.parquet" for name in _MERGES]
+        tables = [f"shards/{shard:05d}.{name}.parquet" for name in MERGES]
         return [*(f"{tier}/part-{shard:05d}.parquet" for tier in self._plan["tiers"]), *tables]
 
 
@@ -335,7 +336,7 @@ def _hold_rows(
     if "logits" in plan["tiers"]:
         name = f"logits/part-{n}.parquet"
         yield from _hold_documents(name, scored, _count_logits(folder, name, plan["run_key"]))
-    counts = _read(folder, f"shards/{n}.counts.parquet")
+    counts = read_table(folder, f"shards/{n}.counts.parquet")
     of_status = counts.filter([panel.startswith(STATUS) for panel in counts["panel"].to_pylist()])
     for total in ("documents", "tokens"):
         counted = sum(of_status[total].to_pylist())
@@ -410,12 +411,6 @@ def _row_groups(
                 if values[other] != values[columns[-1]]:
                     raise pa.ArrowInvalid(f"{name} has lists of {other} of another length")
             yield parquet.read_row_group(group, columns=list(columns))
-
-
-def _read(folder: Folder, name: str) -> pa.Table:
-    data = folder.read(name)
-    assert data is not None, f"{name} is in a receipt"
-    return pq.read_table(io.BytesIO(data))
 
 
 def _list_files(folder: Folder) -> dict[str, int]:
