@@ -193,9 +193,10 @@ def test_logits_beyond_the_limit_end_the_run_where_the_estimate_was_too_low(
     options: dict[str, Any] = {"tiers": ["logits"], "max_logits_bytes": 20 * 10**6}
     with monkeypatch.context() as patch:
         patch.setattr(request, "_check_size", lambda *args: 0)
-        with pytest.raises(RuntimeError, match=r"shard 1: max_logits_bytes: .* raise it") as raised:
+        # Two are read side by side, and either may have its turn first.
+        said = r"[34] of 5 shards failed, .* shard \d: max_logits_bytes: .* raise it"
+        with pytest.raises(RuntimeError, match=said):
             score(spec(corpus), **options)
-    assert "4 of 5 shards failed" in str(raised.value)
     run = score(spec(corpus), tiers=["logits"])
     assert run.manifest is not None and run.manifest["tokens"] * 4096 * 4 > 20 * 10**6
 
