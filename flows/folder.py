@@ -20,7 +20,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir, mkdtemp
@@ -200,8 +200,19 @@ class Folder:
         once nothing is left to be written. Who is cut off finds the shard's receipt in place.
         """
         sweep(Path(self._root) if self.is_local else Path(gettempdir(), "logitmill"))
-        if "s3" in protocols(self._fs):
-            self._end_uploads()
+        self._end_uploads()
+
+    def list_uploads(self) -> list[dict[str, Any]]:
+        """S3's words on uploads in parts to this folder that are not finished; nothing elsewhere.
+
+        They stand in no other listing. Not every server lists them, nor may everybody ask: that is
+        an exception of the client's.
+        """
+        if "s3" not in protocols(self._fs):
+            return []
+        bucket, _, prefix = self._root.partition("/")
+        found = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
+        return list(found.get("Uploads", []))
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
         with self._plain_errors(folder, "listed"):
@@ -211,11 +222,10 @@ class Folder:
                 return []
 
     def _end_uploads(self) -> None:
-        """Abort uploads in parts: S3 lists them nowhere, and charges for their bytes until then."""
-        bucket, _, prefix = self._root.partition("/")
+        """Abort uploads in parts: S3 charges for their bytes until then."""
+        bucket = self._root.partition("/")[0]
         try:
-            found = self._fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=f"{prefix}/")
-            for upload in found.get("Uploads", []):
+            for upload in self.list_uploads():
                 which = {"Key": upload["Key"], "UploadId": upload["UploadId"]}
                 self._fs.call_s3("abort_multipart_upload", Bucket=bucket, **which)
         except Exception as error:  # they cost money, not rows; not everybody may list them
@@ -256,18 +266,34 @@ def _make_scratch(within: Path) -> tuple[Path, int]:
 def sweep(within: Path) -> None:
     """Remove the scratch folders whose writers are gone: those that nobody holds the lock of."""
     for folder in within.glob(f"{_TEMPORARY}*"):
-        try:
-            lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
+        with suppress(FileNotFoundError), _claim(folder) as is_claimed:
+            if is_claimed:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+def find_live(within: Path) -> set[str]:
+    """Names of the scratch folders whose writers live."""
+    found = set()
+    for folder in within.glob(f"{_TEMPORARY}*"):
+        with suppress(FileNotFoundError), _claim(folder) as is_claimed:
+            if not is_claimed:
+                found.add(folder.name)
+    return found
+
+
+@contextmanager
+def _claim(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a scratch folder, if nobody else does; FileNotFoundError if it is gone."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            continue
+            yield False
         else:
-            shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
+            yield True
+    finally:
+        os.close(lock)
 
 
 def endpoint_options(uri: str, endpoint_url: str | None) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from .cluster import FIRST_WORKER_SECONDS, THREADS, is_address, start_workers
 from .corpus.plan import Shard
 from .progress import TALLY, Count
 from .request import Job
+from .store import Receipt
 
 _MOST_LOSSES = 3
 """Times that a shard may be lost with its worker before it is given up."""
@@ -159,8 +160,9 @@ class _Cluster:
             # What the task ended with cannot be sent.
             TALLY.drop(self._key(shard.index))
             return error
-        if isinstance(result, Count):
-            TALLY.finish(self._key(shard.index), result)
+        if isinstance(result, Receipt):
+            held = Count(result.documents, result.bytes, result.tokens)
+            TALLY.finish(self._key(shard.index), held)
         else:
             TALLY.drop(self._key(shard.index))
         return result

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -214,7 +214,7 @@ def carry_out(request: Request) -> str:
                         metrics.record_failure()
                     else:
                         progress.shards += 1
-                        _count_shard(folder, shard)
+                        metrics.record_shard(result)
     if failures:
         shard, error = failures[0]
         raise RuntimeError(
@@ -232,13 +232,6 @@ def carry_out(request: Request) -> str:
     if 0 < sum(r.documents for r in receipts) == sum(r.failed for r in receipts):
         log.warning("%s: none of its documents could be scored", folder.uri)
     return folder.uri
-
-
-def _count_shard(folder: Folder, shard: Shard) -> None:
-    """Count a shard in the metrics, which storage that fails for once shall not end a run for."""
-    with suppress(OSError):
-        if (receipt := Receipt.read(folder, shard.index)) is not None:
-            metrics.record_shard(receipt)
 
 
 @contextmanager

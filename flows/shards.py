@@ -79,8 +79,8 @@ class Stopped(Exception):
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def score_shard(job: Job, shard: Shard, topic: str | None = None) -> Count:
-    """Score one shard, leave its parts and its receipt; returns what it held.
+def score_shard(job: Job, shard: Shard, topic: str | None = None) -> Receipt:
+    """Score one shard, leave its parts and its receipt; returns the receipt.
 
     With `topic`, a Dask worker says there how far it is.
     """
@@ -90,7 +90,7 @@ def score_shard(job: Job, shard: Shard, topic: str | None = None) -> Count:
     return shards.complete(job, shard, topic)
 
 
-def complete(job: Job, shard: Shard, topic: str | None = None) -> Count:
+def complete(job: Job, shard: Shard, topic: str | None = None) -> Receipt:
     """What the task does."""
     receipt = Receipt.read(job.folder, shard.index)
     if receipt is None or not job.folder.holds(receipt.parts):
@@ -107,7 +107,7 @@ def complete(job: Job, shard: Shard, topic: str | None = None) -> Count:
             raise
         receipt.write(job.folder)
     # Else another run of the same key, or an earlier start of this task, was here first.
-    return Count(receipt.documents, receipt.bytes, receipt.tokens)
+    return receipt
 
 
 @contextmanager

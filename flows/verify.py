@@ -7,13 +7,11 @@ of models.
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from fcntl import LOCK_EX, LOCK_NB, flock
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -24,7 +22,7 @@ import pyarrow.parquet as pq
 
 from ..engine.records import OK, TOKEN_DTYPES
 from .corpus.locations import is_garbled
-from .folder import Folder, Part, endpoint_options, one_line
+from .folder import Folder, Part, endpoint_options, find_live, one_line
 from .publish import MERGES, read_table
 from .run import Run, open_run
 from .store import MANIFEST, PLAN, REPORT, Receipt
@@ -420,36 +418,14 @@ def _list_files(folder: Folder) -> dict[str, int]:
     files = {str(path)[len(root) :]: int(info["size"]) for path, info in listed.items()}
     if not folder.is_local:
         return files
-    busy = {path.name for path in Path(root).glob(".tmp-*") if _is_locked(path)}
+    busy = find_live(Path(root))
     return {name: size for name, size in files.items() if name.split("/")[0] not in busy}
-
-
-def _is_locked(path: Path) -> bool:
-    """Whether the writer of a scratch folder lives."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        flock(handle, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def _list_uploads(folder: Folder) -> list[tuple[str, str]]:
     """(file, when it was begun) of uploads in parts to the folder that have not been finished."""
-    fs = folder.filesystem
-    if not hasattr(fs, "list_multipart_uploads"):
-        return []
-    bucket, _, root = folder.path("").partition("/")
+    root = folder.path("").partition("/")[2]
     # Not every server lists them, nor may everybody ask.
     with suppress(OSError, NotImplementedError):
-        return [
-            (upload["Key"][len(root) :], str(upload["Initiated"]))
-            for upload in fs.list_multipart_uploads(bucket)
-            if upload["Key"].startswith(root)
-        ]
+        return [(u["Key"][len(root) :], str(u["Initiated"])) for u in folder.list_uploads()]
     return []
