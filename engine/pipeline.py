@@ -6,7 +6,7 @@ import logging
 import platform
 import re
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -518,6 +518,7 @@ class Pipeline:
         on_logits: LogitsSink | None = None,
         logits_dtype: str = "float32",
         on_batch: BatchSink | None = None,
+        on_launched: Callable[[], None] | None = None,
     ) -> Iterator[DocumentScore]:
         """Score documents; yields each one's records, in input order, as they are ready.
 
@@ -539,6 +540,9 @@ class Pipeline:
                 arrays are overwritten after the call.
             logits_dtype: `float32` or `float16`, of these log-probabilities.
             on_batch: called with (scored tokens, their bytes) after every batch, for progress.
+            on_launched: called once, when the last batch is under way on the device: from then on
+                another thread's call may launch its own, and the device need not wait for these
+                records. One call at a time may be before this point.
 
         Raises:
             ValueError: for a recipe that does not fit the model. A bad document is no error: its
@@ -564,8 +568,19 @@ class Pipeline:
             num_top=top_k,
         )
         return scorer.score(
-            _as_documents(inputs), on_logits, on_batch, logits_dtype=DTYPES[logits_dtype]
+            _as_documents(inputs),
+            on_logits,
+            on_batch,
+            on_launched,
+            logits_dtype=DTYPES[logits_dtype],
         )
+
+    def take_device_seconds(self) -> float:
+        """Seconds that the device was at work on batches that were done since this was asked last.
+
+        Batches overlap from call to call: whoever asks gets what others have launched as well.
+        """
+        return self._runner.take_device_seconds()
 
     def find_recipe(self, recipe: str | Recipe, **settings: Any) -> Recipe:
         """The recipe as it would run on this model, context and stride resolved."""

@@ -17,7 +17,7 @@ import torch
 
 from .blocks import Blocks
 from .head import Columns, Head, Model
-from .transfer import Arrival, Aside, Mark, Outbox, on, to_device
+from .transfer import Arrival, Aside, Mark, Meter, Outbox, on, to_device
 
 _T = TypeVar("_T")
 _Hidden = tuple[torch.Tensor, torch.Tensor, int]
@@ -58,6 +58,7 @@ class Runner:
         self._head = head
         # One for all streams of rows: memory that is used on a stream is kept for that stream.
         self._aside = Aside(model.device)
+        self._meter = Meter(model.device)
         self._limit: int | None = None
         """Most tokens of a batch, once memory has run out."""
 
@@ -65,6 +66,10 @@ class Runner:
     def depth(self) -> int:
         """Batches worth launching before the oldest one's results are taken."""
         return 2 if self._model.device.type == "cuda" else 0
+
+    def take_device_seconds(self) -> float:
+        """Seconds that the device was at work on batches that were done since this was asked."""
+        return self._meter.take()
 
     def launch(self, requests: Sequence[Request], *, num_top: int = 0) -> list[Arrival[Columns]]:
         """Start a batch; its results, or those of its parts, in the order of the requests.
@@ -135,17 +140,23 @@ class Runner:
             waiting.insert(0, part)
 
     def _launch(self, requests: Sequence[Request], num_top: int) -> Arrival[Columns]:
-        hidden_RD, targets_R, num_rows = self._hidden(requests)
-        with torch.inference_mode(), on(self._model.device):
+        with torch.inference_mode(), on(self._model.device), self._meter.span():
+            hidden_RD, targets_R, num_rows = self._hidden(requests)
             return self._head.score(hidden_RD, targets_R, num_rows, num_top=num_top)
 
     def _marked(self, requests: Sequence[Request]) -> tuple[_Hidden, Mark]:
-        hidden = self._hidden(requests)
+        with on(self._model.device), self._meter.span():
+            hidden = self._hidden(requests)
         return hidden, self._aside.mark()
 
     def _next(self, chunks: Iterator[_T]) -> _T | None:
         """The next chunk; between chunks, the caller's code runs outside of inference mode."""
-        with torch.inference_mode(), on(self._model.device), self._aside.current():
+        with (
+            torch.inference_mode(),
+            on(self._model.device),
+            self._aside.current(),
+            self._meter.span(),
+        ):
             return next(chunks, None)
 
     def _hidden(self, requests: Sequence[Request]) -> _Hidden:

@@ -78,6 +78,7 @@ class Scorer:
         documents: Iterable[Document],
         on_logits: LogitsSink | None = None,
         on_batch: BatchSink | None = None,
+        on_launched: Callable[[], None] | None = None,
         *,
         logits_dtype: torch.dtype = torch.float32,
     ) -> Iterator[DocumentScore]:
@@ -89,11 +90,15 @@ class Scorer:
         """
         if on_logits is not None:
             batches = run_ahead(self._batches_in_order(documents), _READY)
-            return self._score_in_order(batches, on_logits, on_batch, logits_dtype)
-        return self._score_packed(run_ahead(self._packed_batches(documents), _READY), on_batch)
+            return self._score_in_order(batches, on_logits, on_batch, on_launched, logits_dtype)
+        batches = run_ahead(self._packed_batches(documents), _READY)
+        return self._score_packed(batches, on_batch, on_launched)
 
     def _score_packed(
-        self, batches: Iterable[_Batch], on_batch: BatchSink | None
+        self,
+        batches: Iterable[_Batch],
+        on_batch: BatchSink | None,
+        on_launched: Callable[[], None] | None,
     ) -> Iterator[DocumentScore]:
         under_way: deque[tuple[_Batch, list[Arrival[Columns]]]] = deque()
         for batch in batches:
@@ -101,6 +106,8 @@ class Scorer:
             under_way.append((batch, launched))
             if len(under_way) > self._runner.depth:
                 yield from self._complete(*under_way.popleft(), on_batch)
+        if on_launched is not None:
+            on_launched()
         while under_way:
             yield from self._complete(*under_way.popleft(), on_batch)
 
@@ -135,6 +142,7 @@ class Scorer:
         batches: Iterable[_Batch],
         on_logits: LogitsSink,
         on_batch: BatchSink | None,
+        on_launched: Callable[[], None] | None,
         dtype: torch.dtype,
     ) -> Iterator[DocumentScore]:
         running: deque[_Batch] = deque()
@@ -164,6 +172,8 @@ class Scorer:
                 rows.values.numpy(),
                 rows.columns["logsumexp"],
             )
+        if on_launched is not None:
+            on_launched()
         for batch in running:
             yield from self._release(batch, on_batch)
 

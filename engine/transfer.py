@@ -1,9 +1,12 @@
-"""Copies between host and device that nobody waits for."""
+"""Copies between host and device that nobody waits for, and the time that a device is at work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Generic, TypeVar
 
 import torch
@@ -92,6 +95,57 @@ class Aside:
         self._stream.wait_event(mark)
         for tensor in tensors:
             tensor.record_stream(self._stream)
+
+
+class Meter:
+    """Seconds that a device was at work on what was launched in spans. Safe to use from threads.
+
+    What it waits for within a span counts: a layer that is still on its way to the device, room for
+    results that leave it. The gaps between spans do not.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._seconds = 0.0
+        self._open: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+        self._last: torch.cuda.Event | None = None
+        """Where the last span that is counted ended."""
+
+    @contextmanager
+    def span(self) -> Iterator[None]:
+        """Counts what is launched in the block, from its start on the device to its end there."""
+        if self._device.type != "cuda":
+            started = time.perf_counter()
+            yield
+            with self._lock:
+                self._seconds += time.perf_counter() - started
+            return
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        stream = torch.cuda.current_stream(self._device)
+        begun.record(stream)
+        yield
+        ended.record(stream)
+        with self._lock:
+            self._open.append((begun, ended))
+
+    def take(self) -> float:
+        """Of the spans that are done by now, and were not when this was asked last."""
+        with self._lock:
+            self._count()
+            seconds, self._seconds = self._seconds, 0.0
+            return seconds
+
+    def _count(self) -> None:
+        while self._open and self._open[0][1].query():
+            begun, ended = self._open.popleft()
+            milliseconds = begun.elapsed_time(ended)
+            if self._last is not None:
+                # Spans of two streams lie beside one another.
+                milliseconds = min(milliseconds, self._last.elapsed_time(ended))
+            if milliseconds > 0:
+                self._seconds += milliseconds / 1e3
+                self._last = ended
 
 
 class Outbox:

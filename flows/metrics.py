@@ -32,6 +32,9 @@ _shards = Counter("logitmill_shards", "Shards, by how they ended: done or failed
 _retries = Counter(
     "logitmill_shard_retries", "Shards that were begun again: their worker failed, died or hung."
 )
+_device_seconds = Counter(
+    "logitmill_device_seconds", "Seconds that devices were at work on finished shards."
+)
 _shard_seconds = Histogram(
     "logitmill_shard_duration_seconds",
     "Seconds that the engine was at work on a shard.",
@@ -45,6 +48,10 @@ _run_progress = Gauge("logitmill_run_progress_ratio", "Scored part of the run's 
 _run_left = Gauge("logitmill_run_left_seconds", "Seconds until the run is done; NaN if unknown.")
 _run_speed = Gauge("logitmill_run_tokens_per_second", "Tokens scored a second, by all workers.")
 _run_workers = Gauge("logitmill_run_workers", "Processes at work on the run.")
+_run_busy = Gauge(
+    "logitmill_run_device_busy_ratio",
+    "Share of the last half minute that the workers' devices were at work; NaN if unknown.",
+)
 
 for _outcome in ("done", "failed"):
     # A series that is there from the start has a rate when it first moves.
@@ -67,7 +74,8 @@ def of_run(run_key: str, model: str) -> Iterator[None]:
             yield
     finally:
         # A process may go on with another run, on other workers.
-        _run_left.set(float("nan"))
+        for gauge in (_run_left, _run_busy):
+            gauge.set(float("nan"))
         for gauge in (_run_speed, _run_workers):
             gauge.set(0)
 
@@ -79,6 +87,7 @@ def record_shard(receipt: Receipt) -> None:
     _failed_documents.inc(receipt.failed)
     _tokens.inc(receipt.tokens)
     _bytes.inc(receipt.bytes)
+    _device_seconds.inc(receipt.device_seconds)
     _shard_seconds.observe(receipt.seconds)
 
 
@@ -100,3 +109,4 @@ def record_progress(seen: Seen) -> None:
     _run_left.set(float("nan") if seen.seconds_left is None else seen.seconds_left)
     _run_speed.set(seen.tokens_per_second)
     _run_workers.set(seen.workers)
+    _run_busy.set(float("nan") if seen.busy is None else seen.busy)

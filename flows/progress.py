@@ -7,6 +7,7 @@ import logging
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -16,6 +17,8 @@ from uuid import UUID
 from . import metrics
 
 _TICK_SECONDS = 0.2
+# What a device's share is told from: so many seconds, and so many at least.
+_RECENT_SECONDS, _LEAST_SECONDS = 30.0, 2.0
 
 
 @dataclass
@@ -26,12 +29,15 @@ class Count:
     bytes: int = 0
     tokens: int = 0
     """Scored; their documents may not be done yet."""
+    device_seconds: float = 0.0
+    """That a device was at work on them."""
 
     def add(self, other: Count) -> None:
         """Add what another one counted."""
         self.documents += other.documents
         self.bytes += other.bytes
         self.tokens += other.tokens
+        self.device_seconds += other.device_seconds
 
 
 class Attempt:
@@ -41,11 +47,12 @@ class Attempt:
         self._tally = tally
         self._count = count
 
-    def add_batch(self, tokens: int, num_bytes: int) -> None:
-        """Count scored tokens and their bytes."""
+    def add_batch(self, tokens: int, num_bytes: int, device_seconds: float) -> None:
+        """Count scored tokens, their bytes, and how long a device was at work on them."""
         with self._tally.lock:
             self._count.tokens += tokens
             self._count.bytes += num_bytes
+            self._count.device_seconds += device_seconds
 
     def add_document(self, *, scored: bool) -> None:
         """Count one more document."""
@@ -137,6 +144,8 @@ class Seen:
     workers: int
     tokens_per_second: float
     """Of this run of the flow."""
+    busy: float | None
+    """Share of the last half minute that the workers' devices were at work; None at first."""
     seconds_left: float | None
     """None while there is nothing to tell it from."""
 
@@ -146,10 +155,11 @@ class Seen:
         if self.workers != 1:
             rate = self.tokens_per_second / self.workers if self.workers else 0.0
             each = f" on {counted(self.workers, 'worker')}, {rate:,.0f} each"
+        busy = f", {self.busy:.0%} busy" if self.busy is not None else ""
         return (
             f"{self.fraction:4.0%}  {self.shards:,} of {counted(self.num_shards, 'shard')}  "
             f"{counted(self.documents, 'document')}  "
-            f"{self.tokens_per_second:,.0f} tokens/s{each}{left}"
+            f"{self.tokens_per_second:,.0f} tokens/s{each}{busy}{left}"
         )
 
 
@@ -191,6 +201,8 @@ def show_progress(done: Done, log: logging.LoggerAdapter[Any] | logging.Logger) 
     began, at_first = time.monotonic(), TALLY.total()
     first_bytes, first_documents = done.bytes, done.documents
 
+    recent = _Recent(_RECENT_SECONDS)
+
     def look() -> Seen:
         seconds = time.monotonic() - began
         now = TALLY.total()
@@ -204,6 +216,7 @@ def show_progress(done: Done, log: logging.LoggerAdapter[Any] | logging.Logger) 
             documents=first_documents + now.documents - at_first.documents,
             workers=done.workers,
             tokens_per_second=(now.tokens - at_first.tokens) / seconds if seconds else 0.0,
+            busy=recent.share(seconds, now.device_seconds, done.workers),
             seconds_left=left,
         )
 
@@ -212,6 +225,30 @@ def show_progress(done: Done, log: logging.LoggerAdapter[Any] | logging.Logger) 
         for display in (in_terminal, _Artifact(), _Gauges()):
             stack.enter_context(_repeat(display, look))
         yield
+
+
+class _Recent:
+    """How busy devices were lately."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._looks: deque[tuple[float, float]] = deque()
+        self._lock = threading.Lock()
+
+    def share(self, now: float, device_seconds: float, workers: int) -> float | None:
+        """Of the time of so many workers, 0 to 1; None until their first batch is done."""
+        with self._lock:
+            if not device_seconds:
+                return None
+            self._looks.append((now, device_seconds))
+            # One that is older is kept, so that what is between covers all of the time.
+            while len(self._looks) > 2 and self._looks[1][0] < now - self._seconds:
+                self._looks.popleft()
+            past, seconds = self._looks[0]
+        if now - past < _LEAST_SECONDS or not workers:
+            return None
+        # A shard that is lost takes what it counted with it.
+        return min(1.0, max(0.0, device_seconds - seconds) / (now - past) / workers)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import fields
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -161,8 +162,8 @@ class _Cluster:
             TALLY.drop(self._key(shard.index))
             return error
         if isinstance(result, Receipt):
-            held = Count(result.documents, result.bytes, result.tokens)
-            TALLY.finish(self._key(shard.index), held)
+            held = [getattr(result, field.name) for field in fields(Count)]
+            TALLY.finish(self._key(shard.index), Count(*held))
         else:
             TALLY.drop(self._key(shard.index))
         return result

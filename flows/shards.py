@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+import weakref
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
@@ -41,6 +42,7 @@ from .versions import versions
 
 RETRIES = 2
 _REPORT_SECONDS = 1.0
+_TIMES_COLLECTED = 20
 
 stopped: set[str] = set()
 """Flow runs (`Job.attempt`) that were interrupted: their tasks in this process end soon."""
@@ -49,7 +51,7 @@ _kept: dict[tuple[str, int], int] = {}
 """Tokens of shards that this process has kept logits of, by flow run; receipts come a bit later."""
 
 _turn = threading.Lock()
-"""Held by the task whose shard the engine is at work on. Others read theirs, or write it."""
+"""Held by the task whose shard the engine is given. Others read theirs, or write it."""
 
 
 def stop(attempt: str) -> None:
@@ -96,8 +98,11 @@ def complete(job: Job, shard: Shard, topic: str | None = None) -> Receipt:
     if receipt is None or not job.folder.holds(receipt.parts):
         key = (job.attempt, shard.index)
         try:
-            with TALLY.attempt(key) as attempt, _report(key, topic):
-                pipe = load_engine(job, is_worker=topic is not None)
+            with (
+                TALLY.attempt(key) as attempt,
+                _report(key, topic),
+                _engine.use(job, is_worker=topic is not None) as pipe,
+            ):
                 receipt = _score(job, shard, attempt, pipe)
         except Exception as error:
             if isinstance(error, TooManyLogits):
@@ -127,7 +132,7 @@ def _report(key: tuple[str, int], topic: str | None) -> Iterator[None]:
                 "shard": key[1],
                 "worker": worker.address,
                 "count": asdict(count),
-                "is_loading": _engine.loading.locked(),
+                "is_loading": _engine.is_loading,
             }
             worker.log_event(topic, said)
 
@@ -148,7 +153,7 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
         "units": "nats",
     }
     counts = {"documents": 0, "failed": 0, "tokens": 0, "bytes": 0}
-    loglikelihood = 0.0
+    loglikelihood, device_seconds = 0.0, 0.0
     summary = Summary()
     with job.folder.scratch() as scratch:
         writers: list[ScoresWriter | TokensWriter | LogitsWriter] = []
@@ -161,10 +166,14 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
         writers.append(ScoresWriter(scratch / "scores", metadata))
 
         def on_batch(tokens: int, num_bytes: int) -> None:
-            attempt.add_batch(tokens, num_bytes)
+            nonlocal device_seconds
+            seconds = pipe.take_device_seconds()
+            device_seconds += seconds
+            attempt.add_batch(tokens, num_bytes, seconds)
             # Documents come many batches at a time.
             _end_if_stopped(job)
 
+        turn = _Turn()
         # Its documents are read and tokenized from here on, while another shard has its turn.
         scores = pipe.score(
             read_shard(job.corpus, shard),
@@ -172,8 +181,10 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
             on_logits=None if logits is None else logits.add_rows,
             logits_dtype=job.logits_dtype,
             on_batch=on_batch,
+            # What logits may take is known once the shard before is through.
+            on_launched=turn.pass_on if logits is None else None,
         )
-        with _turn, closing(cast("Generator[DocumentScore]", scores)):
+        with turn, closing(cast("Generator[DocumentScore]", scores)):
             if logits is not None:
                 logits.room = _logits_room(job, pipe.vocab_size)
             started = time.monotonic()
@@ -206,6 +217,7 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
         parts=tuple(parts),
         loglikelihood=loglikelihood,
         seconds=seconds,
+        device_seconds=device_seconds,
         device=pipe.device_name,
         versions=versions(),
         **counts,
@@ -226,52 +238,107 @@ def _logits_room(job: Job, vocab_size: int) -> int:
     return job.max_logits_bytes - tokens * row_bytes
 
 
+class _Turn:
+    """One task's turn with the engine."""
+
+    def __init__(self) -> None:
+        self._is_held = False
+
+    def __enter__(self) -> None:
+        _turn.acquire()
+        self._is_held = True
+
+    def __exit__(self, *_: object) -> None:
+        self.pass_on()
+
+    def pass_on(self) -> None:
+        """Leave the engine to the next one, if this has not happened yet."""
+        if self._is_held:
+            self._is_held = False
+            _turn.release()
+
+
 class _Engine:
     """The engine of this process, and of what it is."""
 
     def __init__(self) -> None:
         self.loading = threading.Lock()
+        """Held by who looks for an engine, loads one, or waits for others to be done with theirs."""
+        self.is_loading = False
         self._kept: tuple[tuple[str, EngineSettings], Pipeline] | None = None
+        self._users = 0
+        self._changed = threading.Condition()
 
-    def find(self, key: tuple[str, EngineSettings]) -> Pipeline | None:
-        """The engine if it is this one; another makes room, for both need the same memory."""
+    @contextmanager
+    def use(self, job: Job, *, is_worker: bool) -> Iterator[Pipeline]:
+        """The engine for a job, which stays for as long as the block runs."""
+        with self.loading:
+            pipe = self.load(job, is_worker=is_worker)
+            self._count_users(1)
+        try:
+            yield pipe
+        finally:
+            self._count_users(-1)
+
+    def load(self, job: Job, *, is_worker: bool) -> Pipeline:
+        """The engine for a job. `loading` is held by the caller."""
+        key = job.digest, job.engine
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
-        if self._kept is not None:
-            # Whoever has its turn goes on to the end of his shard.
-            with _turn:
-                self._kept = None
-            gc.collect()
-            if torch.cuda.is_initialized():
-                torch.cuda.empty_cache()
-        return None
-
-    def keep(self, key: tuple[str, EngineSettings], pipe: Pipeline) -> Pipeline:
-        """Keep it for the next shards."""
+        # Both need the same memory.
+        self.release()
+        self.is_loading = True
+        try:
+            folder = Path(job.model)
+            if job.is_elsewhere:
+                folder = find_model(job.model, storage_options=dict(job.model_options))
+            if is_worker:
+                _check_worker(job, folder)
+            pipe = load_pipeline(folder, job.engine)
+        finally:
+            self.is_loading = False
         self._kept = key, pipe
         return pipe
+
+    def release(self) -> None:
+        """Give back what the engine takes, once nobody uses it. `loading` is held by the caller."""
+        if self._kept is None:
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: not self._users)
+        kept, self._kept = weakref.ref(self._kept[1]), None
+        for _ in range(_TIMES_COLLECTED):
+            gc.collect()
+            if kept() is None:
+                break
+            # Its last user is on his way out.
+            time.sleep(0.1)
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _count_users(self, change: int) -> None:
+        with self._changed:
+            self._users += change
+            self._changed.notify_all()
 
 
 _engine = _Engine()
 
 
-def load_engine(job: Job, *, is_worker: bool = False) -> Pipeline:
+def load_engine(job: Job) -> Pipeline:
     """The engine of this process: loaded once for a model's digest, kept between shards.
 
     Raises:
         ValueError: naming what is wrong with the model or the settings.
-        Unfit: if this process is a worker of another kind than the run was planned for.
     """
-    key = job.digest, job.engine
     with _engine.loading:
-        if (pipe := _engine.find(key)) is not None:
-            return pipe
-        folder = Path(job.model)
-        if job.is_elsewhere:
-            folder = find_model(job.model, storage_options=dict(job.model_options))
-        if is_worker:
-            _check_worker(job, folder)
-        return _engine.keep(key, load_pipeline(folder, job.engine))
+        return _engine.load(job, is_worker=False)
+
+
+def release_engine() -> None:
+    """Give back the memory of this process's engine; the next shard loads one again."""
+    with _engine.loading:
+        _engine.release()
 
 
 def _check_worker(job: Job, folder: Path) -> None:

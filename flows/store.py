@@ -44,8 +44,11 @@ class Receipt:
     loglikelihood: float
     """Sum over the scored documents, nats."""
     seconds: float
+    """That the engine had the shard."""
     device: str
     versions: Mapping[str, str]
+    device_seconds: float = 0.0
+    """Of `seconds`, those in which the device was at work."""
 
     @staticmethod
     def name(shard: int) -> str:

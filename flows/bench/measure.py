@@ -61,12 +61,24 @@ class Request:
     """At most so many documents."""
     from_disk: bool = False
     """Whether a workload's weights are loaded from a checkpoint, written where it is missing."""
+    stores: tuple[str, ...] = ()
+    """Folders, on any file system, to score texts from and to: a pass each. Documents are texts
+    then, all of them `shards` times."""
+    shards: int = 4
+    processes: tuple[int, ...] = ()
+    """Also score by so many processes of this machine, one for each GPU: a pass a store each."""
+    endpoint_url: str | None = None
+    """Of the S3 server where it is not Amazon's."""
 
     def __post_init__(self) -> None:
-        for name in ("repeat", "limit"):
-            value = getattr(self, name)
+        values = {"repeat": self.repeat, "limit": self.limit, "shards": self.shards}
+        for name, value in (*values.items(), *(("workers", n) for n in self.processes)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value} is not at least 1")
+        if self.processes and not self.stores:
+            raise ValueError(
+                f"workers: {self.processes[0]} score from storage to storage; add --store FOLDER"
+            )
 
 
 def make_cases(names: Sequence[str], settings: EngineSettings) -> tuple[EngineSettings, ...]:
@@ -102,13 +114,14 @@ def measure(request: Request, *, command: str = "") -> Iterator[Record]:
         limit=request.limit,
         from_disk=request.from_disk,
         shared=bool(request.peers),
+        times=request.shards if request.stores else None,
     )
     for settings in request.cases:
         settings.resolve_scheme(subject.config)
     first, *others = request.cases
     yield _measure_case(subject, request, first, command, _Start())
     for settings in others:
-        alone = replace(request, top_k=(), keep_logits=False, peers=())
+        alone = replace(request, top_k=(), keep_logits=False, peers=(), stores=(), processes=())
         yield _measure_case(subject, alone, settings, command, None)
 
 
@@ -187,6 +200,9 @@ def _measure_case(
     # A peer is given the whole device, and so is the next case.
     del engine
     release(device)
+    for store in request.stores:
+        record.passes.extend(_measure_stored(subject, request, settings, store, record))
+        release(device)
     for name in request.peers:
         peer = _measure_peer(
             name, subject, settings, request.repeat, dtype, given, scored.tokens, flops
@@ -194,6 +210,35 @@ def _measure_case(
         record.passes.append(peer)
         release(device)
     return record
+
+
+def _measure_stored(
+    subject: Subject, request: Request, settings: EngineSettings, store: str, record: Record
+) -> Iterator[Pass]:
+    """From texts in a store to parts in it, in this process and by others."""
+    from ..progress import counted
+    from .stored import store_corpus, time_stored
+
+    unit = record.passes[0].unit
+    scheme = store.partition("://")[0] if "://" in store else "file"
+    ways: list[int | None] = [None, *request.processes]
+    with store_corpus(store, subject.documents, request.shards, request.endpoint_url) as corpus:
+        for processes in ways:
+            stored = time_stored(
+                corpus,
+                subject.folder(),
+                subject.recipe,
+                settings,
+                processes=processes,
+                repeat=request.repeat,
+            )
+            by = "" if processes is None else f", {counted(processes, 'worker')}"
+            scored = Scored(record.tokens, stored.targets, stored.loglikelihood)
+            timed = Timed(stored.seconds, scored, None)
+            described = _describe(
+                f"{scheme} to {scheme}{by}", unit, timed, record.tokens, None, None
+            )
+            yield replace(described, busy=stored.device_seconds / stored.seconds / (processes or 1))
 
 
 def _why(is_long: bool) -> str:

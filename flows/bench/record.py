@@ -33,6 +33,8 @@ class Pass:
     """Device memory at its fullest, over the weights."""
     bits_per_token: float | None
     """Of the scored tokens, so that ways can be told to agree."""
+    busy: float | None = None
+    """Share of the time in which the devices were at work on batches, where it was taken."""
 
 
 @dataclass(frozen=True)
@@ -147,15 +149,9 @@ def _passes(passes: Sequence[Pass]):  # type: ignore[no-untyped-def]
     table = Table(box=None, header_style="bold")
     table.add_column("")
     table.add_column("linears in")
-    for name in (
-        "tokens/s",
-        "seconds",
-        "logitmill is",
-        "TFLOP/s",
-        "roofline",
-        "peak GB",
-        "bits/token",
-    ):
+    names = ["tokens/s", "seconds", "logitmill is", "TFLOP/s", "roofline", "peak GB", "bits/token"]
+    has_busy = any(p.busy is not None for p in passes)
+    for name in [*names, "busy"] if has_busy else names:
         table.add_column(name, justify="right")
     for p in passes:
         ratio = first.tokens_per_second / p.tokens_per_second
@@ -169,6 +165,7 @@ def _passes(passes: Sequence[Pass]):  # type: ignore[no-untyped-def]
             _or_blank(p.roofline_share, ".1%"),
             _or_blank(p.peak_bytes and p.peak_bytes / 1e9, ".2f"),
             _or_blank(p.bits_per_token, ".5f"),
+            *([_or_blank(p.busy, ".1%")] if has_busy else []),
         )
     return table
 

@@ -9,6 +9,7 @@ import typer
 
 from .mistakes import or_exit, to_bytes
 from .options import (
+    ENDPOINT_HELP,
     ENGINE,
     QUANTIZATION_HELP,
     RECIPE,
@@ -23,7 +24,7 @@ from .options import (
     TextColumn,
     number,
 )
-from .terminal import typed
+from .terminal import hush_prefect, typed
 
 
 def bench(
@@ -67,6 +68,30 @@ def bench(
             "same top, probability of the true token.",
         ),
     ] = False,
+    store: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FOLDER|URI",
+            help="Also measure scoring texts from this folder to parts in it, in this process, as "
+            "`score` does. What is written there is removed again. May be given twice.",
+        ),
+    ] = None,
+    workers: Annotated[
+        list[int] | None,
+        number(
+            "processes",
+            "1",
+            help="With --store: also by so many processes of this machine, each with a GPU. May be "
+            "given several times.",
+        ),
+    ] = None,
+    shards: Annotated[
+        int,
+        number(
+            "shards", "4", help="With --store: score the documents so many times, a shard each."
+        ),
+    ] = 4,
+    endpoint_url: Annotated[str | None, typer.Option(help=ENDPOINT_HELP)] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Add the record to this file of JSON lines.")
     ] = None,
@@ -111,6 +136,10 @@ def bench(
     `logitmill bench infra/demo/model 'engine/*.py' --limit 40 --peer transformers`
 
     `logitmill bench infra/demo/model 'engine/*.py' --limit 40 --fidelity`
+
+    From texts in storage to parts in storage, by this process, by one worker and by two:
+
+    `logitmill bench llama8b-mixed --quantization fp8 --store runs --workers 1 --workers 2`
     """
 
     def run() -> None:
@@ -133,6 +162,8 @@ def bench(
             show_fidelity,
         )
 
+        if store:
+            hush_prefect()
         settings = EngineSettings(
             device=device,
             dtype=dtype,
@@ -153,6 +184,10 @@ def bench(
             repeat=repeat,
             limit=limit,
             from_disk=from_disk,
+            stores=tuple(store or ()),
+            shards=shards,
+            processes=tuple(workers or ()),
+            endpoint_url=endpoint_url,
         )
         command = typed(without="--json")
         if fidelity:

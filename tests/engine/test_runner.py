@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from dataclasses import replace
 from itertools import chain
@@ -125,3 +126,14 @@ def test_what_was_set_refuses_long_windows_and_no_batch_for_its_padding(demo, mo
     assert len(launch(demo._runner, [Request(ids[:600], ids[:600])])) == 600
     with pytest.raises(RuntimeError, match="device_memory: a window of 601 tokens takes"):
         launch(demo._runner, [Request(ids, ids)])
+
+
+def test_the_time_that_a_device_is_at_work_is_given_once(demo):
+    runner = Runner(demo._model, Head(demo._model, 256 << 20))
+    assert runner.take_device_seconds() == 0.0
+    started = time.perf_counter()
+    launch(runner, requests())
+    for _ in runner.stream([requests()], torch.float32, normalised=False):
+        pass
+    assert 0.0 < runner.take_device_seconds() <= time.perf_counter() - started
+    assert runner.take_device_seconds() == 0.0

@@ -634,3 +634,33 @@ def merging_tokenizer(*pairs: str) -> Any:
 def test_context_is_refused_by_a_recipe_that_reads_none(byte_markov: Pipeline) -> None:
     with pytest.raises(ValueError, match="rolling reads no context, but document '0' has one"):
         score_one(byte_markov, ("context", "text"), prefix="none")
+
+
+# ---- calls that overlap ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_logits", [False, True])
+def test_another_call_may_launch_once_the_last_batch_is_under_way(
+    demo: Pipeline, with_logits: bool
+) -> None:
+    """Also where a call has nothing to launch."""
+    texts = [["One text.", "", "Another one, " * 90, "and more"], ["Of the second call."] * 3, [""]]
+    apart = [list(demo.score(some)) for some in texts]
+    together: dict[int, list[DocumentScore]] = {}
+
+    def run(call: int) -> None:
+        calls: list[int] = []
+
+        def go_on() -> None:
+            calls.append(call)
+            if call + 1 < len(texts):
+                run(call + 1)
+
+        options = {"on_logits": lambda *rows: None} if with_logits else {}
+        together[call] = list(demo.score(texts[call], on_launched=go_on, **options))
+        assert calls == [call]
+
+    run(0)
+    for call, scores in enumerate(apart):
+        assert len(scores) == len(together[call])
+        assert all(map(same_records, scores, together[call]))

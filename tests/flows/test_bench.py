@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from logitmill.engine.pipeline import EngineSettings
@@ -294,6 +296,36 @@ def test_lmdeploy_gives_means(monkeypatch: pytest.MonkeyPatch, demo_folder: Path
         "max_prefill_token_num": 16384,
         "enable_prefix_caching": False,
     }
+
+
+@pytest.mark.slow
+def test_texts_from_storage_to_storage(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    s3: str,
+    server_url: str,
+) -> None:
+    file, out = tmp_path / "records.jsonl", tmp_path / "runs"
+    stores = ["--store", out, "--store", "s3://bucket/bench", "--endpoint-url", s3]
+    options = ["--device", "cpu", "--limit", 3, "--shards", 2, "--repeat", 1, "--json", file]
+    # What a worker needs beside that is tested with workers.
+    workers = ["--workers", 1] if os.environ.get("LOGITMILL_LONG") else []
+    status, said, err = bench(monkeypatch, capsys, "demo-mixed", *options, *stores, *workers)
+    assert status == 0, err
+    (record,) = load_records(file)
+    names = ["records", "file to file", "s3 to s3"]
+    assert [p.name for p in record.passes if "worker" not in p.name] == names
+    # Cut where tokens begin, but for what a tokenizer makes of the ends.
+    wanted = 2 * sum(WORKLOADS["demo-mixed"].lengths[:3])
+    assert record.documents == 6 and record.tokens == pytest.approx(wanted, rel=0.02)
+    first, *others = record.passes
+    for p in others:
+        assert p.bits_per_token == pytest.approx(first.bits_per_token, rel=1e-12)
+        assert p.busy is not None and 0 < p.busy <= 1
+    assert "busy" in said and "as texts, 2 times" in said
+    assert not any(out.iterdir())
+    assert not fsspec.filesystem("s3", endpoint_url=s3).find("bucket/bench")
 
 
 def test_the_usual_loop_scores_what_the_engine_scores(demo_folder: Path, tmp_path: Path) -> None:

@@ -6,17 +6,20 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flow_helpers import Score
+from forks import CONTEXT
 from logitmill.flows import CorpusSpec, Run, cli, open_run, progress
 from logitmill.flows.commands.mistakes import name_options
 
@@ -29,6 +32,18 @@ def logitmill(*arguments: Any, **environment: str) -> subprocess.CompletedProces
         timeout=120,
         env={**os.environ, "NO_COLOR": "1", "COLUMNS": "120", **environment},
     )
+
+
+def run_command(arguments: list[str], server_url: str, err: str) -> None:
+    """The command in a forked process, with what it says on stderr in a file or on a terminal."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), 2)
+    os.environ |= {"TERM": "xterm", "COLUMNS": "120"}
+    sys.argv = ["logitmill", *arguments]
+    with temporary_settings({PREFECT_API_URL: server_url}):
+        cli.main()
 
 
 def in_process(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -88,13 +103,13 @@ def test_help_imports_nothing_heavy() -> None:
     assert time.monotonic() - started[1] < 5
 
 
+@pytest.mark.slow
 def test_a_newcomers_run_from_start_to_report(
-    demo_folder: Path, corpus: Path, tmp_path: Path
+    demo_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With nothing set up: an empty home, no server, no terminal."""
     arguments = ["score", demo_folder, corpus, "--out", tmp_path / "runs", "--keep", "tokens"]
-    home = str(tmp_path / "home")
-    first = logitmill(*arguments, PREFECT_HOME=home)
+    first = logitmill(*arguments, PREFECT_HOME=str(tmp_path / "home"))
     assert first.returncode == 0, first.stderr
     run = open_run(str(tmp_path / "runs"))
     for words in ("8 documents", run.uri, f"{run.uri}/report.html", "bits/byte", "first score"):
@@ -102,9 +117,9 @@ def test_a_newcomers_run_from_start_to_report(
     # Nothing of Prefect's own, nothing but this package's lines.
     lines = first.stderr.splitlines()
     assert [line for line in lines if not line.startswith((run.uri, "scoring"))] == []
-    again = logitmill(*arguments, PREFECT_HOME=home)
-    assert (again.returncode, again.stderr) == (0, "")
-    assert "scored now: nothing, the run was complete" in again.stdout
+    code, out, err = in_process(capsys, *arguments)
+    assert (code, err) == (0, "")
+    assert "scored now: nothing, the run was complete" in out
 
 
 def test_a_mistake_is_one_line_and_status_2(
@@ -215,30 +230,57 @@ def test_shards_that_fail_are_status_1(
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"]
-)
-def test_a_signal_ends_it_with_what_to_do(
-    demo_folder: Path, tmp_path: Path, number: signal.Signals, status: int
-) -> None:
-    (tmp_path / "corpus").mkdir()
+@pytest.fixture
+def long_corpus(tmp_path: Path) -> Path:
+    """A hundred files of code of 12 KB."""
+    folder = tmp_path / "corpus"
+    folder.mkdir()
     source = Path(json.__file__).with_name("decoder.py").read_text()
     for i in range(100):
-        (tmp_path / "corpus" / f"{i}.py").write_text(source)
+        (folder / f"{i}.py").write_text(source)
+    return folder
+
+
+def wait_for_a_shard(runs: Path, is_alive: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not list(runs.glob("*/shards/*.json")):
+        assert is_alive() and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_ctrl_c_ends_it_with_what_to_do(
+    demo_folder: Path, long_corpus: Path, tmp_path: Path
+) -> None:
+    """And with it the server that it has started."""
     command = [sys.executable, "-m", "logitmill.flows.cli", "score", str(demo_folder)]
     process = subprocess.Popen(
-        [*command, str(tmp_path / "corpus"), "--shard-mb", "0.02", "--out", str(tmp_path / "runs")],
+        [*command, str(long_corpus), "--shard-mb", "0.02", "--out", str(tmp_path / "runs")],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 60
-    while not list(tmp_path.glob("runs/*/shards/*.json")):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(number)
+    wait_for_a_shard(tmp_path / "runs", lambda: process.poll() is None)
+    process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=60)
-    assert process.returncode == status
+    assert process.returncode == 130
+    assert said.splitlines()[-1] == "stopped; run the same command again to do the rest"
+    assert "Traceback" not in said
+
+
+def test_a_signal_ends_it_with_what_to_do(
+    demo_folder: Path, long_corpus: Path, server_url: str, tmp_path: Path
+) -> None:
+    arguments = ["score", str(demo_folder), str(long_corpus), "--shard-mb", "0.02", "--out"]
+    err = tmp_path / "err"
+    process = CONTEXT.Process(
+        target=run_command, args=([*arguments, str(tmp_path / "runs")], server_url, str(err))
+    )
+    process.start()
+    wait_for_a_shard(tmp_path / "runs", process.is_alive)
+    process.terminate()
+    process.join(60)
+    said = err.read_text()
+    assert process.exitcode == 143, said
     assert said.splitlines()[-1] == "stopped; run the same command again to do the rest"
     assert "Traceback" not in said
 
@@ -419,16 +461,16 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_server_that_is_set_up_but_not_there_is_one_line(
-    demo_folder: Path, corpus: Path, tmp_path: Path
+    demo_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    done = logitmill(
-        *("score", demo_folder, corpus, "--out", tmp_path),
-        PREFECT_API_URL="http://127.0.0.1:9/api",
-        PREFECT_CLIENT_MAX_RETRIES="0",
-    )
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: ")
-    assert "Traceback" not in done.stderr
+    from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+
+    nobody = {PREFECT_API_URL: "http://127.0.0.1:9/api", PREFECT_CLIENT_MAX_RETRIES: 0}
+    with temporary_settings(nobody):
+        code, _, err = in_process(capsys, "score", demo_folder, corpus, "--out", tmp_path)
+    assert code == 1
+    assert err.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in err
 
 
 def test_python_callers_need_nothing_set_up(
@@ -442,10 +484,7 @@ async def cell():
     return score_corpus(model={str(demo_folder)!r}, corpus={str(corpus)!r}, out={str(tmp_path)!r})
 print(open_run(asyncio.run(cell())).table().num_rows)
 """
-    environment = {**os.environ, "PREFECT_HOME": str(tmp_path / "home")}
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "8\n"), done.stderr
     assert done.stderr == ""
 
@@ -462,23 +501,20 @@ def test_progress_is_lines_without_a_terminal(
     assert lines and all("document" in line and "tokens/s" in line for line in lines)
 
 
-def test_progress_is_a_bar_on_a_terminal(demo_folder: Path, corpus: Path, tmp_path: Path) -> None:
+def test_progress_is_a_bar_on_a_terminal(
+    demo_folder: Path, corpus: Path, server_url: str, tmp_path: Path
+) -> None:
     ours, theirs = pty.openpty()
-    command = [sys.executable, "-m", "logitmill.flows.cli", "score", str(demo_folder), str(corpus)]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path)],
-        stdout=subprocess.DEVNULL,
-        stderr=theirs,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
-    )
-    os.close(theirs)
+    arguments = ["score", str(demo_folder), str(corpus), "--out", str(tmp_path)]
+    process = CONTEXT.Process(target=run_command, args=(arguments, server_url, os.ttyname(theirs)))
+    process.start()
     said = b""
-    try:
-        while block := os.read(ours, 4096):
-            said += block
-    except OSError:
-        pass  # The terminal's other end is closed.
-    assert process.wait() == 0
+    while process.is_alive() or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.1)[0]:
+            said += os.read(ours, 4096)
+    os.close(theirs)
+    os.close(ours)
+    assert process.exitcode == 0
     assert b"scoring" in said and "\u2501".encode() in said and b"documents" in said
 
 
@@ -499,19 +535,33 @@ def test_progress_counts_what_was_done_before(
 def test_a_failed_attempt_is_not_counted() -> None:
     tally = progress.Tally()
     with tally.attempt("first") as attempt:
-        attempt.add_batch(3, 10)
+        attempt.add_batch(3, 10, 0.5)
         attempt.add_document(scored=True)
 
     def fail() -> None:
         with tally.attempt("second") as attempt:
-            attempt.add_batch(2, 5)
+            attempt.add_batch(2, 5, 0.25)
             attempt.add_document(scored=True)
             assert tally.total().documents == 2
             raise OSError("gone")
 
     with pytest.raises(OSError, match="gone"):
         fail()
-    assert tally.total() == progress.Count(documents=1, bytes=10, tokens=3)
+    assert tally.total() == progress.Count(documents=1, bytes=10, tokens=3, device_seconds=0.5)
+
+
+def test_how_busy_devices_were_is_told_from_the_last_while() -> None:
+    recent = progress._Recent(30.0)
+    assert recent.share(5.0, 0.0, 2) is None, "no batch is done"
+    assert recent.share(10.0, 1.0, 2) is None, "a first look tells nothing"
+    assert recent.share(20.0, 11.0, 2) == 0.5
+    # An hour of work, and then a worker that waits.
+    for second in range(20, 3620):
+        recent.share(second, second - 9.0, 1)
+    assert recent.share(3635.0, 3610.0, 1) == pytest.approx(15 / 30, abs=0.03)
+    # A lost shard takes its seconds with it, and batches end in bursts.
+    assert recent.share(3636.0, 3000.0, 1) == 0.0
+    assert recent.share(3637.0, 9000.0, 1) == 1.0
 
 
 def test_plan_json_holds_no_absolute_input(finished: Run, corpus: Path) -> None:
@@ -537,24 +587,30 @@ def test_a_run_on_a_server_of_ones_own_is_written_and_read(
 
 
 def test_a_model_on_a_server_is_inspected_by_headers_and_fetched_to_score(
-    demo_folder: Path, corpus: Path, s3: str, tmp_path: Path
+    demo_folder: Path,
+    corpus: Path,
+    s3: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import s3fs
 
     s3fs.S3FileSystem(endpoint_url=s3).put(f"{demo_folder}/", "bucket/demo/", recursive=True)
     uri, cache = "s3://bucket/demo", str(tmp_path / "cache")
-    done = logitmill("inspect", uri, "--endpoint-url", s3, LOGITMILL_CACHE=cache)
-    assert done.returncode == 0, done.stderr
-    assert "LlamaForCausalLM" in done.stdout and "all 5 layers resident" in done.stdout
+    monkeypatch.setenv("LOGITMILL_CACHE", cache)
+    code, out, err = in_process(capsys, "inspect", uri, "--endpoint-url", s3)
+    assert code == 0, err
+    assert "LlamaForCausalLM" in out and "all 5 layers resident" in out
     assert re.fullmatch(
         rf"model: fetching 5 files, 0.00 GB and headers of weights, of {uri} into {cache}/\S+\n",
-        done.stderr,
+        err,
     )
     arguments = ("score", uri, corpus, "--out", tmp_path / "runs", "--endpoint-url", s3)
-    done = logitmill(*arguments, LOGITMILL_CACHE=cache)
-    assert done.returncode == 0, done.stderr
+    code, _, err = in_process(capsys, *arguments)
+    assert code == 0, err
     line = rf"^model: fetching 5 files, 0.01 GB, of {uri} into {cache}/\S+$"
-    assert re.search(line, done.stderr, re.MULTILINE)
+    assert re.search(line, err, re.MULTILINE)
 
 
 def test_the_plan_says_what_runs_and_that_others_have_run(

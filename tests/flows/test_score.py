@@ -323,11 +323,11 @@ def test_a_second_call_does_nothing(
     def times() -> dict[Path, int]:
         return {p: p.stat().st_mtime_ns for p in Path(run.uri).rglob("*")}
 
-    def never(*args: Any) -> None:
-        raise AssertionError("the engine was loaded")
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("the engine was asked for")
 
     before = times()
-    monkeypatch.setattr(shards, "load_engine", never)
+    monkeypatch.setattr(shards._engine, "load", never)
     assert score(spec(corpus)).uri == run.uri
     assert times() == before
 

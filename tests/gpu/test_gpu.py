@@ -9,6 +9,9 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -277,3 +280,29 @@ def test_logits_memory_bounds_what_the_head_takes():
     record = next(iter(pipe.score(text))).record
     all_logits = record.num_tokens_scored * pipe.vocab_size * 4
     assert torch.cuda.max_memory_allocated() - before < all_logits / 2
+
+
+def test_calls_that_overlap_keep_their_bits_and_share_the_time(folder):
+    """A thread launches behind the last batch of another one, and each waits for its own."""
+    pipe = pipeline(folder, device="cuda", max_batch_tokens=2048)
+    documents = [[ids for ids in sequences(seed) if len(ids) > 1] for seed in range(4)]
+    apart = [list(pipe.score(some, prefix="none")) for some in documents]
+    torch.cuda.synchronize()
+    pipe.take_device_seconds()
+    turn, started = threading.Lock(), time.perf_counter()
+
+    def score(some):
+        turn.acquire()
+        return list(pipe.score(some, prefix="none", on_launched=turn.release))
+
+    with ThreadPoolExecutor(2) as pool:
+        together = list(pool.map(score, documents))
+    seconds = time.perf_counter() - started
+    torch.cuda.synchronize()
+    assert 0 < pipe.take_device_seconds() <= seconds
+    assert pipe.take_device_seconds() == 0
+    for scores, expected in zip(together, apart, strict=True):
+        for score, other in zip(scores, expected, strict=True):
+            assert score.record == other.record
+            for name, column in vars(score.tokens).items():
+                assert np.array_equal(column, getattr(other.tokens, name)), name

@@ -26,7 +26,8 @@ from prefect import flow, task
 from prefect.task_runners import ProcessPoolTaskRunner
 
 RECEIPT = Receipt(shard=0, parts=(), documents=5, failed=2, tokens=700, bytes=2100,
-                  loglikelihood=-1.0, seconds=42.0, device="cpu", versions={})
+                  loglikelihood=-1.0, seconds=42.0, device_seconds=40.0, device="cpu",
+                  versions={})
 
 @task
 def score(shard):
@@ -41,7 +42,8 @@ def scraped():
         metrics.record_failure()
         metrics.record_retry()
         metrics.record_progress(Seen(fraction=0.75, shards=3, num_shards=4, documents=9, workers=2,
-                                     tokens_per_second=130000.0, seconds_left=90.0))
+                                     tokens_per_second=130000.0, busy=0.97,
+                                     seconds_left=90.0))
         print(scrape())
     print("=====")
     print(scrape())
@@ -97,6 +99,7 @@ def test_a_flow_that_runs_is_scraped(server_url: str, tmp_path: Path) -> None:
         "logitmill_documents_failed_total": 4,
         "logitmill_tokens_total": 1400,
         "logitmill_bytes_total": 4200,
+        "logitmill_device_seconds_total": 80,
         "logitmill_shards_total{outcome=done}": 2,
         "logitmill_shards_total{outcome=failed}": 1,
         "logitmill_shard_retries_total": 1,
@@ -109,6 +112,7 @@ def test_a_flow_that_runs_is_scraped(server_url: str, tmp_path: Path) -> None:
         "logitmill_run_left_seconds": 90,
         "logitmill_run_tokens_per_second": 130000,
         "logitmill_run_workers": 2,
+        "logitmill_run_device_busy_ratio": 0.97,
     }
     assert during == expected
     assert (after["logitmill_tokens_total"], after["logitmill_run_workers"]) == (1400, 0)
@@ -135,10 +139,11 @@ def test_series_do_not_grow_with_runs() -> None:
 
 def test_what_is_not_known_is_no_number() -> None:
     seen = Seen(fraction=0.0, shards=0, num_shards=4, documents=0, workers=1,
-                tokens_per_second=0.0, seconds_left=None)  # fmt: skip
+                tokens_per_second=0.0, busy=None, seconds_left=None)  # fmt: skip
     metrics.record_progress(seen)
-    left = REGISTRY.get_sample_value("logitmill_run_left_seconds")
-    assert left is not None and math.isnan(left)
+    for name in ("logitmill_run_left_seconds", "logitmill_run_device_busy_ratio"):
+        value = REGISTRY.get_sample_value(name)
+        assert value is not None and math.isnan(value)
 
 
 def test_workers_do_not_take_the_port_of_the_flow() -> None:
