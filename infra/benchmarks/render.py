@@ -29,12 +29,14 @@ def main() -> None:
 def render() -> str:
     """The page as it should stand."""
     records = latest(load_records(HERE / "h200.jsonl"))
+    stored = latest(load_records(HERE / "stored.jsonl"))
     compared = load_fidelities(HERE / "fidelity.jsonl")
     return Template((HERE / "template.md").read_text()).substitute(
         speed="\n\n".join(describe_workload(group) for group in by_workload(records)),
         start=tabulate_starts(records),
         ceilings=tabulate_ceilings(records),
-        conditions=tabulate_conditions(records),
+        stored=tabulate_stored(stored),
+        conditions=tabulate_conditions([*records, *stored]),
         fidelity="\n\n".join(describe_fidelity(found) for found in latest(compared)),
     )
 
@@ -121,6 +123,28 @@ def tabulate_starts(records: Sequence[Record]) -> str:
             if record.start and "--peer" not in record.command
         ],
     )
+
+
+def tabulate_stored(records: Sequence[Record]) -> str:
+    """A row for each way from storage to storage, beside the engine alone on the same texts."""
+    rows = []
+    for record in records:
+        alone, *others = record.passes
+        for p in others:
+            workers = int(p.name.rpartition(", ")[2].split()[0]) if "worker" in p.name else 1
+            rows.append(
+                [
+                    f"{record.subject}, {record.text.split()[-2]} shards",
+                    p.name,
+                    f"**{p.tokens_per_second:,.0f}**",
+                    f"{workers * alone.tokens_per_second:,.0f}",
+                    f"{p.tokens_per_second / workers / alone.tokens_per_second:.1%}",
+                    f"{p.busy:.1%}" if p.busy is not None else "",
+                    f"{p.seconds:.1f} s",
+                ]
+            )
+    titles = ["texts", "from where to where", "tokens/s", "the engine alone", "share", "GPU busy"]
+    return table([*titles, "in"], rows)
 
 
 def tabulate_ceilings(records: Sequence[Record]) -> str:

@@ -165,7 +165,7 @@ def test_scripts_name_options_that_exist() -> None:
     import typer
 
     command = typer.main.get_command(cli.app).commands["bench"]  # type: ignore[attr-defined]
-    for name in ("h200.sh", "fidelity.sh"):
+    for name in ("h200.sh", "fidelity.sh", "stored.sh"):
         text = (BENCHMARKS / name).read_text().replace("\\\n", " ")
         calls = re.findall(r"^(?:bench|\$\{LOGITMILL.*?\} bench) (.*)", text, re.MULTILINE)
         assert calls
