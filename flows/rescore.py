@@ -27,11 +27,13 @@ from .store import Receipt
 from .verify import Finding
 from .versions import versions
 
-TOLERANCES = {"float32": 1e-3, "float16": 0.05, "bfloat16": 0.05}
+TOLERANCES = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}
 """What a document's mean log-probability may differ by where other software or another device
-scored it, nats a token, by the dtype computed in."""
-_ROUNDED_TOLERANCE = 0.1
-"""The same where linears are multiplied in 8 bits or fewer."""
+scored it, nats a token, by the dtype computed in. Of 80 texts that the bundled model scored on a
+CPU and on an H200, none was more than 2e-6, 0.002 and 0.012 apart."""
+_ROUNDED_TOLERANCE = 0.5
+"""The same where linears are multiplied in 8 bits or fewer: none was more than 0.18 apart in fp8,
+0.14 in int4 through fp8, 0.08 in int8."""
 # What does not depend on who computes.
 _EXACT = (
     *("doc_id", "source", "language", "status", "recipe", "recipe_hash", "truncated"),
