@@ -26,7 +26,7 @@ from pathlib import Path
 from tempfile import gettempdir, mkdtemp
 from typing import Any
 
-from ..engine.remote import connect, hush, protocols, redact
+from ..engine.remote import Stat, connect, hush, protocols, redact, stat_of
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ class Folder:
             raise StoreError(f"out: {uri!r} cannot be opened: {one_line(error)}") from None
         self._root = root.rstrip("/")
         self.is_local = "file" in protocols(self._fs)
+        # s3fs asks for the size first, to fetch large objects in parts: twice the requests.
+        self._at_once = {"max_concurrency": 1} if "s3" in protocols(self._fs) else {}
 
     def below(self, name: str) -> Folder:
         """The folder `name` in this one."""
@@ -104,10 +106,10 @@ class Folder:
             ) from None
 
     def read(self, name: str) -> bytes | None:
-        """The file's bytes, None if it is not there."""
+        """The file's bytes in one request, None if it is not there."""
         with self._plain_errors(name, "read"):
             try:
-                return self._fs.cat_file(self.path(name))
+                return self._fs.cat_file(self.path(name), **self._at_once)
             except (FileNotFoundError, NotADirectoryError):
                 return None
 
@@ -181,13 +183,17 @@ class Folder:
         """Whether each of the parts is there in its stated size."""
         return all(self.size(part.name) == part.bytes for part in parts)
 
-    def sizes(self, folder: str) -> dict[str, int]:
-        """Files directly in `folder` with their sizes in bytes, by name within this folder."""
+    def stats(self, folder: str) -> dict[str, Stat]:
+        """What a listing says of the files directly in `folder`, by name within this folder."""
         return {
-            f"{folder}/{_last(entry)}": entry["size"]
+            f"{folder}/{_last(entry)}": stat_of(entry)
             for entry in self._list(folder)
             if entry["type"] == "file"
         }
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Files directly in `folder` with their sizes in bytes, by name within this folder."""
+        return {name: stat.size or 0 for name, stat in self.stats(folder).items()}
 
     def folders(self) -> list[str]:
         """Names of the folders directly in this one, sorted."""

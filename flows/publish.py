@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,9 @@ from .summary import merge_counts, merge_outliers
 
 if TYPE_CHECKING:
     from .run import Run
+
+_READERS, _AHEAD = 16, 64
+_TABLE_BYTES = 1 << 20
 
 MERGES: dict[str, Callable[[Iterable[pa.Table]], pa.Table]] = {
     "counts": merge_counts,
@@ -36,8 +40,7 @@ def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
     summaries: list[Part] = []
     with folder.scratch() as scratch:
         for name, merge in MERGES.items():
-            shards = (read_table(folder, f"shards/{r.shard:05d}.{name}.parquet") for r in receipts)
-            tables[name] = merge(shards)
+            tables[name] = merge(read_tables(folder, name, receipts))
             write_table(tables[name], scratch / name)
             summaries.append(folder.publish(scratch / name, f"summary/{name}.parquet"))
     totals = {
@@ -107,8 +110,46 @@ def report_facts(uri: str, plan: dict[str, Any], receipts: Sequence[Receipt]) ->
     }
 
 
+def read_tables(folder: Folder, name: str, receipts: Iterable[Receipt]) -> Iterator[pa.Table]:
+    """The tables of this name of shards, in the order of their receipts, small ones together.
+
+    To merge a table costs what has been merged before, so that there should be few of them.
+    """
+    together: list[pa.Table] = []
+    num_bytes = 0
+    for table in _read_ahead(folder, name, receipts):
+        together.append(table)
+        num_bytes += table.nbytes
+        if num_bytes >= _TABLE_BYTES:
+            yield pa.concat_tables(together)
+            together, num_bytes = [], 0
+    if together:
+        yield pa.concat_tables(together)
+
+
+def _read_ahead(folder: Folder, name: str, receipts: Iterable[Receipt]) -> Iterator[pa.Table]:
+    # Files are fetched side by side, and parsed here: side by side that takes longer.
+    fetching: deque[Future[bytes]] = deque()
+    with ThreadPoolExecutor(_READERS) as pool:
+        for receipt in receipts:
+            table = f"shards/{receipt.shard:05d}.{name}.parquet"
+            fetching.append(pool.submit(_fetch, folder, table))
+            if len(fetching) > _AHEAD:
+                yield _parse(fetching.popleft().result())
+        while fetching:
+            yield _parse(fetching.popleft().result())
+
+
 def read_table(folder: Folder, name: str) -> pa.Table:
     """A small table of a run, which a receipt names."""
+    return _parse(_fetch(folder, name))
+
+
+def _fetch(folder: Folder, name: str) -> bytes:
     data = folder.read(name)
     assert data is not None, f"{name} is in a receipt"
-    return pq.read_table(io.BytesIO(data))
+    return data
+
+
+def _parse(data: bytes) -> pa.Table:
+    return pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)

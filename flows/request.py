@@ -8,6 +8,7 @@ import re
 import socket
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from .versions import versions
 
 _URI = re.compile(r"(?<![^ ])uri=(?=['\"])")
 _SAMPLE_DOCUMENTS, _SAMPLE_CHARS = 50, 1 << 18
+_READERS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -362,22 +364,29 @@ def _inputs_of_runs(
     same = json.loads(json.dumps({**asked, "reading": spec.reading()}))
     scored: _Contents = set()
     begun: list[_Contents] = []
-    for name in root.folders():
-        folder = root.below(name)
-        plan = None if name.startswith(".") else folder.read_json(PLAN)
-        if (
-            plan is None
-            or {key: plan.get(key) for key in same}
-            | {"model": {key: plan["model"].get(key) for key in same["model"]}}
-            != same
-        ):
-            continue
-        inputs = {_content(input_) for input_ in Plan.from_dict(plan["corpus"]).inputs}
-        if folder.size(MANIFEST) is None:
-            begun.append(inputs)
-        else:
-            scored |= inputs
+    names = [name for name in root.folders() if not name.startswith(".")]
+    with ThreadPoolExecutor(_READERS) as pool:
+        # A plan is large, what is kept of it is not.
+        for inputs, is_complete in pool.map(lambda n: _inputs_of_run(root.below(n), same), names):
+            if is_complete:
+                scored |= inputs
+            else:
+                begun.append(inputs)
     return scored, begun
+
+
+def _inputs_of_run(folder: Folder, same: Mapping[str, Any]) -> tuple[_Contents, bool]:
+    """A run's inputs, none if it was asked something else, and whether it is complete."""
+    plan = folder.read_json(PLAN)
+    if (
+        plan is None
+        or {key: plan.get(key) for key in same}
+        | {"model": {key: plan["model"].get(key) for key in same["model"]}}
+        != same
+    ):
+        return set(), True
+    inputs = {_content(Input(**input_)) for input_ in plan["corpus"]["inputs"]}
+    return inputs, folder.size(MANIFEST) is not None
 
 
 def _content(input_: Input) -> tuple[str, int, str]:

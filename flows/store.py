@@ -20,8 +20,10 @@ import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
+from ..engine.remote import Stat
 from .folder import Folder, Part
 
 PLAN, MANIFEST, REPORT = "plan.json", "manifest.json", "report.html"
@@ -76,19 +78,42 @@ class Receipt:
 
 
 def find_receipts(folder: Folder, num_shards: int) -> dict[int, Receipt]:
-    """Receipts that check out, by shard in order: their parts are there in the stated sizes."""
-    there = folder.sizes("shards")
+    """Receipts that check out, by shard in order: their parts are there in the stated sizes.
+
+    A receipt is read once in a process, and again only if it is not the file that it was.
+    """
+    there = folder.stats("shards")
     wanted = [shard for shard in range(num_shards) if Receipt.name(shard) in there]
+    stats = {shard: there[Receipt.name(shard)] for shard in wanted}
+    known = _known(folder.uri)
+    new = [n for n in wanted if n not in known or known[n][0] != stats[n]]
     with ThreadPoolExecutor(_READERS) as pool:
-        receipts = [r for r in pool.map(lambda shard: Receipt.read(folder, shard), wanted) if r]
+        read = dict(zip(new, pool.map(lambda n: Receipt.read(folder, n), new), strict=True))
+    # As they were listed: one that has been written since is read the next time.
+    known |= {n: (stats[n], receipt) for n, receipt in read.items() if _tells(stats[n])}
+    found = (read[n] if n in read else known[n][1] for n in wanted)
+    receipts = [receipt for receipt in found if receipt is not None]
     # A listing a folder, where asking for every part would be a round trip each.
-    folders = {part.name.rsplit("/", 1)[0] for r in receipts for part in r.parts}
-    sizes = {name: size for part in sorted(folders) for name, size in folder.sizes(part).items()}
+    sizes = {name: stat.size for name, stat in there.items()}
+    folders = {part.name.rsplit("/", 1)[0] for r in receipts for part in r.parts} - {"shards"}
+    for name in sorted(folders):
+        sizes |= folder.sizes(name)
     return {
         receipt.shard: receipt
         for receipt in receipts
         if all(sizes.get(part.name) == part.bytes for part in receipt.parts)
     }
+
+
+@lru_cache(maxsize=2)
+def _known(uri: str) -> dict[int, tuple[Stat, Receipt | None]]:
+    """What this process has read of a run, by shard: what its file was listed as, what it held."""
+    return {}
+
+
+def _tells(stat: Stat) -> bool:
+    """Whether another file of this name would be listed otherwise."""
+    return bool(stat.etag or stat.stamp)
 
 
 def hash_json(value: Any) -> str:

@@ -13,20 +13,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
-
-import numpy as np
 
 from ...engine.records import Document
 from ...engine.remote import nearest, redact
 from . import hub
 from .documents import FILE, Columns, RowError, id_of, to_document
+from .ids import find_twin
 from .locations import CorpusError, File, Location
 from .plan import Input, Piece, Plan, Shard, group
 from .readers import READERS, DatasetReader, Reader, Row, format_of
@@ -35,6 +34,9 @@ _THREADS = 16
 _WINDOW = 64
 _DATASET = "dataset"
 _ID_SHOWN = 200
+
+LeaveOut = Callable[[Input], bool]
+"""Whether an input takes no part in a plan; called from several threads."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,7 +146,7 @@ class NothingLeft(Exception):
     """All inputs of the corpus are left out."""
 
 
-def plan_corpus(spec: CorpusSpec, leave_out: Callable[[Input], bool] | None = None) -> Plan:
+def plan_corpus(spec: CorpusSpec, leave_out: LeaveOut | None = None) -> Plan:
     """Cuts the corpus into shards, reading as little of it as that takes.
 
     Every input's footer or first lines are looked at; content is read where the file system has no
@@ -161,8 +163,8 @@ def plan_corpus(spec: CorpusSpec, leave_out: Callable[[Input], bool] | None = No
     sources: list[str] = []
     pieces: list[Piece] = []
     remaining = spec.limit
-    for input_, reader in corpus.survey():
-        if leave_out is not None and leave_out(input_):
+    for input_, reader in corpus.survey(leave_out or (lambda input_: False)):
+        if reader is None:
             num_left_out += 1
             continue
         inputs.append(input_)
@@ -260,21 +262,14 @@ def _fingerprint(spec: CorpusSpec, inputs: list[Input], sources: list[str]) -> s
 
 
 def _check_ids_differ(corpus: _Corpus, pieces: list[Piece], column: str) -> None:
-    """Raises CorpusError for two documents of one id. Keeps 8 bytes a document in memory."""
-    hashes = array("Q", (_hash(doc_id) for doc_id, _ in _ids(corpus, pieces, column)))
-    values, counts = np.unique(np.asarray(hashes), return_counts=True)
-    suspects = set(values[counts > 1].tolist())
-    if not suspects:
-        return
-    seen: dict[str, str] = {}
-    for doc_id, place in _ids(corpus, pieces, column):
-        if _hash(doc_id) in suspects:
-            if doc_id in seen:
-                raise CorpusError(
-                    f"id_column={column!r}: {doc_id[:_ID_SHOWN]!r} stands twice, at "
-                    f"{seen[doc_id]} and at {place}. Make the ids unique, or leave id_column out."
-                )
-            seen[doc_id] = place
+    """Raises CorpusError for two documents of one id."""
+    twin = find_twin(lambda: _ids(corpus, pieces, column))
+    if twin is not None:
+        doc_id, first, second = twin
+        raise CorpusError(
+            f"id_column={column!r}: {doc_id[:_ID_SHOWN]!r} stands twice, at {first} and at "
+            f"{second}. Make the ids unique, or leave id_column out."
+        )
 
 
 def _ids(corpus: _Corpus, pieces: list[Piece], column: str) -> Iterator[tuple[str, str]]:
@@ -291,11 +286,6 @@ def _ids(corpus: _Corpus, pieces: list[Piece], column: str) -> Iterator[tuple[st
                     yield place if isinstance(row, RowError) else id_of(row, column), place
                 except RowError:
                     yield place, place
-
-
-def _hash(doc_id: str) -> int:
-    raw = doc_id.encode("utf-8", "backslashreplace")
-    return int.from_bytes(hashlib.blake2b(raw, digest_size=8).digest(), "little")
 
 
 # ---- reading
@@ -319,8 +309,8 @@ def _columns(spec: CorpusSpec, input_: Input) -> Columns:
 
 
 class _Corpus(Protocol):
-    def survey(self) -> Iterator[tuple[Input, Reader]]:
-        """Every input in order, checked."""
+    def survey(self, leave_out: LeaveOut) -> Iterator[tuple[Input, Reader | None]]:
+        """Every input in order, checked; without a reader, and not looked into, if left out."""
 
     def reader(self, input_: Input) -> Reader:
         """What reads an input of a plan."""
@@ -344,14 +334,15 @@ class _Files:
         self._spec = spec
         self._location = location
 
-    def survey(self) -> Iterator[tuple[Input, Reader]]:
+    def survey(self, leave_out: LeaveOut) -> Iterator[tuple[Input, Reader | None]]:
+        inspect = partial(self._inspect, leave_out=leave_out)
         files = self._location.files()
         formats = [self._spec.format or format_of(file.name) for file in files]
         self._check_columns_apply(formats)
         with ThreadPoolExecutor(_THREADS) as pool:
             for start in range(0, len(files), _WINDOW):
                 window = slice(start, start + _WINDOW)
-                yield from pool.map(self._inspect, files[window], formats[window])
+                yield from pool.map(inspect, files[window], formats[window])
 
     def reader(self, input_: Input) -> Reader:
         return READERS[input_.format](self._location, input_.uri, input_.size)
@@ -381,13 +372,17 @@ class _Files:
     ) -> AbstractContextManager[None]:
         return self._location.plain_errors("read", input_.uri, kind)
 
-    def _inspect(self, file: File, format: str) -> tuple[Input, Reader]:
+    def _inspect(
+        self, file: File, format: str, *, leave_out: LeaveOut
+    ) -> tuple[Input, Reader | None]:
         with self._location.plain_errors("read", file.name):
             etag, size = file.stat.etag, file.stat.size
             if etag is None or size is None:
                 digest, size = self._location.digest(file.name)
                 etag = etag or digest
             input_ = Input(file.name, format, size, etag, file.stat.stamp)
+            if leave_out(input_):
+                return input_, None
             reader = self.reader(input_)
             reader.check(self._spec.columns)
             return input_, reader
@@ -413,9 +408,12 @@ class _HuggingFace:
         self._dataset = dataset
         self._name = name
 
-    def survey(self) -> Iterator[tuple[Input, Reader]]:
+    def survey(self, leave_out: LeaveOut) -> Iterator[tuple[Input, Reader | None]]:
         etag = f"datasets:{self._dataset._fingerprint}"
         input_ = Input(self._name, _DATASET, len(self._dataset), etag)
+        if leave_out(input_):
+            yield input_, None
+            return
         reader = self.reader(input_)
         reader.check(self._spec.columns)
         yield input_, reader

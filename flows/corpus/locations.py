@@ -34,6 +34,7 @@ CODECS: dict[str, Codec] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2"}
 
 _NOT_DATA = {"__pycache__", "_SUCCESS", "_metadata", "_common_metadata"}
 _PARTS_SHOWN = 5
+_BLOCK_BYTES = 1 << 20
 
 
 class CorpusError(ValueError):
@@ -120,18 +121,18 @@ class Location:
 
     def open(self, name: str, codec: Codec | None = None) -> BinaryIO:
         """The file's bytes, seekable unless a `codec` is given: then they are decompressed."""
-        raw = self.fs.open(self.path_of(name), "rb")
+        raw = self.fs.open(self.path_of(name), "rb", block_size=self._block_size)
         if isinstance(raw, io.BytesIO):
             # memory:// hands out its one handle, position included, to everybody who opens.
             raw = io.BytesIO(raw.getvalue())
         if codec is None:
             # fsspec's own readline fetches a whole block for every line.
-            return io.BufferedReader(raw, 1 << 20)
+            return io.BufferedReader(raw, _BLOCK_BYTES)
         import pyarrow as pa
 
         # Arrow's reader, not fsspec's: it reads all frames of a file and says where one is cut off.
         stream: Any = pa.CompressedInputStream(pa.PythonFile(raw, "r"), codec)
-        return io.BufferedReader(stream, 1 << 20)
+        return io.BufferedReader(stream, _BLOCK_BYTES)
 
     def digest(self, name: str) -> tuple[str, int]:
         """sha256 of the file's content, and its bytes."""
@@ -162,6 +163,14 @@ class Location:
                 raise
             what = f"uri={self.address!r}" + (f", file {name!r}" if name else "")
             raise kind(f"{what} cannot be {doing}: {self.scrub(error)}") from None
+
+    @property
+    def _block_size(self) -> int | None:
+        """Bytes that are fetched beyond those asked for; None leaves it to the file system.
+
+        s3fs would fetch 50 MB to look at the first lines of a file, and for each shard of it.
+        """
+        return None if self.is_local or self._is_http else _BLOCK_BYTES
 
     @property
     def _is_glob(self) -> bool:

@@ -14,7 +14,7 @@ import posixpath
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -219,6 +219,7 @@ class CsvReader:
         self._size = size
         self._codec = codec_of(name)
         self._delimiter = delimiter
+        self._known_header: list[str] | None = None
         self.source = _stem(name)
 
     def check(self, columns: Columns) -> None:
@@ -269,11 +270,13 @@ class CsvReader:
     def place(self, position: int) -> str:
         return f"{self._name}#{position}"
 
-    @cached_property
+    @property
     def _header(self) -> list[str]:
-        values = next(self._records(0, None))[1]
-        assert not isinstance(values, RowError), "it has been checked"
-        return _names(values)
+        if self._known_header is None:
+            values = next(self._records(0, None))[1]
+            assert not isinstance(values, RowError), "it has been checked"
+            self._known_header = _names(values)
+        return self._known_header
 
     def _records(self, start: int, stop: int | None) -> Iterator[tuple[int, list[str] | RowError]]:
         """Offset and values of every row that starts in [start, stop), the first row too.
@@ -326,6 +329,7 @@ class ParquetReader:
     def __init__(self, location: Location, name: str, size: int):
         self._location = location
         self._name = name
+        self._known_footer: Any = None
         self.source = _stem(name)
 
     def check(self, columns: Columns) -> None:
@@ -371,12 +375,15 @@ class ParquetReader:
     def place(self, position: int) -> str:
         return f"{self._name}#{position}"
 
-    @cached_property
+    @property
     def _footer(self) -> Any:
-        import pyarrow.parquet as pq
+        # Python 3.11's cached_property has one lock for all readers, which work side by side.
+        if self._known_footer is None:
+            import pyarrow.parquet as pq
 
-        with self._location.open(self._name) as stream:
-            return pq.read_metadata(stream)
+            with self._location.open(self._name) as stream:
+                self._known_footer = pq.read_metadata(stream)
+        return self._known_footer
 
     def _group_rows(
         self, batches: Iterator[Any], index: int, first: int, low: int, high: int

@@ -10,6 +10,7 @@ import logging
 import os
 import random
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,12 +21,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import s3fs
 import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from logitmill.engine.records import Document
-from logitmill.flows.corpus import CorpusSpec, Plan, hub, plan_corpus, read_shard
-from logitmill.flows.corpus import corpus as corpus_module
+from logitmill.flows.corpus import CorpusSpec, NothingLeft, Plan, hub, plan_corpus, read_shard
+from logitmill.flows.corpus import ids as ids_module
+from logitmill.flows.corpus.ids import find_twin
+from logitmill.flows.corpus.locations import Location
 
 
 def documents(spec: CorpusSpec, plan: Plan | None = None) -> list[Document]:
@@ -1057,5 +1061,82 @@ def test_duplicate_ids_across_files(tmp_path: Path) -> None:
 
 def test_equal_hashes_are_not_equal_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_lines(tmp_path / "a.jsonl", [{"text": "a", "k": k} for k in "xyz"])
-    monkeypatch.setattr(corpus_module, "_hash", lambda doc_id: 1)
+    monkeypatch.setattr(ids_module, "_hash", lambda doc_id: 1)
     assert ids(read(path, id_column="k")) == ["x", "y", "z"]
+
+
+def test_more_ids_than_memory_holds_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ids_module, "_HELD", 64)
+    real, sizes = ids_module._twice, []
+
+    def twice(hashes: np.ndarray) -> np.ndarray:
+        sizes.append(len(hashes))
+        return real(hashes)
+
+    monkeypatch.setattr(ids_module, "_twice", twice)
+    for count in (63, 64, 65, 5_000):
+        sizes.clear()
+        many = [(f"id {n}", f"place {n}") for n in range(count)]
+        assert find_twin(lambda many=many: many) is None
+        assert sum(sizes) == count and max(sizes) < 64
+        twin = [*many, ("id 7", "the end")]
+        assert find_twin(lambda twin=twin: twin) == ("id 7", "place 7", "the end")
+
+
+def test_one_of_many_equal_hashes_is_a_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ids_module, "_SUSPECTS", 2)
+    monkeypatch.setattr(ids_module, "_hash", lambda doc_id: int(doc_id) // 2)
+    many = [(str(n), f"place {n}") for n in range(20)]
+    assert find_twin(lambda: many) is None
+    assert find_twin(lambda: [*many, ("17", "the end")]) == ("17", "place 17", "the end")
+
+
+# ---- large corpora
+
+
+def test_no_more_is_fetched_than_is_read(
+    s3: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = (json.dumps({"text": "word " * 2_000}) + "\n").encode()
+    fs = s3fs.S3FileSystem(**s3)
+    fs.pipe_file("corpora/large/a.jsonl", line * 2_500)
+    fetched: list[int] = []
+    real = s3fs.S3FileSystem._call_s3
+
+    async def note(self: Any, method: str, *args: Any, **settings: Any) -> Any:
+        answer = await real(self, method, *args, **settings)
+        fetched.extend([answer["ContentLength"]] if method == "get_object" else [])
+        return answer
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", note)
+    spec = CorpusSpec(uri="s3://corpora/large", storage_options=s3)
+    plan = plan_corpus(spec)
+    assert 0 < sum(fetched) < 4 << 20 < plan.inputs[0].size // 4
+    fetched.clear()
+    assert sum(1 for _ in read_shard(spec, plan.shards[1])) > 800
+    assert sum(fetched) < plan.shards[1].num_bytes + (4 << 20)
+
+
+def test_files_are_looked_into_side_by_side(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(4):
+        write_parquet(tmp_path / f"{n}.parquet", {"text": ["a"]})
+    together, real = threading.Barrier(4), Location.open
+
+    def open_together(self: Location, *args: Any) -> Any:
+        together.wait(timeout=10)
+        return real(self, *args)
+
+    monkeypatch.setattr(Location, "open", open_together)
+    assert plan_corpus(CorpusSpec(uri=str(tmp_path))).num_documents == 4
+
+
+def test_what_is_left_out_is_not_looked_into(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "new.parquet", {"text": ["a"]})
+    (tmp_path / "old.parquet").write_bytes(b"no Parquet")
+    assert "not a whole Parquet file" in refusal(tmp_path)
+    plan = plan_corpus(CorpusSpec(uri=str(tmp_path)), lambda input_: input_.uri == "old.parquet")
+    assert [input_.uri for input_ in plan.inputs] == ["new.parquet"]
+    with pytest.raises(NothingLeft):
+        plan_corpus(CorpusSpec(uri=str(tmp_path)), lambda input_: True)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
+import s3fs
 from logitmill.flows import Run, open_run
+from logitmill.flows.folder import Folder
+from logitmill.flows.store import Receipt, find_receipts
 
 
 def test_a_run_opens_by_its_root_too(finished: Run) -> None:
@@ -97,3 +102,52 @@ def test_summaries_add_up_to_the_manifest(finished: Run) -> None:
     assert ok.documents.sum() == finished.manifest["documents"] == 8
     assert ok.tokens.sum() == finished.manifest["tokens"]
     assert "lowest" in finished.summary("outliers").column("kind").to_pylist()
+
+
+# ---- how it is read
+
+
+def test_a_receipt_is_read_once_and_again_when_it_has_changed(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Folder(str(shutil.copytree(finished.uri, tmp_path / "run")))
+    num_shards = len(finished.plan["corpus"]["shards"])
+    read: list[int] = []
+    real = Receipt.read
+
+    def count(folder: Folder, shard: int) -> Receipt | None:
+        read.append(shard)
+        return real(folder, shard)
+
+    monkeypatch.setattr(Receipt, "read", count)
+    found = find_receipts(folder, num_shards)
+    assert find_receipts(Folder(folder.uri), num_shards) == found
+    assert list(found) == list(range(num_shards)) == sorted(read)
+
+    read.clear()
+    replace(found[1], seconds=1234.0).write(folder)
+    (tmp_path / "run/shards/00000.json").write_text("{")
+    changed = find_receipts(folder, num_shards)
+    assert changed[1].seconds == 1234.0 and sorted(read) == [0, 1]
+    assert list(changed) == list(range(1, num_shards))
+
+    (tmp_path / "run" / found[2].parts[0].name).unlink()
+    (tmp_path / "run/shards/00001.json").unlink()
+    assert list(find_receipts(folder, num_shards)) == list(range(3, num_shards))
+    assert sorted(read) == [0, 1]
+
+
+def test_a_small_file_is_one_request(s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Folder("s3://bucket/one-request", {"endpoint_url": s3})
+    folder.write("file", b"bytes")
+    asked: list[str] = []
+    real = s3fs.S3FileSystem._call_s3
+
+    async def note(self: Any, method: str, *args: Any, **options: Any) -> Any:
+        asked.append(method)
+        return await real(self, method, *args, **options)
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_call_s3", note)
+    assert folder.read("file") == b"bytes"
+    assert asked == ["get_object"]
+    assert folder.read("no file") is None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import math
+import random
+import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,9 @@ import pyarrow.parquet as pq
 import pytest
 from logitmill.engine import metrics
 from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
-from logitmill.flows import summary
+from logitmill.flows import publish, summary
+from logitmill.flows.folder import Folder
+from logitmill.flows.store import Receipt
 from logitmill.flows.summary import (
     COUNTS,
     MAX_SOURCES,
@@ -391,3 +396,34 @@ def test_reading_the_tables_changes_nothing() -> None:
         read.counts(), read.outliers()
     assert read.counts().equals(summarize(scores).counts())
     assert read.outliers().equals(summarize(scores).outliers())
+
+
+@pytest.mark.parametrize("num_bytes", [1, 30_000, 1 << 30])
+def test_tables_of_many_shards_add_up_however_they_are_put_together(
+    num_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(publish, "_TABLE_BYTES", num_bytes)
+    rng = np.random.default_rng(7)
+    folder, receipts = Folder(str(tmp_path)), []
+    tables: dict[str, list[pa.Table]] = {"counts": [], "outliers": []}
+    for shard in range(150):
+        made = summarize([make_random(rng, f"{shard}/{n}", 40) for n in range(3)])
+        for name, table in (("counts", made.counts()), ("outliers", made.outliers())):
+            tables[name].append(table)
+            file = io.BytesIO()
+            pq.write_table(table, file)
+            folder.write(f"shards/{shard:05d}.{name}.parquet", file.getvalue())
+        receipts.append(Receipt(shard, (), 3, 0, 120, 480, -1.0, 1.0, "none", {}))
+    real = Folder.read
+
+    def read_slowly(self: Folder, name: str) -> bytes | None:
+        time.sleep(random.uniform(0, 0.01))
+        return real(self, name)
+
+    # They arrive in another order than they are added up in.
+    monkeypatch.setattr(Folder, "read", read_slowly)
+    for name, merge in publish.MERGES.items():
+        read = list(publish.read_tables(folder, name, receipts))
+        assert sum(len(table) for table in read) == sum(len(table) for table in tables[name])
+        assert (len(read) == 150, len(read) == 1) == (num_bytes == 1, num_bytes == 1 << 30)
+        assert merge(read).equals(merge(tables[name]))
