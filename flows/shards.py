@@ -263,7 +263,7 @@ class _Engine:
 
     def __init__(self) -> None:
         self.loading = threading.Lock()
-        """Held by who looks for an engine, loads one, or waits for others to be done with theirs."""
+        """Held by who looks for an engine, loads one, or waits until nobody uses another."""
         self.is_loading = False
         self._kept: tuple[tuple[str, EngineSettings], Pipeline] | None = None
         self._users = 0
