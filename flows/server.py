@@ -97,9 +97,15 @@ class EmbeddedServer:
     @contextmanager
     def settings(self) -> Iterator[None]:
         """Everything Prefect does in this block, in any thread it starts, goes to this server."""
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+        from prefect.settings import (
+            PREFECT_API_URL,
+            PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+            temporary_settings,
+        )
 
-        with temporary_settings({PREFECT_API_URL: self.api_url}):
+        # Nobody acts on them here, and a flow waits at its end for the second that they sleep.
+        no_heartbeats = {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+        with temporary_settings({PREFECT_API_URL: self.api_url, **no_heartbeats}):
             yield
 
     def stop(self) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     import interpreter
 
     interpreter.correct()
+    interpreter.hasten()
 
 settings.register_profile(
     "logitmill",
@@ -32,6 +35,24 @@ settings.register_profile(
 settings.load_profile("logitmill")
 
 DEMO_MODEL = Path(__file__).parents[1] / "infra" / "demo" / "model"
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files go to processes whole, unless `--dist` is given: each makes its fixtures once."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    config.option.loadscopereorder = False
+    return LoadFileScheduling(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where processes share the tests, files with slow ones come first: small ones fill the end."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+        items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -255,11 +255,10 @@ def assert_spans_tile(text: str, starts: Sequence[int], ends: Sequence[int]) -> 
     assert all(a <= b for a, b in zip(starts, ends, strict=True))
 
 
-def reference_logits(folder: Path, make: Callable[[Path], Any], ids: Sequence[int]) -> torch.Tensor:
-    """transformers' logits of one sequence; a fresh model, since some remember past lengths."""
-    model = make(folder).eval()
+def reference_logits(model: Any, ids: Sequence[int]) -> torch.Tensor:
+    """transformers' logits of one sequence, by a fresh model: some remember past lengths."""
     with torch.inference_mode():
-        return model(torch.tensor([list(ids)]), use_cache=False).logits[0].float()
+        return model.eval()(torch.tensor([list(ids)]), use_cache=False).logits[0].float()
 
 
 def share_of_pages(key: str, process: int) -> int:

@@ -88,7 +88,7 @@ def test_logits_are_those_of_transformers(
     assert "runs through transformers" in caplog.text
     packed = pipe.get_logits(DOCUMENTS)
     for ids, logits in zip(DOCUMENTS, packed, strict=True):
-        expected = reference_logits(tmp_path, from_folder, ids)
+        expected = reference_logits(from_folder(tmp_path), ids)
         assert expected.std() > 0.1
         assert (logits - expected).abs().max() < TOLERANCE
         assert torch.equal(logits, pipe.get_logits(ids))

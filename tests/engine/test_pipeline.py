@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import CONTEXT
 from logitmill.engine import Document, Pipeline, pipeline, placement
 from logitmill.engine.checkpoint import Checkpoint
 from logitmill.engine.pipeline import EngineSettings, inspect_placement, load_pipeline
@@ -46,9 +47,8 @@ def tokenizer(demo_folder: Path) -> Any:
 def test_logits_are_those_of_transformers(demo: Pipeline, demo_folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    expected = reference_logits(
-        demo_folder, lambda f: AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32), IDS
-    )
+    model = AutoModelForCausalLM.from_pretrained(demo_folder, dtype=torch.float32)
+    expected = reference_logits(model, IDS)
     logits = only(demo.get_logits(IDS))
     assert logits.shape == (len(IDS), 4096)
     assert logits.dtype == torch.float32
@@ -307,37 +307,35 @@ def test_narrow_arithmetic_stays_near(demo: Pipeline, demo_folder: Path) -> None
 
 # ---- the same bits in another process --------------------------------------------------------
 
-_SCRIPT = """
-import hashlib, sys, torch
-torch.set_num_threads(int(sys.argv[2]))
-from logitmill.engine import pipeline
-pipe = pipeline(sys.argv[1], device="cpu")
-hash = hashlib.sha256()
-corpus = [[(7 * i * n) % pipe.vocab_size for i in range(n)] for n in (3, 64, 65, 700)]
-for score in pipe.score(corpus, prefix=0):
-    hash.update(score.tokens.logprob.tobytes() + score.tokens.entropy.tobytes())
-for logits in pipe.get_logits(corpus):
-    hash.update(logits.numpy().tobytes())
-print(hash.hexdigest())
-"""
+
+def hash_scores(pipe: Connection, folder: Path, threads: int) -> None:
+    torch.set_num_threads(threads)
+    model = pipeline(folder, device="cpu")
+    corpus = [[(7 * i * n) % model.vocab_size for i in range(n)] for n in (3, 64, 65, 700)]
+    hash = hashlib.sha256()
+    for score in model.score(corpus, prefix=0):
+        hash.update(score.tokens.logprob.tobytes() + score.tokens.entropy.tobytes())
+    for logits in model.get_logits(corpus):
+        hash.update(logits.numpy().tobytes())
+    pipe.send((torch.get_num_threads(), hash.hexdigest()))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", ["demo", "markov"])
 def test_another_process_with_other_threads_gives_the_same_bits(
     model: str, demo_folder: Path, tmp_path: Path
 ) -> None:
     folder = demo_folder if model == "demo" else markov_model(tmp_path, 5)
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", _SCRIPT, str(folder), threads],
-            stdout=subprocess.PIPE,
-            env={**os.environ, "OMP_NUM_THREADS": threads},
-        )
-        for threads in ("1", "2")
-    ]
-    assert len({run.communicate(timeout=120)[0] for run in runs}) == 1
-    assert all(run.returncode == 0 for run in runs)
+    found: dict[int, str] = {}
+    for threads in (1, 2):
+        ours, theirs = CONTEXT.Pipe()
+        process = CONTEXT.Process(target=hash_scores, args=(theirs, folder, threads), daemon=True)
+        process.start()
+        theirs.close()
+        assert ours.poll(120), "nothing is said"
+        count, found[threads] = ours.recv()
+        assert count == threads
+        process.join()
+    assert found[1] == found[2]
 
 
 # ---- residency -------------------------------------------------------------------------------

@@ -9,8 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import random
-import subprocess
-import sys
+import re
 import threading
 import uuid
 import weakref
@@ -18,11 +17,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass
 from functools import cached_property, partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import pytest
 import torch
+from forks import CONTEXT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitmill.engine import formats, pipeline, residency
@@ -738,53 +739,52 @@ def test_a_linear_multiplies_the_same_from_disk(name: str) -> None:
             assert torch.equal(made(x), expected)
 
 
-_RUN = r"""
-import hashlib, re, sys, threading, time
-from pathlib import Path
-import torch
-from logitmill.engine import pipeline
+def anonymous() -> int:
+    """Bytes of this process that lie in no file."""
+    found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) << 10
 
-torch.set_num_threads(2)
 
-def anonymous():
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) << 10
+def run_from_disk(pipe: Connection, small: Path, large: Path) -> None:
+    """Says by how much anonymous memory grows while a model is loaded and run twice."""
+    torch.set_num_threads(2)
+    ids = list(range(256)) * 2
+    # What one layer takes besides, and what libraries take once.
+    pipeline(small, device="cpu", residency="disk").get_logits(ids)
+    before, most, done = anonymous(), 0, threading.Event()
 
-ids = list(range(256)) * 2
-# What one layer takes besides, and what libraries take once.
-pipeline(sys.argv[1], device="cpu", residency="disk").get_logits(ids)
-before, most, done = anonymous(), 0, threading.Event()
+    def watch() -> None:
+        nonlocal most
+        while not done.wait(0.002):
+            most = max(most, anonymous())
 
-def watch():
-    global most
-    while not done.wait(0.002):
-        most = max(most, anonymous())
+    thread = threading.Thread(target=watch)
+    thread.start()
+    model = pipeline(large, device="cpu", residency="disk")
+    runs = [model.get_logits(ids) for _ in range(2)]
+    done.set()
+    thread.join()
+    pipe.send((most - before, [digest(logits) for logits in runs]))
 
-thread = threading.Thread(target=watch)
-thread.start()
-pipe = pipeline(sys.argv[2], device="cpu", residency="disk")
-found = [hashlib.sha256(pipe.get_logits(ids).numpy().tobytes()).hexdigest() for _ in range(2)]
-done.set()
-thread.join()
-print(most - before, *found)
-"""
+
+def digest(logits: torch.Tensor | list[torch.Tensor]) -> str:
+    assert isinstance(logits, torch.Tensor)
+    return hashlib.sha256(logits.numpy().tobytes()).hexdigest()
 
 
 def test_a_model_on_disk_takes_little_memory_while_it_loads_and_runs(tmp_path: Path) -> None:
-    """400 MB of weights in float32, none of which lies in a file as it is multiplied."""
-    small, large = (write_llama(tmp_path / str(n), n) for n in (1, 24))
-
-    done = subprocess.run(
-        [sys.executable, "-c", _RUN, small, large],
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    anonymous, *found = done.stdout.split()
-    logits = pipeline(large, device="cpu").get_logits(list(range(256)) * 2)
-    assert isinstance(logits, torch.Tensor)
-    assert {*found} == {hashlib.sha256(logits.numpy().tobytes()).hexdigest()}
-    assert int(anonymous) < 150e6
+    """200 MB of weights in float32, none of which lies in a file as it is multiplied."""
+    small, large = (write_llama(tmp_path / str(n), n) for n in (1, 12))
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=run_from_disk, args=(theirs, small, large), daemon=True)
+    process.start()
+    theirs.close()
+    assert ours.poll(120), "nothing is said"
+    grown, found = ours.recv()
+    process.join()
+    assert {*found} == {digest(pipeline(large, device="cpu").get_logits(list(range(256)) * 2))}
+    assert grown < 75e6
 
 
 def write_llama(folder: Path, num_layers: int) -> Path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import gc
 import logging
-import multiprocessing
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import CONTEXT
 from logitmill.engine import shared
 from logitmill.engine.checkpoint import Checkpoint
 from logitmill.engine.decoder import Decoder
@@ -40,10 +40,6 @@ CPU = torch.device("cpu")
 MB = 1 << 20
 NUM_LAYERS = 3
 ROOT_ONLY = pytest.mark.skipif(os.geteuid() != 0, reason="needs another user's files")
-
-# Processes that have imported torch, to fork from.
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload([load_decoder.__module__])
 
 
 def draw_layer(index: int, num_bytes: int = MB, *, seed: int = 0) -> torch.Tensor:
@@ -93,8 +89,8 @@ class Worker:
     """A process that does a task, which may say things, and is killed in the end."""
 
     def __init__(self, task: Callable[..., None], *args: object) -> None:
-        self.pipe, theirs = _CONTEXT.Pipe()
-        self._process = _CONTEXT.Process(target=task, args=(theirs, *args), daemon=True)
+        self.pipe, theirs = CONTEXT.Pipe()
+        self._process = CONTEXT.Process(target=task, args=(theirs, *args), daemon=True)
         self._process.start()
         theirs.close()
         assert self._process.pid is not None

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -34,16 +35,48 @@ def logitmill(*arguments: Any, **environment: str) -> subprocess.CompletedProces
     )
 
 
-def run_command(arguments: list[str], server_url: str, err: str) -> None:
-    """The command in a forked process, with what it says on stderr in a file or on a terminal."""
+def run_command(
+    arguments: list[str], server_url: str, out: str, err: str, environment: dict[str, str]
+) -> None:
+    """The command in a process of its own, with what it says in files or on a terminal."""
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    os.dup2(os.open(err, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), 2)
-    os.environ |= {"TERM": "xterm", "COLUMNS": "120"}
+    for number, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOCTTY), number)
+    os.environ |= {"TERM": "xterm", "COLUMNS": "120", **environment}
     sys.argv = ["logitmill", *arguments]
     with temporary_settings({PREFECT_API_URL: server_url}):
         cli.main()
+
+
+def start(
+    server_url: str, *arguments: Any, out: Any = os.devnull, err: Any = os.devnull, **variables: str
+) -> BaseProcess:
+    """The command in a forked process, whose imports are done and whose server runs."""
+    process = CONTEXT.Process(
+        target=run_command,
+        args=([*map(str, arguments)], server_url, str(out), str(err), variables),
+    )
+    process.start()
+    return process
+
+
+Forked = Callable[..., tuple[int | None, str, str]]
+
+
+@pytest.fixture
+def forked(server_url: str, tmp_path: Path) -> Forked:
+    """(exit status, stdout, stderr) of the command, run in a forked process."""
+
+    def run(*arguments: Any, **variables: str) -> tuple[int | None, str, str]:
+        said = tmp_path / "stdout", tmp_path / "stderr"
+        for path in said:
+            path.write_text("")
+        process = start(server_url, *arguments, out=said[0], err=said[1], **variables)
+        process.join(120)
+        return process.exitcode, said[0].read_text(), said[1].read_text()
+
+    return run
 
 
 def in_process(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, str, str]:
@@ -105,7 +138,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 @pytest.mark.slow
 def test_a_newcomers_run_from_start_to_report(
-    demo_folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    demo_folder: Path, corpus: Path, tmp_path: Path, forked: Forked
 ) -> None:
     """With nothing set up: an empty home, no server, no terminal."""
     arguments = ["score", demo_folder, corpus, "--out", tmp_path / "runs", "--keep", "tokens"]
@@ -117,7 +150,7 @@ def test_a_newcomers_run_from_start_to_report(
     # Nothing of Prefect's own, nothing but this package's lines.
     lines = first.stderr.splitlines()
     assert [line for line in lines if not line.startswith((run.uri, "scoring"))] == []
-    code, out, err = in_process(capsys, *arguments)
+    code, out, err = forked(*arguments)
     assert (code, err) == (0, "")
     assert "scored now: nothing, the run was complete" in out
 
@@ -270,12 +303,9 @@ def test_ctrl_c_ends_it_with_what_to_do(
 def test_a_signal_ends_it_with_what_to_do(
     demo_folder: Path, long_corpus: Path, server_url: str, tmp_path: Path
 ) -> None:
-    arguments = ["score", str(demo_folder), str(long_corpus), "--shard-mb", "0.02", "--out"]
+    command = ("score", demo_folder, long_corpus, "--shard-mb", "0.02", "--out", tmp_path / "runs")
     err = tmp_path / "err"
-    process = CONTEXT.Process(
-        target=run_command, args=([*arguments, str(tmp_path / "runs")], server_url, str(err))
-    )
-    process.start()
+    process = start(server_url, *command, err=err)
     wait_for_a_shard(tmp_path / "runs", process.is_alive)
     process.terminate()
     process.join(60)
@@ -505,9 +535,8 @@ def test_progress_is_a_bar_on_a_terminal(
     demo_folder: Path, corpus: Path, server_url: str, tmp_path: Path
 ) -> None:
     ours, theirs = pty.openpty()
-    arguments = ["score", str(demo_folder), str(corpus), "--out", str(tmp_path)]
-    process = CONTEXT.Process(target=run_command, args=(arguments, server_url, os.ttyname(theirs)))
-    process.start()
+    command = ("score", demo_folder, corpus, "--out", tmp_path)
+    process = start(server_url, *command, err=os.ttyname(theirs))
     said = b""
     while process.is_alive() or select.select([ours], [], [], 0)[0]:
         if select.select([ours], [], [], 0.1)[0]:
@@ -587,27 +616,21 @@ def test_a_run_on_a_server_of_ones_own_is_written_and_read(
 
 
 def test_a_model_on_a_server_is_inspected_by_headers_and_fetched_to_score(
-    demo_folder: Path,
-    corpus: Path,
-    s3: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    demo_folder: Path, corpus: Path, s3: str, tmp_path: Path, forked: Forked
 ) -> None:
     import s3fs
 
     s3fs.S3FileSystem(endpoint_url=s3).put(f"{demo_folder}/", "bucket/demo/", recursive=True)
     uri, cache = "s3://bucket/demo", str(tmp_path / "cache")
-    monkeypatch.setenv("LOGITMILL_CACHE", cache)
-    code, out, err = in_process(capsys, "inspect", uri, "--endpoint-url", s3)
-    assert code == 0, err
-    assert "LlamaForCausalLM" in out and "all 5 layers resident" in out
+    done = logitmill("inspect", uri, "--endpoint-url", s3, LOGITMILL_CACHE=cache)
+    assert done.returncode == 0, done.stderr
+    assert "LlamaForCausalLM" in done.stdout and "all 5 layers resident" in done.stdout
     assert re.fullmatch(
         rf"model: fetching 5 files, 0.00 GB and headers of weights, of {uri} into {cache}/\S+\n",
-        err,
+        done.stderr,
     )
     arguments = ("score", uri, corpus, "--out", tmp_path / "runs", "--endpoint-url", s3)
-    code, _, err = in_process(capsys, *arguments)
+    code, _, err = forked(*arguments, LOGITMILL_CACHE=cache)
     assert code == 0, err
     line = rf"^model: fetching 5 files, 0.01 GB, of {uri} into {cache}/\S+$"
     assert re.search(line, err, re.MULTILINE)

@@ -49,11 +49,11 @@ def check(expected: Estimate, run: Run, *, within: float, sizes_within: float) -
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """80 files of code of uneven length, 0.5 to 8 KB."""
+    """80 files of code of uneven length, 0.3 to 2.5 KB."""
     root = tmp_path_factory.mktemp("many")
     for i in range(80):
         start = (i * 700) % len(DECODER)
-        (root / f"file{i:02}.py").write_text(DECODER[start : start + 500 + (i * 37) % 75 * 100])
+        (root / f"file{i:02}.py").write_text(DECODER[start : start + 300 + (i * 37) % 75 * 30])
     return root
 
 
@@ -61,8 +61,8 @@ def test_a_run_is_as_it_was_expected(
     many: Path, demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From a sample that is a quarter of it: tokens within a tenth, sizes within a half."""
-    monkeypatch.setattr(estimate, "_TAKEN_BYTES", 1 << 14)
-    spec = CorpusSpec(uri=str(many), shard_bytes=1 << 16)
+    monkeypatch.setattr(estimate, "_TAKEN_BYTES", 1 << 13)
+    spec = CorpusSpec(uri=str(many), shard_bytes=1 << 15)
     prepared = prepare_run(demo_folder, spec, tmp_path, tiers=["tokens"])
     expected = estimate_run(prepared)
     assert expected.num_sampled < 40

@@ -32,7 +32,7 @@ from logitmill.flows.store import Receipt, find_receipts
 from s3 import S3Server
 
 LONG = bool(os.environ.get("LOGITMILL_LONG"))
-NUM_RECEIPTS = 10_000 if LONG else 1_260
+NUM_RECEIPTS = 10_000 if LONG else 1_100
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +167,7 @@ def test_thousands_of_receipts_are_found(
     lost, short = 7, NUM_RECEIPTS - 5
     files: dict[str, bytes] = {}
     for i in range(NUM_RECEIPTS):
-        tables = "scores/part-{}.parquet", "tokens/part-{}.parquet", "shards/{}.counts.parquet"
+        tables = "scores/part-{}.parquet", "shards/{}.counts.parquet"
         names = [table.format(f"{i:05d}") for table in tables]
         receipt = Receipt(
             *(i, tuple(Part(name, 4, "0" * 64) for name in names), 1, 0, 1, 1, -1.0, 1.0),
@@ -178,7 +178,7 @@ def test_thousands_of_receipts_are_found(
         files[Receipt.name(i)] = json.dumps(asdict(receipt)).encode()
     del files[f"scores/part-{lost:05d}.parquet"]
     files[f"shards/{short:05d}.counts.parquet"] = b"par"
-    assert len(files) > 5_000
+    assert len(files) > 3_000
 
     started = time.monotonic()
     fs = s3fs.S3FileSystem(**s3_server.options, asynchronous=True, skip_instance_cache=True)

@@ -74,7 +74,7 @@ def mistakes(query: str) -> list[str]:
         asked = {matcher.name for matcher in selector.matchers.matchers}
         if unknown := asked - labels - SCRAPED:
             found.append(f"{selector.name} has no label {unknown}")
-        counts = kind == "counter" or selector.name.endswith("_bucket")
+        counts = kind == "counter" or selector.name.endswith(("_bucket", "_sum", "_count"))
         if counts != (function in ("rate", "increase")):
             found.append(f"{function or 'no function'} of a {kind}, {selector.name}")
     return found
