@@ -9,9 +9,10 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import random
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,29 @@ os.environ |= {
 }
 os.environ.pop("PREFECT_API_URL", None)
 
+from ceph import Ceph  # noqa: E402
+from cluster import Cluster  # noqa: E402
+from faults import Fault, Whole, find_rows, format_rows  # noqa: E402
 from flow_helpers import SECRET, Score  # noqa: E402
 from logitmill.flows import Run, open_run, score_corpus, shards  # noqa: E402
+from logitmill.flows.corpus import CorpusSpec  # noqa: E402
 
 os.environ["AWS_SECRET_ACCESS_KEY"] = SECRET
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the faults of these tests have done."""
+    rows = find_rows(r for reports in terminalreporter.stats.values() for r in reports)
+    if rows:
+        terminalreporter.section("faults")
+        for line in format_rows(rows):
+            terminalreporter.write_line(line)
+
+
+@pytest.fixture
+def count_fault(record_property: Callable[[str, object], None]) -> Callable[[str, Whole], Fault]:
+    """A counter for a fault by its name, whose row is in the table at the end."""
+    return lambda name, whole: Fault(name, whole, record_property)
 
 
 @pytest.fixture(scope="session")
@@ -86,8 +106,6 @@ def score(demo_folder: Path, tmp_path: Path) -> Score:
 @pytest.fixture(scope="session")
 def finished(corpus: Path, demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A finished run of all tiers in several shards. Not to be changed."""
-    from logitmill.flows.corpus import CorpusSpec
-
     return open_run(
         score_corpus(
             model=str(demo_folder),
@@ -96,6 +114,43 @@ def finished(corpus: Path, demo_folder: Path, tmp_path_factory: pytest.TempPathF
             tiers=["tokens", "logits"],
         )
     )
+
+
+@pytest.fixture(scope="session")
+def modules(tmp_path_factory: pytest.TempPathFactory) -> CorpusSpec:
+    """Twelve shards of six files each, and the sixth of a single long one.
+
+    Each is half a second's work, or more. A file of the third begins with "# POISON".
+    """
+    folder = tmp_path_factory.mktemp("modules")
+    text = Path(random.__file__).read_text() * 6
+    for i in range(12):
+        shard, size = text[i * 9000 : (i + 1) * 9000], 9000 if i == 5 else 1500
+        for j in range(0, 9000, size):
+            (folder / f"{i:02}-{j:04}.py").write_text(shard[j : j + size])
+    (folder / "02-3000.py").write_text("# POISON\n" + text[: 1500 - len("# POISON\n")])
+    return CorpusSpec(uri=str(folder), shard_bytes=9_000)
+
+
+@pytest.fixture(scope="session")
+def whole(
+    modules: CorpusSpec, demo_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Whole:
+    """What a run of `modules` holds that one process made and nobody disturbed."""
+    out = str(tmp_path_factory.mktemp("whole"))
+    return Whole.of(open_run(score_corpus(str(demo_folder), modules, out, tiers=["tokens"])))
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Two workers, with the keys of Ceph's gateway."""
+    made = Cluster(tmp_path_factory.mktemp("cluster"))
+    try:
+        for _ in range(2):
+            made.start_worker(AWS_ACCESS_KEY_ID=Ceph.key, AWS_SECRET_ACCESS_KEY=Ceph.secret)
+        yield made
+    finally:
+        made.close()
 
 
 def save_model(folder: Path, *, vocab_size: int, context: int = 64, seed: int = 0) -> Path:

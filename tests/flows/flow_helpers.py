@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from logitmill.flows import Run
+from logitmill.flows.corpus import CorpusSpec
 
 SECRET = "s3cr3t-of-the-tests"
 Score = Callable[..., Run]
@@ -33,3 +38,34 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+_FLOW = """
+import sys
+from logitmill.flows import score_corpus
+from logitmill.flows.corpus import CorpusSpec
+model, corpus, out, workers, shard_bytes = sys.argv[1:]
+spec = CorpusSpec(uri=corpus, shard_bytes=int(shard_bytes))
+# Batches of a second or so, as those of a GPU are.
+engine = {"max_batch_tokens": 1024}
+score_corpus(model, spec, out, tiers=["tokens"], workers=workers, engine=engine)
+"""
+
+
+def start_flow(
+    model: Path, spec: CorpusSpec, out: Path, workers: str, url: str
+) -> subprocess.Popen[bytes]:
+    """A process that scores, with the Prefect server at `url`."""
+    arguments = [str(model), spec.uri, str(out), workers, str(spec.shard_bytes)]
+    return subprocess.Popen(
+        [sys.executable, "-c", _FLOW, *arguments],
+        env={**os.environ, "PREFECT_API_URL": url},
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -13,12 +13,18 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from flow_helpers import digests
+from faults import Fault, Whole
 from logitmill.flows import Run, open_run
+
+LONG = bool(os.environ.get("LOGITMILL_LONG"))
+TIMES = 50 if LONG else 10
+"""Kills at random moments."""
+CountFault = Callable[[str, Whole], Fault]
 
 _PRELOADED = [
     "logitmill.flows.cli",
@@ -94,55 +100,57 @@ def whole(command: Command, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return open_run(str(out))
 
 
-def temporary(root: Path) -> list[Path]:
-    return [path for path in root.rglob("*") if ".tmp-" in path.name]
-
-
 @pytest.mark.slow
-def test_killed_at_ten_random_moments(command: Command, whole: Run, tmp_path: Path) -> None:
-    expected = digests(whole)
+def test_killed_at_random_moments(
+    command: Command, whole: Run, count_fault: CountFault, tmp_path: Path
+) -> None:
+    fault = count_fault("command killed", Whole.of(whole))
     code, seconds = command.run(tmp_path / "undisturbed")
     assert code == 0
     rng = random.Random(2)
     out = tmp_path / "0"
-    for kill in range(10):
+    for kill in range(TIMES):
         # Spread over a whole run. A rerun is shorter: it may be done before its time has come.
-        code, _ = command.run(out, kill_after=seconds * (kill + rng.random()) / 10)
+        code, _ = command.run(out, kill_after=seconds * (kill % 10 + rng.random()) / 10)
         if code == 0:
-            check_complete(out, expected)
+            check(fault, out)
             out = tmp_path / str(kill + 1)
             code, _ = command.run(out, kill_after=seconds * rng.random())
         assert code == -signal.SIGKILL
+        fault.strike()
         if kill % 3 == 2:
             code, _ = command.run(out)
             assert code == 0
-            check_complete(out, expected)
+            check(fault, out)
             out = tmp_path / str(kill + 1)
     code, _ = command.run(out)
     assert code == 0
-    check_complete(out, expected)
+    check(fault, out)
 
 
-def check_complete(out: Path, expected: dict[str, str]) -> None:
-    assert digests(open_run(str(out))) == expected
-    assert temporary(out) == []
+def check(fault: Fault, out: Path) -> None:
+    """The run in `out` is whole, and nothing lies beside it."""
+    fault.check(open_run(str(out)))
+    assert not list(out.glob(".tmp-*"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("die_at", [1, 5, -2, -1])
 def test_killed_between_two_writes(
-    command: Command, whole: Run, tmp_path: Path, die_at: int
+    command: Command, whole: Run, count_fault: CountFault, tmp_path: Path, die_at: int
 ) -> None:
     """Before the plan, before a receipt, before the report, before the manifest."""
+    fault = count_fault("command killed between two writes", Whole.of(whole))
     num_files = sum(1 for p in Path(whole.uri).rglob("*") if p.is_file())
     code, _ = command.run(tmp_path, die_at=die_at if die_at > 0 else num_files + 1 + die_at)
     assert code == -signal.SIGKILL
+    fault.strike()
     with pytest.raises(ValueError, match=r"no run|not complete"):
         open_run(str(tmp_path))
-    assert temporary(tmp_path)
+    assert [path for path in tmp_path.rglob("*") if ".tmp-" in path.name]
     code, _ = command.run(tmp_path)
     assert code == 0
-    check_complete(tmp_path, digests(whole))
+    check(fault, tmp_path)
 
 
 @pytest.mark.slow

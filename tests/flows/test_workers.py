@@ -6,24 +6,23 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from cluster import Cluster, wait_for
-from flow_helpers import Score, digests
-from logitmill.flows import Run, open_run
+from faults import Fault, Whole
+from flow_helpers import Score, digests, start_flow
 from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.corpus.plan import Shard
 from logitmill.flows.runners import Lost, run_all
 
 TIMES = 50 if os.environ.get("LOGITMILL_LONG") else 2
 """Kills of each kind."""
+CountFault = Callable[[str, Whole], Fault]
 
 
 # ---- what is in flight, and what is done again
@@ -107,75 +106,24 @@ def test_a_deadly_shard_is_given_up_and_takes_no_other_with_it() -> None:
 # ---- real ones
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Two workers."""
-    made = Cluster(tmp_path_factory.mktemp("cluster"))
-    try:
-        for _ in range(2):
-            made.start_worker()
-        yield made
-    finally:
-        made.close()
-
-
-@pytest.fixture(scope="module")
-def modules(tmp_path_factory: pytest.TempPathFactory) -> CorpusSpec:
-    """Twelve shards of half a second's work each, or more."""
-    folder = tmp_path_factory.mktemp("modules")
-    text = Path(random.__file__).read_text() * 6
-    for i in range(12):
-        (folder / f"{i:02}.py").write_text(text[i * 9000 : (i + 1) * 9000])
-    return CorpusSpec(uri=str(folder), shard_bytes=9_000)
-
-
-@pytest.fixture(scope="module")
-def whole(
-    modules: CorpusSpec, demo_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, str]:
-    """Bytes of a run in one process that nobody disturbed."""
-    from logitmill.flows import score_corpus
-
-    out = tmp_path_factory.mktemp("whole")
-    return digests(open_run(score_corpus(str(demo_folder), modules, str(out), tiers=["tokens"])))
-
-
-class Fault:
-    """Counts what faults did to runs, for whoever reads the test's output."""
-
-    def __init__(self, name: str, expected: dict[str, str]) -> None:
-        self.name = name
-        self.times = 0
-        self._expected = expected
-
-    def check(self, run: Run) -> None:
-        ids = run.table(columns=["doc_id"])["doc_id"].to_pylist()
-        found = digests(run)
-        differing = sum(found.get(name) != value for name, value in self._expected.items())
-        left = [path for path in Path(run.uri).rglob("*") if ".tmp-" in path.name]
-        print(
-            f"{self.name}: {self.times} times; rows lost {12 - len(set(ids))}, "
-            f"duplicates {len(ids) - len(set(ids))}, parts differing {differing}, "
-            f"temporary files {len(left)}"
-        )
-        assert len(ids) == len(set(ids)) == 12
-        assert found == self._expected
-        assert not left
-
-
 @pytest.mark.slow
 def test_processes_of_this_machine_give_the_same_bytes(
-    score: Score, modules: CorpusSpec, whole: dict[str, str]
+    score: Score, modules: CorpusSpec, whole: Whole
 ) -> None:
     run = score(modules, tiers=["tokens"], workers="2")
-    assert digests(run) == whole
+    assert digests(run) == whole.digests
 
 
 @pytest.mark.slow
 def test_workers_that_are_killed_cost_the_shards_in_their_hands(
-    cluster: Cluster, score: Score, modules: CorpusSpec, whole: dict[str, str], tmp_path: Path
+    cluster: Cluster,
+    score: Score,
+    modules: CorpusSpec,
+    whole: Whole,
+    count_fault: CountFault,
+    tmp_path: Path,
 ) -> None:
-    fault, rng = Fault("worker killed", whole), random.Random(4)
+    fault, rng = count_fault("worker killed", whole), random.Random(4)
     while fault.times < TIMES:
         done = threading.Event()
 
@@ -183,7 +131,7 @@ def test_workers_that_are_killed_cost_the_shards_in_their_hands(
             while not done.wait(rng.uniform(1.0, 6.0)) and fault.times < TIMES:
                 if any(tmp_path.glob("runs/*/plan.json")) and cluster.is_at_work():
                     os.kill(rng.choice(sorted(cluster.workers().values())), signal.SIGKILL)
-                    fault.times += 1
+                    fault.strike()
 
         killer = threading.Thread(target=kill)
         killer.start()
@@ -202,8 +150,9 @@ def test_a_worker_that_hangs_is_started_anew(
     cluster: Cluster,
     score: Score,
     modules: CorpusSpec,
-    whole: dict[str, str],
+    whole: Whole,
     tmp_path: Path,
+    count_fault: CountFault,
     caplog: Any,
 ) -> None:
     before = cluster.workers()
@@ -220,34 +169,12 @@ def test_a_worker_that_hangs_is_started_anew(
     run = score(modules, tiers=["tokens"], workers=cluster.address, deadline=12)
     thread.join()
     assert hung.is_set()
-    fault = Fault("worker hung", whole)
-    fault.times = 1
+    fault = count_fault("worker hung", whole)
+    fault.strike()
     fault.check(run)
     assert not Path(f"/proc/{victim}").exists()
     wait_for(lambda: len(cluster.workers()) == 2)
     assert address in caplog.text
-
-
-FLOW = """
-import sys
-from logitmill.flows import score_corpus
-from logitmill.flows.corpus import CorpusSpec
-model, corpus, out, workers, shard_bytes = sys.argv[1:]
-spec = CorpusSpec(uri=corpus, shard_bytes=int(shard_bytes))
-# Batches of a second or so, as those of a GPU are.
-engine = {"max_batch_tokens": 1024}
-score_corpus(model, spec, out, tiers=["tokens"], workers=workers, engine=engine)
-"""
-
-
-def start_flow(model: Path, spec: CorpusSpec, out: Path, address: str, url: str) -> Any:
-    """A process that scores."""
-    arguments = [str(model), spec.uri, str(out), address, str(spec.shard_bytes)]
-    return subprocess.Popen(
-        [sys.executable, "-c", FLOW, *arguments],
-        env={**os.environ, "PREFECT_API_URL": url},
-        stderr=subprocess.DEVNULL,
-    )
 
 
 @pytest.mark.slow
@@ -258,11 +185,11 @@ def test_a_flow_that_is_cancelled_has_its_workers_stop(
     library = str(Path(random.__file__).parent / "*.py")
     spec = CorpusSpec(uri=library, shard_bytes=1 << 30)
     flow = start_flow(demo_folder, spec, tmp_path / "runs", cluster.address, server_url)
-    wait_for(lambda: not cluster.are_engines_free())
+    wait_for(cluster.is_scoring)
     flow.send_signal(signal.SIGTERM)
     sent_at = time.monotonic()
-    wait_for(cluster.are_engines_free, 20)
-    print(f"flow cancelled: engines free after {time.monotonic() - sent_at:.1f} s")
+    wait_for(cluster.is_idle, 20)
+    print(f"flow cancelled: workers free after {time.monotonic() - sent_at:.1f} s")
     flow.wait(60)
     assert not list(tmp_path.glob("runs/*/shards/*"))
 
@@ -272,40 +199,25 @@ def test_a_flow_that_is_killed_loses_nothing(
     cluster: Cluster,
     score: Score,
     modules: CorpusSpec,
-    whole: dict[str, str],
+    whole: Whole,
     demo_folder: Path,
     server_url: str,
+    count_fault: CountFault,
     tmp_path: Path,
 ) -> None:
     """What its workers have in hand they may finish, beside the next run's."""
-    fault = Fault("flow killed", whole)
+    fault = count_fault("flow killed", whole)
     for _ in range(TIMES):
         flow = start_flow(demo_folder, modules, tmp_path / "runs", cluster.address, server_url)
         wait_for(lambda: any(tmp_path.glob("runs/*/shards/*.json")))
         flow.kill()
         flow.wait()
-        fault.times += 1
+        fault.strike()
         # What is written late would be taken for what a flow has left.
-        wait_for(cluster.are_engines_free)
+        wait_for(cluster.is_idle)
         assert not list(tmp_path.glob("runs/*/manifest.json"))
         fault.check(score(modules, tiers=["tokens"], workers=cluster.address))
         shutil.rmtree(tmp_path / "runs")
-
-
-@pytest.mark.slow
-def test_a_shard_that_kills_its_workers_is_named_and_the_others_are_kept(
-    score: Score, modules: CorpusSpec, whole: dict[str, str], tmp_path: Path
-) -> None:
-    cluster = Cluster(tmp_path)
-    try:
-        cluster.start_worker(POISONED_SHARD="2")
-        with pytest.raises(RuntimeError, match=r"1 of 12 shards failed.*shard 2: its worker was"):
-            score(modules, tiers=["tokens"], workers=cluster.address)
-        receipts = {path.stem for path in tmp_path.glob("runs/*/shards/*.json")}
-        assert receipts == {f"{i:05d}" for i in range(12) if i != 2}
-    finally:
-        cluster.close()
-    assert digests(score(modules, tiers=["tokens"])) == whole
 
 
 @pytest.mark.slow
