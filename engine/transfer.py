@@ -101,7 +101,7 @@ class Meter:
     """Seconds that a device was at work on what was launched in spans. Safe to use from threads.
 
     What it waits for within a span counts: a layer that is still on its way to the device, room for
-    results that leave it. The gaps between spans do not.
+    results that leave it, a host that is slow to launch. The gaps between spans do not.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -128,6 +128,8 @@ class Meter:
         ended.record(stream)
         with self._lock:
             self._open.append((begun, ended))
+            # Who never asks shall not keep the events of every batch.
+            self._count()
 
     def take(self) -> float:
         """Of the spans that are done by now, and were not when this was asked last."""

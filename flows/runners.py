@@ -10,7 +10,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
@@ -162,8 +161,8 @@ class _Cluster:
             TALLY.drop(self._key(shard.index))
             return error
         if isinstance(result, Receipt):
-            held = [getattr(result, field.name) for field in fields(Count)]
-            TALLY.finish(self._key(shard.index), Count(*held))
+            held = Count(result.documents, result.bytes, result.tokens, result.device_seconds)
+            TALLY.finish(self._key(shard.index), held)
         else:
             TALLY.drop(self._key(shard.index))
         return result

@@ -53,6 +53,10 @@ _kept: dict[tuple[str, int], int] = {}
 _turn = threading.Lock()
 """Held by the task whose shard the engine is given. Others read theirs, or write it."""
 
+_clock = threading.Lock()
+_ended = 0.0
+"""When the engine was done with a shard last."""
+
 
 def stop(attempt: str) -> None:
     """Have the tasks of a flow run in this process end after the batch at hand."""
@@ -104,13 +108,13 @@ def complete(job: Job, shard: Shard, topic: str | None = None) -> Receipt:
                 _engine.use(job, is_worker=topic is not None) as pipe,
             ):
                 receipt = _score(job, shard, attempt, pipe)
+                receipt.write(job.folder)
         except Exception as error:
             if isinstance(error, TooManyLogits):
                 # The other shards have no more room than this one.
                 stopped.add(job.attempt)
             get_run_logger().warning("shard %d: %s", shard.index, one_line(error))
             raise
-        receipt.write(job.folder)
     # Else another run of the same key, or an earlier start of this task, was here first.
     return receipt
 
@@ -200,7 +204,7 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
                 counts["bytes"] += record.num_bytes
                 loglikelihood += record.loglikelihood or 0.0
                 attempt.add_document(scored=record.status == OK)
-            seconds = time.monotonic() - started
+            seconds = _count_seconds(started)
             if logits is not None:
                 _kept[job.attempt, shard.index] = counts["tokens"]
         parts = []
@@ -222,6 +226,15 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
         versions=versions(),
         **counts,
     )
+
+
+def _count_seconds(started: float) -> float:
+    """Seconds that the engine had a shard, until now; the end of the shard before is not its."""
+    global _ended
+    now = time.monotonic()
+    with _clock:
+        seconds, _ended = max(0.0, now - max(started, _ended)), now
+    return seconds
 
 
 def _end_if_stopped(job: Job) -> None:
@@ -285,7 +298,7 @@ class _Engine:
         key = job.digest, job.engine
         if self._kept is not None and self._kept[0] == key:
             return self._kept[1]
-        # Both need the same memory.
+        # Both need the same memory. To wait for it is no progress, as whoever has it may hang.
         self.release()
         self.is_loading = True
         try:

@@ -46,11 +46,12 @@ class Receipt:
     loglikelihood: float
     """Sum over the scored documents, nats."""
     seconds: float
-    """That the engine had the shard."""
+    """That the engine had the shard; where two overlap, the later one's begin with the end of the
+    other."""
     device: str
     versions: Mapping[str, str]
     device_seconds: float = 0.0
-    """Of `seconds`, those in which the device was at work."""
+    """That the device was at work meanwhile, also on the last batches of the shard before."""
 
     @staticmethod
     def name(shard: int) -> str:

@@ -1,6 +1,7 @@
 """Measures the engine against the hardware and beside its peers: `logitmill bench`.
 
-Needs neither Prefect nor datasets, so that a machine lent for measuring need not have them.
+Needs neither Prefect nor datasets, so that a machine lent for measuring need not have them, but to
+measure from storage to storage, which is what a flow does.
 """
 
 from .fidelity import FORMATS, Fidelity, measure_fidelity, show_fidelity

@@ -75,6 +75,11 @@ class Request:
         for name, value in (*values.items(), *(("workers", n) for n in self.processes)):
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value} is not at least 1")
+        if max(self.processes, default=0) > self.shards:
+            raise ValueError(
+                f"shards: {self.shards} leave some of {max(self.processes)} workers without one; "
+                "give as many"
+            )
         if self.processes and not self.stores:
             raise ValueError(
                 f"workers: {self.processes[0]} score from storage to storage; add --store FOLDER"
@@ -106,6 +111,10 @@ def measure(request: Request, *, command: str = "") -> Iterator[Record]:
         ValueError: naming the field, its value and what would work, before anything is loaded.
     """
     check_peers(request.peers)
+    if request.stores:
+        from .stored import check_stores
+
+        check_stores(request.stores, request.endpoint_url, request.processes)
     subject = find_subject(
         request.target,
         request.corpus,

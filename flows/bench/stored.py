@@ -37,7 +37,6 @@ class Stored:
 
     seconds: float
     """From the first shard's start to the last one's receipt; engines were loaded before."""
-    documents: int
     targets: int
     loglikelihood: float
     device_seconds: float
@@ -57,7 +56,7 @@ class Corpus:
         self._endpoint_url = endpoint_url
         self._runs = count()
         self._largest: Counter[str] = Counter()
-        """Bytes of text of the largest file."""
+        """Bytes of the largest file's texts, as a plan weighs them."""
 
     def write(self, num_shards: int) -> None:
         """Write as many files as there are to be shards, and a smaller one for each to warm up."""
@@ -68,8 +67,6 @@ class Corpus:
             self._write("warm", i, some[:_WARM_DOCUMENTS])
 
     def _write(self, which: str, index: int, documents: Sequence[Document]) -> None:
-        num_bytes = sum(len((document.text or "").encode()) for document in documents)
-        self._largest[which] = max(self._largest[which], num_bytes)
         table = pa.table(
             {
                 "id": [document.doc_id for document in documents],
@@ -79,6 +76,8 @@ class Corpus:
         with self._folder.scratch() as scratch:
             path = Path(scratch, "file")
             pq.write_table(table, path)
+            weight = pq.read_metadata(path).row_group(0).column(1).total_uncompressed_size
+            self._largest[which] = max(self._largest[which], weight)
             self._folder.publish(path, f"{which}/{index:03d}.parquet")
 
     def prepare(
@@ -92,8 +91,8 @@ class Corpus:
             uri=f"{self._folder.uri}/{which}",
             text_column="text",
             id_column="id",
-            # A file is a shard, with room for what Parquet adds.
-            shard_bytes=max(1, int(1.1 * self._largest[which])),
+            # A file is a shard; small ones may be one together.
+            shard_bytes=self._largest[which],
         )
         out = f"{self._folder.uri}/runs-{next(self._runs)}"
         return prepare(
@@ -114,6 +113,17 @@ class Corpus:
             shutil.rmtree(self._folder.path(""), ignore_errors=True)
         else:
             self._folder.filesystem.rm(self._folder.path("").rstrip("/"), recursive=True)
+
+
+def check_stores(stores: Sequence[str], endpoint_url: str | None, processes: Sequence[int]) -> None:
+    """ValueError for stores that cannot be written, and for workers that cannot be."""
+    from ..cluster import check_workers
+    from ..folder import Folder, endpoint_options
+
+    for store in stores:
+        Folder(store, endpoint_options(store, endpoint_url)).check_writable()
+    for number in processes:
+        check_workers(str(number))
 
 
 @contextmanager
@@ -198,7 +208,6 @@ def _carry_out(prepared: Prepared, workers: str | None) -> Stored:
         seconds, receipts = score_all()
     return Stored(
         seconds=seconds,
-        documents=sum(receipt.documents for receipt in receipts),
         targets=sum(receipt.tokens for receipt in receipts),
         loglikelihood=sum(receipt.loglikelihood for receipt in receipts),
         device_seconds=sum(receipt.device_seconds for receipt in receipts),

@@ -149,8 +149,9 @@ class NothingLeft(Exception):
 def plan_corpus(spec: CorpusSpec, leave_out: LeaveOut | None = None) -> Plan:
     """Cuts the corpus into shards, reading as little of it as that takes.
 
-    Every input's footer or first lines are looked at; content is read where the file system has no
-    ETags (to hash it), for `limit` (lines are counted) and for `id_column` (ids must be unique).
+    The footer or first lines of every input that is not left out are looked at; content is read
+    where the file system has no ETags (to hash it), for `limit` (lines are counted) and for
+    `id_column` (ids must be unique).
 
     Inputs that are left out take no part in the plan, nor in its fingerprint; NothingLeft is raised
     if those are all. Raises ValueError, in one line that names the field and its value, for all
@@ -310,7 +311,7 @@ def _columns(spec: CorpusSpec, input_: Input) -> Columns:
 
 class _Corpus(Protocol):
     def survey(self, leave_out: LeaveOut) -> Iterator[tuple[Input, Reader | None]]:
-        """Every input in order, checked; without a reader, and not looked into, if left out."""
+        """Every input in order, checked; without a reader, and not parsed, if left out."""
 
     def reader(self, input_: Input) -> Reader:
         """What reads an input of a plan."""

@@ -31,15 +31,22 @@ def find_twin(ids: Callable[[], Iterable[tuple[str, str]]]) -> tuple[str, str, s
     """
     with TemporaryDirectory(prefix="logitmill-ids-") as folder:
         hashes = (_hash(doc_id) for doc_id, _ in ids())
-        suspects = np.concatenate(list(_repeated(hashes, Path(folder))))
-    for start in range(0, len(suspects), _SUSPECTS):
-        wanted = set(suspects[start : start + _SUSPECTS].tolist())
-        seen: dict[str, str] = {}
-        for doc_id, place in ids():
-            if _hash(doc_id) in wanted:
-                if doc_id in seen:
-                    return doc_id, seen[doc_id], place
-                seen[doc_id] = place
+        for suspects in _repeated(hashes, Path(folder)):
+            for start in range(0, len(suspects), _SUSPECTS):
+                twin = _find_among(ids(), set(suspects[start : start + _SUSPECTS].tolist()))
+                if twin is not None:
+                    return twin
+    return None
+
+
+def _find_among(ids: Iterable[tuple[str, str]], suspects: set[int]) -> tuple[str, str, str] | None:
+    """The first id of these hashes that comes again."""
+    seen: dict[str, str] = {}
+    for doc_id, place in ids:
+        if _hash(doc_id) in suspects:
+            if doc_id in seen:
+                return doc_id, seen[doc_id], place
+            seen[doc_id] = place
     return None
 
 

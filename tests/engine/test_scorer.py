@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitmill.engine import Document, DocumentScore, Pipeline, pipeline
+from logitmill.engine.runner import Runner
 from oracles import (
     byte_tokenizer,
     circulant,
@@ -641,15 +642,24 @@ def test_context_is_refused_by_a_recipe_that_reads_none(byte_markov: Pipeline) -
 
 @pytest.mark.parametrize("with_logits", [False, True])
 def test_another_call_may_launch_once_the_last_batch_is_under_way(
-    demo: Pipeline, with_logits: bool
+    demo: Pipeline, with_logits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where a call has nothing to launch."""
     texts = [["One text.", "", "Another one, " * 90, "and more"], ["Of the second call."] * 3, [""]]
     apart = [list(demo.score(some)) for some in texts]
     together: dict[int, list[DocumentScore]] = {}
 
+    batches: list[int] = []
+    name = "_marked" if with_logits else "_launch"
+    compute = getattr(Runner, name)
+
     def run(call: int) -> None:
         calls: list[int] = []
+
+        def count(runner: Runner, requests: Any, **options: Any) -> Any:
+            batches.append(call)
+            assert not calls, "its last batch was said to be under way"
+            return compute(runner, requests, **options)
 
         def go_on() -> None:
             calls.append(call)
@@ -657,10 +667,14 @@ def test_another_call_may_launch_once_the_last_batch_is_under_way(
                 run(call + 1)
 
         options = {"on_logits": lambda *rows: None} if with_logits else {}
-        together[call] = list(demo.score(texts[call], on_launched=go_on, **options))
+        with monkeypatch.context() as patch:
+            patch.setattr(Runner, name, count)
+            together[call] = list(demo.score(texts[call], on_launched=go_on, **options))
         assert calls == [call]
 
     run(0)
+    # The third has nothing to launch.
+    assert set(batches) == {0, 1}
     for call, scores in enumerate(apart):
         assert len(scores) == len(together[call])
         assert all(map(same_records, scores, together[call]))

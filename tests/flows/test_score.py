@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -17,7 +20,7 @@ from logitmill.engine.pipeline import EngineSettings
 from logitmill.engine.records import TOKEN_DTYPES
 from logitmill.flows import Run, score_corpus, shards
 from logitmill.flows.corpus import CorpusSpec, plan_corpus, read_shard
-from logitmill.flows.request import Request, prepare
+from logitmill.flows.request import Job, Request, prepare
 
 
 def spec(corpus: Path, **settings: Any) -> CorpusSpec:
@@ -199,6 +202,75 @@ def test_logits_beyond_the_limit_end_the_run_where_the_estimate_was_too_low(
             score(spec(corpus), **options)
     run = score(spec(corpus), tiers=["logits"])
     assert run.manifest is not None and run.manifest["tokens"] * 4096 * 4 > 20 * 10**6
+
+
+# ---- the engine of a process
+
+
+@pytest.mark.parametrize("tier", ["tokens", "logits"])
+def test_the_engine_is_passed_on_with_the_last_batch_of_a_shard(
+    score: Score, corpus: Path, monkeypatch: pytest.MonkeyPatch, tier: str
+) -> None:
+    """Logits keep it to the end: only then is known what is left for those of the next shard."""
+    real = Pipeline.score
+    held: list[bool] = []
+
+    def watch(pipe: Pipeline, *args: Any, on_launched: Any = None, **options: Any) -> Any:
+        def pass_on() -> None:
+            held.append(shards._turn.locked())
+            if on_launched is not None:
+                on_launched()
+            held.append(shards._turn.locked())
+
+        return real(pipe, *args, on_launched=pass_on, **options)
+
+    monkeypatch.setattr(Pipeline, "score", watch)
+    run = score(CorpusSpec(uri=str(corpus), shard_bytes=1 << 30), tiers=[tier])
+    assert held == [True, tier == "logits"]
+    receipt = json.loads(Path(run.uri, "shards/00000.json").read_text())
+    assert 0 < receipt["device_seconds"] <= receipt["seconds"]
+
+
+def test_seconds_of_shards_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_ended", 0.0)
+    monkeypatch.setattr(shards.time, "monotonic", iter([20.0, 26.0, 40.0]).__next__)
+    # From 10 to 20, from 18 to 26, from 30 to 40.
+    assert [shards._count_seconds(started) for started in (10.0, 18.0, 30.0)] == [10.0, 6.0, 10.0]
+
+
+def test_an_engine_makes_room_once_nobody_uses_it(
+    demo_folder: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Engine:
+        pass
+
+    made: list[weakref.ref[Engine]] = []
+
+    def load(*args: Any) -> Engine:
+        assert all(other() is None for other in made), "two at once"
+        engine = Engine()
+        made.append(weakref.ref(engine))
+        return engine
+
+    monkeypatch.setattr(shards, "load_pipeline", load)
+    engine, used, done = shards._Engine(), threading.Event(), threading.Event()
+    one = prepare(Request(model=str(demo_folder), corpus=str(corpus), out=str(tmp_path))).job
+    other = replace(one, digest="another")
+
+    def use(job: Job, until: threading.Event) -> None:
+        with engine.use(job, is_worker=False):
+            used.set()
+            assert until.wait(30)
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(use, one, done)
+        assert used.wait(30)
+        second = pool.submit(use, other, done)
+        assert not second.done() and len(made) == 1
+        done.set()
+        first.result(30)
+        second.result(30)
+    assert len(made) == 2
 
 
 # ---- what decides the key
