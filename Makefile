@@ -27,7 +27,8 @@ unit: $(VENV)/.tested
 	$(BIN)/python -m pytest -n 2
 
 faults: $(VENV)/.tested ## The long form of what goes wrong: an hour or more
-	LOGITMILL_LONG=1 $(BIN)/python -m pytest -rP tests/flows/test_workers.py tests/flows/test_kill.py \
+	LOGITMILL_LONG=1 $(BIN)/python -m pytest -rP tests/flows/test_workers.py \
+		tests/flows/test_worker_faults.py tests/flows/test_kill.py \
 		tests/flows/test_storage.py tests/flows/test_storage_faults.py tests/infra/test_scheduled.py
 
 clean: ## Remove what the targets made

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
+import httpx
 from prefect import Flow, get_run_logger
 from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.futures import PrefectFuture
@@ -79,6 +80,11 @@ class ScoringFlow(Flow[..., str]):
         try:
             with use_server():
                 return super().__call__(**prepared.request.public(), **options)
+        except httpx.ConnectError as error:
+            raise RuntimeError(
+                f"Prefect's server is gone ({one_line(error)}); start it, and run again to do the "
+                "rest"
+            ) from None
         finally:
             _prepared.reset(token)
 
@@ -228,7 +234,11 @@ def carry_out(request: Request) -> str:
             "though they were scored: is another run writing other bytes here? run again"
         )
     publish(folder, receipts)
-    _leave_artifacts(folder, receipts)
+    try:
+        _leave_artifacts(folder, receipts)
+    except Exception as error:
+        # The run stands, whatever the server has to say.
+        log.warning("%s: no artifacts of it: %s", folder.uri, one_line(error))
     if 0 < sum(r.documents for r in receipts) == sum(r.failed for r in receipts):
         log.warning("%s: none of its documents could be scored", folder.uri)
     return folder.uri

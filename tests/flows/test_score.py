@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from flow_helpers import SECRET, Score, digests, write_lines
@@ -21,6 +22,7 @@ from logitmill.engine.records import TOKEN_DTYPES
 from logitmill.flows import Run, score_corpus, shards
 from logitmill.flows.corpus import CorpusSpec, plan_corpus, read_shard
 from logitmill.flows.request import Job, Request, prepare
+from prefect import Flow
 
 
 def spec(corpus: Path, **settings: Any) -> CorpusSpec:
@@ -202,6 +204,33 @@ def test_logits_beyond_the_limit_end_the_run_where_the_estimate_was_too_low(
             score(spec(corpus), **options)
     run = score(spec(corpus), tiers=["logits"])
     assert run.manifest is not None and run.manifest["tokens"] * 4096 * 4 > 20 * 10**6
+
+
+# ---- a server that is gone
+
+
+def test_a_run_stands_without_its_artifacts(
+    score: Score, corpus: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from logitmill.flows import score as module
+
+    def refuse(**artifact: Any) -> None:
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(module, "create_table_artifact", refuse)
+    assert score(spec(corpus)).manifest is not None
+    assert "no artifacts of it: [Errno 111] Connection refused" in caplog.text
+
+
+def test_a_server_that_is_gone_is_named(
+    score: Score, corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **options: Any) -> None:
+        raise httpx.ConnectError("[Errno 111] Connection refused")
+
+    monkeypatch.setattr(Flow, "__call__", refuse)
+    with pytest.raises(RuntimeError, match=r"Prefect's server is gone .*Errno 111.*run again"):
+        score(spec(corpus))
 
 
 # ---- the engine of a process

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -100,8 +101,6 @@ class PrefectServer:
 
     def start(self) -> None:
         """Start it on what it held, and return once it answers."""
-        import urllib.request
-
         command = ["server", "start", "--host", "127.0.0.1", "--port", self._port]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "prefect", *command],
