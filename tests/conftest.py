@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ceph import NoCephError
+from fault_table import find_rows, format_rows
 from hypothesis import HealthCheck, settings
 from s3 import S3Server, share_server
 
@@ -53,6 +54,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
         items.sort(key=lambda item: -slow[item.path])
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """What the faults of these tests have done."""
+    rows = find_rows(r for reports in terminalreporter.stats.values() for r in reports)
+    if rows:
+        terminalreporter.section("faults")
+        for line in format_rows(rows):
+            terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -35,21 +35,12 @@ os.environ.pop("PREFECT_API_URL", None)
 
 from ceph import Ceph  # noqa: E402
 from cluster import Cluster  # noqa: E402
-from faults import Fault, Whole, find_rows, format_rows  # noqa: E402
+from faults import Fault, Whole  # noqa: E402
 from flow_helpers import SECRET, Score  # noqa: E402
 from logitmill.flows import Run, open_run, score_corpus, shards  # noqa: E402
 from logitmill.flows.corpus import CorpusSpec  # noqa: E402
 
 os.environ["AWS_SECRET_ACCESS_KEY"] = SECRET
-
-
-def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """What the faults of these tests have done."""
-    rows = find_rows(r for reports in terminalreporter.stats.values() for r in reports)
-    if rows:
-        terminalreporter.section("faults")
-        for line in format_rows(rows):
-            terminalreporter.write_line(line)
 
 
 @pytest.fixture

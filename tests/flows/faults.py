@@ -1,21 +1,16 @@
-"""What faults have done to runs: counted, checked, and told in one table when the tests are over.
-
-A row goes with the report of its test, so that it reaches the table from any process of xdist.
-"""
+"""What faults have done to runs: counted, checked, and told in one table (`fault_table`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fault_table import COLUMNS, PROPERTY
 from flow_helpers import digests
 from logitmill.flows import Run
 from logitmill.flows.folder import find_live
-
-COLUMNS = ("times", "runs", "rows lost", "duplicates", "parts differing", "temporary objects")
-_PROPERTY = "fault"
 
 
 @dataclass(frozen=True)
@@ -37,7 +32,7 @@ class Fault:
         """`record` is pytest's `record_property` of the test that has the fault happen."""
         self._whole = whole
         self._row: dict[str, Any] = {"fault": name, **dict.fromkeys(COLUMNS, 0)}
-        record(_PROPERTY, self._row)
+        record(PROPERTY, self._row)
 
     @property
     def times(self) -> int:
@@ -85,33 +80,3 @@ def _left(run: Run, scratch: Path | None) -> list[str]:
         live = find_live(within)
         left += [path.name for path in within.glob(".tmp-*") if path.name not in live]
     return left
-
-
-def find_rows(reports: Iterable[Any]) -> list[dict[str, Any]]:
-    """The rows that tests' reports bring along, one a fault, in their order."""
-    rows: dict[str, dict[str, Any]] = {}
-    for report in reports:
-        # Set-up and tear-down bring the same ones.
-        if getattr(report, "when", None) != "call":
-            continue
-        for name, found in report.user_properties:
-            if name != _PROPERTY:
-                continue
-            row = rows.setdefault(found["fault"], {"fault": found["fault"]})
-            for column in COLUMNS:
-                row[column] = row.get(column, 0) + found[column]
-    return list(rows.values())
-
-
-def format_rows(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    """A table in Markdown, as lines."""
-    header = f"| {'fault':44} | {' | '.join(COLUMNS)} |"
-    rule = f"| {'-' * 44} | {' | '.join('-' * (len(c) - 1) + ':' for c in COLUMNS)} |"
-    return [
-        header,
-        rule,
-        *(
-            f"| {row['fault']:44} | {' | '.join(f'{row[c]:>{len(c)}}' for c in COLUMNS)} |"
-            for row in rows
-        ),
-    ]
