@@ -3,7 +3,7 @@
 
     python infra/benchmarks/sizes.py 100 1000 10000 --out /tmp/sizes
     python infra/benchmarks/sizes.py 100 1000 --out s3://bucket/sizes --endpoint-url URL
-    python infra/benchmarks/sizes.py --flow 100 300 500 --out /tmp/sizes
+    python infra/benchmarks/sizes.py --flow 100 300 600 --out /tmp/sizes
 
 Shards are not scored: their parts, tables and receipts go through the writers that a run has, with
 random numbers in them, of a corpus of as many Parquet files of a row each. `--flow` scores that
@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -186,8 +186,12 @@ class MadeUp:
         with meter.measure("run again: complete", is_new=True):
             assert prepare(self._request).is_complete()
         with meter.measure("run again: nothing new (only_new)"):
-            with suppress(NothingNew):
+            try:
                 prepare(replace(self._request, only_new=True))
+            except NothingNew:
+                pass
+            else:
+                raise AssertionError("something is new")
         with meter.measure("open_run"):
             run = open_run(folder.uri, storage_options=self._options)
         with meter.measure("verify, nothing scored again"):

@@ -12,8 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from logitmill.flows import Run
 from logitmill.flows.corpus import CorpusSpec
+from logitmill.flows.folder import Folder
+from logitmill.flows.store import Receipt
 
 SECRET = "s3cr3t-of-the-tests"
 Score = Callable[..., Run]
@@ -38,6 +41,19 @@ def write_lines(path: Path, rows: list[Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def note_reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The shards whose receipts are read from now on, as they are read."""
+    read: list[int] = []
+    real = Receipt.read
+
+    def note(folder: Folder, shard: int) -> Receipt | None:
+        read.append(shard)
+        return real(folder, shard)
+
+    monkeypatch.setattr(Receipt, "read", note)
+    return read
 
 
 _FLOW = """

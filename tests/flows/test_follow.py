@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flow_helpers import note_reads
 from logitmill.flows import Run, cli
 from logitmill.flows.folder import Folder
 from logitmill.flows.follow import Followed, _Follower, find_followed, follow_run
@@ -104,14 +105,7 @@ def test_a_receipt_is_read_once(
     finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = Path(shutil.copytree(finished.uri, tmp_path / "run"))
-    read: list[int] = []
-    real = Receipt.read
-
-    def count(folder: Folder, shard: int) -> Receipt | None:
-        read.append(shard)
-        return real(folder, shard)
-
-    monkeypatch.setattr(Receipt, "read", count)
+    read = note_reads(monkeypatch)
     follower = _Follower(Folder(str(copy)))
     assert follower.look()[0] and not follower.look()[0]
     assert sorted(read) == list(range(len(finished.plan["corpus"]["shards"])))

@@ -6,7 +6,6 @@ not the import of torch.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -19,21 +18,13 @@ from typing import Any
 
 import pytest
 from faults import Fault, Whole
+from forks import CONTEXT
 from logitmill.flows import Run, open_run
 
 LONG = bool(os.environ.get("LOGITMILL_LONG"))
 TIMES = 50 if LONG else 10
 """Kills at random moments."""
 CountFault = Callable[[str, Whole], Fault]
-
-_PRELOADED = [
-    "logitmill.flows.cli",
-    "logitmill.flows.report",
-    "logitmill.flows.run",
-    "logitmill.flows.score",
-    "transformers.models.auto.configuration_auto",
-    "transformers.models.auto.tokenization_auto",
-]
 
 
 def run_command(arguments: list[str], server_url: str, die_at: int | None) -> None:
@@ -65,8 +56,6 @@ class Command:
 
     def __init__(self, model: Path, corpus: Path, server_url: str) -> None:
         self._server_url = server_url
-        self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload(_PRELOADED)
         self._arguments = ["score", str(model), str(corpus), "--shard-mb", "0.003", "--keep"]
         self._arguments += ["tokens", "--out"]
 
@@ -74,7 +63,7 @@ class Command:
         self, out: Path, *, kill_after: float | None = None, die_at: int | None = None
     ) -> tuple[int | None, float]:
         """Exit code (-9 for killed) and seconds."""
-        process = self._context.Process(
+        process = CONTEXT.Process(
             target=run_command, args=([*self._arguments, str(out)], self._server_url, die_at)
         )
         started = time.monotonic()

@@ -10,9 +10,10 @@ from typing import Any
 import duckdb
 import pytest
 import s3fs
+from flow_helpers import note_reads
 from logitmill.flows import Run, open_run
 from logitmill.flows.folder import Folder
-from logitmill.flows.store import Receipt, find_receipts
+from logitmill.flows.store import find_receipts
 
 
 def test_a_run_opens_by_its_root_too(finished: Run) -> None:
@@ -112,14 +113,7 @@ def test_a_receipt_is_read_once_and_again_when_it_has_changed(
 ) -> None:
     folder = Folder(str(shutil.copytree(finished.uri, tmp_path / "run")))
     num_shards = len(finished.plan["corpus"]["shards"])
-    read: list[int] = []
-    real = Receipt.read
-
-    def count(folder: Folder, shard: int) -> Receipt | None:
-        read.append(shard)
-        return real(folder, shard)
-
-    monkeypatch.setattr(Receipt, "read", count)
+    read = note_reads(monkeypatch)
     found = find_receipts(folder, num_shards)
     assert find_receipts(Folder(folder.uri), num_shards) == found
     assert list(found) == list(range(num_shards)) == sorted(read)
