@@ -9,9 +9,9 @@ bits the same whatever it is packed with.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Protocol, cast
 
 import numpy as np
@@ -22,11 +22,20 @@ from ..kernels.attention import attend
 from ..kernels.norms import NormWeights, add_norm
 from ..kernels.quantize import Activations, Layout, quantize
 from ..kernels.rotary import rotate
+from ..kernels.tree_attention import (
+    LEAST_ROWS,
+    TreeAttention,
+    can_attend,
+    most_rows,
+    products,
+)
 from .blocks import LEAST, STANDARD, Blocks, agree, powers
 from .experts import SparseExperts
 from .formats import Linear
 from .latent import LatentProjection
 from .placement import Arrangement
+from .prefixes import Tree
+from .replay import digest
 from .residency import Layers, bring
 from .spec import DecoderSpec, Rotary
 from .transfer import to_device
@@ -159,6 +168,7 @@ class Decoder:
         """Where layers live, and how much runs at a time."""
         self.is_streamed = arrangement is not None and arrangement.placement.is_streamed
         self.vocab_size = spec.vocab_size
+        self.hidden_size = spec.hidden_size
         self.max_positions = spec.max_positions
         self.device = embedding_VD.device
         self.dtype = embedding_VD.dtype
@@ -191,15 +201,60 @@ class Decoder:
             ValueError: for a sequence longer than a table of positions.
             RuntimeError: for one that takes more memory than was set.
         """
-        spec = self.spec
         positions_T, sequence_T = _place(lengths, len(ids_T))
-        blocks = self._cut(len(ids_T), sum(lengths))
-        stream = _Stream(
-            self._embed(ids_T, positions_T),
-            blocks,
-            spec.residual_scale,
-            [self._turn(i, positions_T, sequence_T, lengths) for i, _ in enumerate(self._rotaries)],
+        angles = [
+            self._turn(i, positions_T, sequence_T, lengths) for i, _ in enumerate(self._rotaries)
+        ]
+        return self._run(ids_T, sum(lengths), positions_T, angles, partial(attend, lengths=lengths))
+
+    @property
+    def hidden_of_tree(self) -> Callable[[torch.Tensor, Tree], torch.Tensor] | None:
+        """The function of a tree's ids, padded as for `hidden`, and the tree: its rows' states.
+
+        A sequence's own come out the same whatever it shares. None where a token's state goes by
+        what comes after it, as the length of its sequence, or there is no attention for it.
+        """
+        spec = self.spec
+        if any(rotary.depends_on_length for rotary in self._rotaries):
+            return None
+        return self._hidden_of_tree if can_attend(self.device, self.dtype, spec.head_dim) else None
+
+    def _hidden_of_tree(self, ids_T: torch.Tensor, tree: Tree) -> torch.Tensor:
+        positions_T = np.zeros(len(ids_T), np.int64)
+        positions_T[: len(tree.positions)] = tree.positions
+        angles = [self._turn(i, positions_T) for i, _ in enumerate(self._rotaries)]
+        attend = partial(
+            TreeAttention(tree.paths, tree.num_shared, self.device), rows=self._tree_rows
         )
+        return self._run(ids_T, len(tree.ids), positions_T, angles, attend)
+
+    @cached_property
+    def _tree_rows(self) -> Blocks | None:
+        """Rows of the products of a tree's attention on a CPU."""
+        if self.device.type != "cpu":
+            return None
+        spec = self.spec
+        most = most_rows(spec.num_heads, spec.num_kv_heads)
+        return agree(
+            products(spec.head_dim),
+            powers(most, LEAST_ROWS),
+            dtype=torch.float32,
+            device=self.device,
+            standard=most,
+        )
+
+    def _run(
+        self,
+        ids_T: torch.Tensor,
+        num_tokens: int,
+        positions_T: np.ndarray,
+        angles: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        attend: Callable[..., torch.Tensor],
+    ) -> torch.Tensor:
+        """All layers; `attend` takes queries, keys and values of all rows."""
+        spec = self.spec
+        blocks = self._cut(len(ids_T), num_tokens)
+        stream = _Stream(self._embed(ids_T, positions_T), blocks, spec.residual_scale, angles)
         num_queries, num_turned = spec.num_heads, spec.num_heads + spec.num_kv_heads
         for i, layer in enumerate(self._layers):
             heads_THD = self._project(i, layer, stream)
@@ -207,7 +262,6 @@ class Decoder:
                 heads_THD[:, :num_queries],
                 heads_THD[:, num_queries:num_turned],
                 heads_THD[:, num_turned:],
-                lengths,
                 scale=spec.scale,
                 window=spec.layers[i].window,
                 soft_cap=spec.soft_cap,
@@ -341,6 +395,11 @@ class Decoder:
             logits_RV.div_(self.spec.logit_cap).tanh_().mul_(self.spec.logit_cap)
         return logits_RV
 
+    @cached_property
+    def head_digest(self) -> str:
+        """sha256 of all that `logits` makes logits of hidden states with."""
+        return digest(self._head, self.spec.logit_scale, self.spec.logit_cap)
+
     def agree_on_logits(self, most_rows: int, least: int) -> Blocks:
         """Numbers of rows from `least` up to `most_rows` for which `logits` gives the same bits."""
         return self._agree([(self._head, self.spec.hidden_size)], powers(most_rows, least), least)
@@ -353,11 +412,19 @@ class Decoder:
         return agree(products, sizes, dtype=self.dtype, device=self.device, standard=standard)
 
     def _turn(
-        self, i: int, positions_T: np.ndarray, sequence_T: np.ndarray, lengths: Sequence[int]
+        self,
+        i: int,
+        positions_T: np.ndarray,
+        sequence_T: np.ndarray | None = None,
+        lengths: Sequence[int] = (),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of every token's angles in a rotary, float32 [T, rotary dim / 2] each."""
+        """Cosine and sine of every token's angles in a rotary, float32 [T, rotary dim / 2] each.
+
+        Sequences and lengths are asked of a rotary that depends on them.
+        """
         rotary = self._rotaries[i]
         if rotary.depends_on_length:
+            assert sequence_T is not None
             tables = [rotary.frequencies(n) for n in lengths]
             rates_SR = to_device(torch.stack([rates for rates, _ in tables]), self.device)
             rates_TR = rates_SR[to_device(torch.from_numpy(sequence_T), self.device)]

@@ -37,6 +37,10 @@ class Fallback:
         self.max_positions = max_positions
         self.blocks = Blocks([LEAST])
         self.is_streamed = False
+        self.dtype = torch.float32
+        self.hidden_size = None
+        self.head_digest = None
+        self.hidden_of_tree = None
         self.device = next(model.parameters()).device
         self._model = model
         self._body = _find_body(model, self.device)

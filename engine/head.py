@@ -1,19 +1,29 @@
 """Hidden states -> token statistics, candidates and logits, a bounded number of rows at a time.
 
-Legend: R rows, D hidden size, V vocabulary, k kept candidates.
+Legend: R rows, D hidden size, V vocabulary, k kept candidates, m draws.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import numpy as np
 import torch
 
-from ..kernels.logits import TILE, RowStatistics, narrow, row_statistics, top_k
+from ..kernels.logits import (
+    TILE,
+    RowStatistics,
+    log_tail_mass,
+    narrow,
+    row_statistics,
+    top_k,
+)
+from ..kernels.sampling import draw
 from .blocks import LEAST, Blocks
+from .prefixes import Tree
 from .transfer import Arrival, Outbox, to_host
 
 # What a chunk holds for each logit: itself in float32, and on a CPU scratch and a copy to keep.
@@ -25,6 +35,41 @@ Columns = dict[str, np.ndarray]
 """Scored rows in host memory by the names of `TokenRecords`: [R] each, candidates [R, k]."""
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What is told of every row besides its statistics."""
+
+    num_top: int = 0
+    """k: the so many likeliest tokens, and the mass of all others."""
+    num_draws: int = 0
+    """m: so many tokens drawn from the row's distribution."""
+    seed: int = 0
+    """Of the draws."""
+
+
+BARE = Extras()
+"""Statistics alone."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of hidden states on the device, padded as a head's `blocks` pads."""
+
+    hidden_RD: torch.Tensor
+    targets_R: torch.Tensor
+    """int64: the ids that followed."""
+    count: int
+    """Rows that are not padding."""
+    keys_R: torch.Tensor | None = None
+    """int64: what decides the draws; None where there are none."""
+
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """All that lies on the device."""
+        keys = [] if self.keys_R is None else [self.keys_R]
+        return [self.hidden_RD, self.targets_R, *keys]
+
+
 class Model(Protocol):
     """What the head and the runner need of a model: `Decoder` and `Fallback` have it."""
 
@@ -33,10 +78,27 @@ class Model(Protocol):
     device: torch.device
     blocks: Blocks
     """Rows of the products of `hidden`; ids are padded accordingly."""
+    dtype: torch.dtype
+    """Of hidden states."""
+
+    @property
+    def hidden_size(self) -> int | None:
+        """D; None where that cannot be told."""
+
+    @property
+    def head_digest(self) -> str | None:
+        """sha256 of all that `logits` makes logits of hidden states with; None where that cannot be
+        told."""
+
     is_streamed: bool
     """Whether every batch, however small, costs a copy of layers to the device."""
 
     def hidden(self, ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor: ...
+
+    @property
+    def hidden_of_tree(self) -> Callable[[torch.Tensor, Tree], torch.Tensor] | None:
+        """Hidden states of a tree's rows, for a model whose sequences can share them."""
+        ...
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor: ...
 
@@ -57,65 +119,57 @@ class Head:
         self.blocks = _chunks(model, logits_memory)
         """Rows of a chunk; rows of hidden states are padded accordingly."""
 
-    def score(
-        self, hidden_RD: torch.Tensor, targets_R: torch.Tensor, num_rows: int, *, num_top: int = 0
-    ) -> Arrival[Columns]:
-        """Statistics of the first `num_rows` rows, and of each the `num_top` likeliest tokens.
+    def score(self, rows: Rows, extras: Extras) -> Arrival[Columns]:
+        """Statistics of the rows, and what `extras` says of each."""
+        packed_7R = _empty_statistics(len(rows.hidden_RD), rows.hidden_RD.device)
+        told: list[dict[str, torch.Tensor]] = []
+        for part in self.blocks.cut(len(rows.hidden_RD)):
+            logits_RV = self._model.logits(rows.hidden_RD[part])
+            told.append(_tell(logits_RV, rows, part, extras, packed_7R[:, part])[1])
+        more = {name: torch.cat([one[name] for one in told])[: rows.count] for name in told[0]}
+        return _send(packed_7R[:, : rows.count].contiguous(), more)
 
-        Rows are padded as `blocks` pads; `targets_R` int64 are the ids that followed.
-        """
-        packed_7R = _empty_statistics(len(hidden_RD), hidden_RD.device)
-        candidates = []
-        for rows in self.blocks.cut(len(hidden_RD)):
-            logits_RV = self._model.logits(hidden_RD[rows])
-            maxima_RN = _empty_maxima(logits_RV) if num_top else None
-            statistics = row_statistics(
-                logits_RV, targets_R[rows], out_7R=packed_7R[:, rows], maxima_RN=maxima_RN
-            )
-            if num_top:
-                ids, values = top_k(logits_RV, num_top, maxima_RN)
-                # The roundings of a row's own `logprob`.
-                highest = values[:, :1]
-                candidates.append((ids, values - highest + statistics.top1_logprob[:, None]))
-        packed_7R = packed_7R[:, :num_rows].contiguous()
-        if not num_top:
-            return to_host(packed_7R).then(lambda got: _name(got[0]))
-        top_ids, top_logprobs = (torch.cat(c)[:num_rows] for c in zip(*candidates, strict=True))
-        return to_host(packed_7R, top_ids, top_logprobs).then(
-            lambda got: {
-                **_name(got[0]),
-                "top_ids": got[1].numpy(),
-                "top_logprobs": got[2].numpy(),
-            }
-        )
-
-    def rows(
-        self,
-        hidden_RD: torch.Tensor,
-        targets_R: torch.Tensor,
-        num_rows: int,
-        outbox: Outbox,
-        *,
-        normalised: bool,
+    def logits(
+        self, rows: Rows, outbox: Outbox, *, normalised: bool
     ) -> Iterator[tuple[slice, Arrival[tuple[torch.Tensor, Columns]]]]:
         """(rows, their values over the whole vocabulary and their statistics), chunk by chunk.
 
         Values are log-probabilities if `normalised`, else logits, in the dtype of `outbox`.
         """
-        for rows in self._smaller(outbox).cut(len(hidden_RD)):
-            count = min(rows.stop, num_rows) - rows.start
-            if count <= 0:
-                return
-            logits_RV = self._model.logits(hidden_RD[rows])
+        for part, count in self._cut(rows, self._smaller(outbox)):
+            logits_RV = self._model.logits(rows.hidden_RD[part])
             packed_7R = _empty_statistics(len(logits_RV), logits_RV.device)
-            statistics = row_statistics(logits_RV, targets_R[rows], out_7R=packed_7R)
+            statistics, _ = _tell(logits_RV, rows, part, BARE, packed_7R)
             claimed = outbox.claim(*logits_RV.shape)
             narrow(logits_RV, statistics if normalised else None, outbox.dtype, claimed)
-            columns = to_host(packed_7R)
+            columns = _send(packed_7R, {})
             yield (
-                slice(rows.start, rows.start + count),
+                slice(part.start, part.start + count),
                 outbox.send(claimed).then(partial(_take, columns, count)),
             )
+
+    def states(
+        self, rows: Rows, outbox: Outbox, extras: Extras
+    ) -> Iterator[tuple[slice, Arrival[tuple[torch.Tensor, Columns]]]]:
+        """(rows, their hidden states and what `score` tells of them), chunk by chunk."""
+        for part, count in self._cut(rows, self.blocks):
+            logits_RV = self._model.logits(rows.hidden_RD[part])
+            packed_7R = _empty_statistics(len(logits_RV), logits_RV.device)
+            _, more = _tell(logits_RV, rows, part, extras, packed_7R)
+            claimed = outbox.claim(*rows.hidden_RD[part].shape).copy_(rows.hidden_RD[part])
+            columns = _send(packed_7R, more)
+            yield (
+                slice(part.start, part.start + count),
+                outbox.send(claimed).then(partial(_take, columns, count)),
+            )
+
+    def _cut(self, rows: Rows, blocks: Blocks) -> Iterator[tuple[slice, int]]:
+        """Chunks, and how many rows of each are not padding; without those that are padding."""
+        for part in blocks.cut(len(rows.hidden_RD)):
+            count = min(part.stop, rows.count) - part.start
+            if count <= 0:
+                return
+            yield part, count
 
     def _smaller(self, outbox: Outbox) -> Blocks:
         """Chunks that leave room for what is under way, as far as there are any."""
@@ -132,15 +186,43 @@ def _empty_maxima(logits_RV: torch.Tensor) -> torch.Tensor:
     return logits_RV.new_empty(num_rows, -(-num_columns // TILE))
 
 
-def _name(packed_7R: torch.Tensor) -> Columns:
-    statistics = RowStatistics.unpack(packed_7R)
-    return {name: column.numpy() for name, column in statistics._asdict().items()}
+def _tell(
+    logits_RV: torch.Tensor, rows: Rows, part: slice, extras: Extras, packed_7R: torch.Tensor
+) -> tuple[RowStatistics, dict[str, torch.Tensor]]:
+    """Statistics of a chunk into `packed_7R`, and the extras, after which logits are of no use."""
+    maxima_RN = _empty_maxima(logits_RV) if extras.num_top else None
+    statistics = row_statistics(
+        logits_RV, rows.targets_R[part], out_7R=packed_7R, maxima_RN=maxima_RN
+    )
+    more: dict[str, torch.Tensor] = {}
+    if extras.num_draws:
+        assert rows.keys_R is not None, "draws are decided by keys"
+        more["drawn_ids"] = draw(logits_RV, rows.keys_R[part], extras.num_draws)
+    if extras.num_top:
+        ids, values = top_k(logits_RV, extras.num_top, maxima_RN)
+        more["top_ids"] = ids
+        # The roundings of a row's own `logprob`.
+        more["top_logprobs"] = values - values[:, :1] + statistics.top1_logprob[:, None]
+        more["log_tail_mass"] = log_tail_mass(logits_RV, statistics, ids)
+    return statistics, more
+
+
+def _send(packed_7R: torch.Tensor, more: dict[str, torch.Tensor]) -> Arrival[Columns]:
+    """Statistics and extras on their way to the host."""
+
+    def name(got: list[torch.Tensor]) -> Columns:
+        statistics = RowStatistics.unpack(got[0])._asdict()
+        return {
+            k: v.numpy() for k, v in {**statistics, **dict(zip(more, got[1:], strict=True))}.items()
+        }
+
+    return to_host(packed_7R, *more.values()).then(name)
 
 
 def _take(
-    columns: Arrival[list[torch.Tensor]], count: int, values: torch.Tensor
+    columns: Arrival[Columns], count: int, values: torch.Tensor
 ) -> tuple[torch.Tensor, Columns]:
-    return values[:count], {n: c[:count] for n, c in _name(columns.wait()[0]).items()}
+    return values[:count], {n: c[:count] for n, c in columns.wait().items()}
 
 
 def _chunks(model: Model, logits_memory: int) -> Blocks:

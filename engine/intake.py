@@ -55,7 +55,7 @@ class Intake:
         """Every document, in order: its work, or the record that says why there is none."""
         indexed = enumerate(documents)
         if self._recipe.concatenate:
-            indexed = enumerate(_join(indexed))
+            indexed = enumerate(join_stream(d for _, d in indexed))
         for group in _groups(indexed):
             yield from self._prepare(group)
 
@@ -65,6 +65,7 @@ class Intake:
             doc_id=document.doc_id,
             source=document.source,
             language=document.language,
+            day=document.day,
             status=document.status,
             error=document.error,
             recipe=self._recipe.name,
@@ -82,18 +83,21 @@ class Intake:
             if d.text is not None and d.messages is None
         ]
         chats = [d.text for _, d in checked if d.text is not None and d.messages is not None]
-        contexts = [d.context for _, d in checked if d.context]
+        # Many texts are scored given one context.
+        contexts = list(dict.fromkeys(d.context for _, d in checked if d.context))
         plain_codes = iter(self._encode(plain))
         chat_codes = iter(self._encode(chats, parse_special=True))
-        context_codes = iter(self._encode(contexts))
+        context_codes = dict(zip(contexts, self._encode(contexts), strict=True))
+        no_ids = np.zeros(0, np.int32)
         for index, document in checked:
-            context = next(context_codes).ids if document.context else np.zeros(0, np.int32)
+            context = context_codes[document.context].ids if document.context else no_ids
             if document.text is not None:
                 encoding = next(plain_codes if document.messages is None else chat_codes)
                 if document.context and document.messages is None:
                     encoding = _after(encoding, len(context), len(document.context.encode()))
             elif document.input_ids is not None:
                 ids = np.asarray(document.input_ids, np.int32)
+                context, ids = np.split(ids, [document.num_context])
                 encoding = Encoding(ids, np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64))
             else:
                 yield self._refuse(index, document)
@@ -124,7 +128,7 @@ class Intake:
                 document = replace(document, text=tokenizer.render(document.messages))
             except ValueError as error:
                 raise _Unscorable("invalid_value", str(error)) from None
-        if document.context and self._recipe.name != "conditional":
+        if (document.context or document.num_context) and self._recipe.name != "conditional":
             raise ValueError(
                 f"recipe: {self._recipe.name} reads no context, but document "
                 f"{document.doc_id!r} has one; use conditional"
@@ -142,10 +146,8 @@ class Intake:
             if not document.text:
                 raise _Unscorable("empty", "text: the document is empty")
             if document.context:
-                # lm-evaluation-harness: trailing whitespace of the context is continuation.
-                kept = document.context.rstrip()
-                moved = document.context[len(kept) :] + document.text
-                document = replace(document, context=kept, text=moved)
+                context, text = split_context(document.context, document.text)
+                document = replace(document, context=context, text=text)
             return document
         try:
             ids = np.asarray(document.input_ids if document.input_ids is not None else [])
@@ -161,6 +163,11 @@ class Intake:
                 "invalid_ids",
                 f"input_ids: {ids[wrong[0]]} at position {wrong[0]} is not in the model's "
                 f"vocabulary of {self._vocab_size}",
+            )
+        if not 0 <= document.num_context < len(ids):
+            raise _Unscorable(
+                "invalid_ids",
+                f"num_context: {document.num_context} of {len(ids)} input_ids leaves none to score",
             )
         return document
 
@@ -329,14 +336,21 @@ def _groups(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[in
         yield group
 
 
-def _join(documents: Iterable[tuple[int, Document]]) -> Iterator[Document]:
+def split_context(context: str, text: str) -> tuple[str, str]:
+    """What is read and what is scored: the context's trailing whitespace belongs to the text
+    (lm-evaluation-harness)."""
+    kept = context.rstrip()
+    return kept, context[len(kept) :] + text
+
+
+def join_stream(documents: Iterable[Document]) -> Iterator[Document]:
     """The corpus as one document, after those that cannot be part of it.
 
     Raises:
         ValueError: for documents of ids or chat messages, which have no text to join.
     """
     texts = []
-    for _, document in documents:
+    for document in documents:
         if document.status == "empty":
             # An empty row is two joiners in a row, as in the tools that join a data set's rows.
             texts.append("")

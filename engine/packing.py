@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
+import numpy as np
+
+from .prefixes import count_shared
+
 _T = TypeVar("_T")
 
 
@@ -30,6 +34,29 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
             room.append(budget - lengths[i])
         while first_open < len(batches) and room[first_open] <= 0:
             first_open += 1
+    return batches
+
+
+def pack_alike(sequences: Iterable[np.ndarray], budget: int) -> list[list[int]]:
+    """Indices of sequences grouped so that those that begin alike are neighbours.
+
+    A group's tokens fit `budget`, where what a sequence shares with the one before it counts once,
+    but for a sequence that is longer by itself.
+    """
+    sequences = list(sequences)
+    # Big-endian bytes of what is not negative compare as the numbers do.
+    keys = [ids.astype(">u4").tobytes() for ids in sequences]
+    batches: list[list[int]] = []
+    total = budget
+    for i in sorted(range(len(sequences)), key=keys.__getitem__):
+        own = len(sequences[i])
+        if batches:
+            own -= count_shared(sequences[batches[-1][-1]], sequences[i])
+        if total + own > budget:
+            batches.append([])
+            own, total = len(sequences[i]), 0
+        batches[-1].append(i)
+        total += own
     return batches
 
 

@@ -22,20 +22,26 @@ from .checkpoint import Checkpoint, find_model, read_config
 from .fallback import Fallback, check_model, check_tensors, read_sizes
 from .families import FAMILIES, NotNative, find_family
 from .formats import Capability, Scheme, resolve_scheme
-from .head import Columns, Head, Model
+from .head import Columns, Extras, Head, Model
 from .layouts import read_stored
 from .loading import load_decoder, measure
 from .packing import pack, rounds
 from .placement import RESIDENCIES, Room, free_device_memory, free_host_memory, show_gb
 from .recipes import Recipe, find_recipe
 from .records import Document, DocumentScore
-from .runner import LogitRows, Request, Runner
-from .scorer import BatchSink, LogitsSink, Scorer
+from .runner import Request, Runner, StreamedRows
+from .scorer import BatchSink, LogitsSink, Scorer, StatesSink
 from .tokenization import Tokenizer
 from .transfer import Arrival, on
 
 log = logging.getLogger(__name__)
 
+MAX_DRAWS = 255
+"""The most tokens that are drawn of a row."""
+NO_STATES = (
+    "transformers runs this model, and what it makes of hidden states is not known apart from it; "
+    "keep logits or topk instead"
+)
 BLOCK_ROWS = 32768
 """Most rows of a matrix product on a GPU."""
 # Tokens of a packed batch, and bytes that logits may take.
@@ -254,6 +260,8 @@ class ModelFacts:
     """Why transformers runs it (`fallback.py`); None where the decoder does."""
     vocab_size: int
     max_positions: int
+    hidden_size: int | None
+    """Of what the head takes; None where transformers runs it."""
     dtype: str
     """What it would be computed in."""
     device: str
@@ -277,6 +285,7 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
     try:
         spec = find_family(architecture).spec(config)
         vocab_size, max_positions = spec.vocab_size, spec.max_positions
+        hidden_size: int | None = spec.hidden_size
     except NotNative as error:
         reason = str(error)
         for field, value in (
@@ -299,6 +308,7 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
                 said = str(refused).removeprefix("model: ")
                 raise ValueError(f"model: {reason}, and {said}") from None
         vocab_size, max_positions = read_sizes(folder, trust_remote_code=trusting)
+        hidden_size = None
         if architecture not in FAMILIES:
             check_model(folder, trust_remote_code=trusting)
     dtype = settings.resolve_dtype(config)
@@ -307,6 +317,7 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
         reason=reason,
         vocab_size=vocab_size,
         max_positions=max_positions,
+        hidden_size=hidden_size,
         dtype=dtype,
         device=settings.resolve_device().type,
         weights=str(Checkpoint.open(folder).check_files()),
@@ -422,6 +433,8 @@ class Pipeline:
         """What the layers compute in; log-probabilities are float32 whatever it is."""
         self.vocab_size = model.vocab_size
         """Columns of the logits."""
+        self.hidden_size = model.hidden_size
+        """Columns of hidden states; None of a model that transformers runs."""
         self.max_positions = model.max_positions
         """Longest sequence the model was made for, and the default context of recipes."""
         self.max_batch_tokens = max_batch_tokens
@@ -515,10 +528,14 @@ class Pipeline:
         stride: int | None = None,
         prefix: str | int | None = None,
         top_k: int = 0,
+        num_draws: int = 0,
+        draw_seed: int = 0,
         on_logits: LogitsSink | None = None,
+        on_states: StatesSink | None = None,
         logits_dtype: str = "float32",
         on_batch: BatchSink | None = None,
         on_launched: Callable[[], None] | None = None,
+        share_contexts: bool = True,
     ) -> Iterator[DocumentScore]:
         """Score documents; yields each one's records, in input order, as they are ready.
 
@@ -533,16 +550,25 @@ class Pipeline:
             stride: tokens between windows (`strided`).
             prefix: `bos`, `eos`, `none`, `auto`, `tokenizer` or a token id.
             top_k: keep the so many likeliest tokens of every row, up to 256, in the records'
-                `top_ids` and `top_logprobs`.
+                `top_ids` and `top_logprobs`, and the mass of all others in `log_tail_mass`.
+            num_draws: draw so many tokens from every row's distribution, up to 255, into the
+                records' `drawn_ids`. They are decided by the seed, the document's tokens and the
+                row's place among them: the same in any batch and order.
+            draw_seed: another one gives other draws.
             on_logits: called with (index, doc_id, first row, log-probabilities [rows, V],
                 logsumexp [rows]) for consecutive rows of every document, before the document is
                 yielded; row i scored the document's record i, and logits are their sum. The
                 arrays are overwritten after the call.
+            on_states: called with (index, doc_id, first row, hidden states [rows, D]) in the same
+                way: what `replay` makes the rows' logits of, a tensor in host memory.
             logits_dtype: `float32` or `float16`, of these log-probabilities.
             on_batch: called with (scored tokens, their bytes) after every batch, for progress.
             on_launched: called once, when the last batch is under way on the device: from then on
                 another thread's call may launch its own, and the device need not wait for these
                 records. One call at a time may be before this point.
+            share_contexts: compute what contexts begin with alike once (`conditional`), which
+                leaves a document the bits that it has alone. Without, it is read by the attention
+                of the other recipes, for comparison: slower, and with other last bits.
 
         Raises:
             ValueError: for a recipe that does not fit the model. A bad document is no error: its
@@ -555,8 +581,17 @@ class Pipeline:
             raise ValueError(
                 f"top_k: {top_k!r} is not an integer within 0 ... {min(MAX_K, self.vocab_size)}"
             )
-        if top_k and on_logits is not None:
-            raise ValueError("top_k: logits that are handed over hold every candidate; use one")
+        if type(num_draws) is not int or not 0 <= num_draws <= MAX_DRAWS:
+            raise ValueError(f"num_draws: {num_draws!r} is not an integer within 0 ... {MAX_DRAWS}")
+        for name, value in (("top_k", top_k), ("num_draws", num_draws)):
+            if value and on_logits is not None:
+                raise ValueError(
+                    f"{name}: logits that are handed over hold the whole distribution; use one"
+                )
+        if on_states is not None:
+            if on_logits is not None:
+                raise ValueError("on_states: logits can be made of them; hand over one of both")
+            self._check_states()
         if logits_dtype not in ("float32", "float16"):
             raise ValueError(f"logits_dtype: {logits_dtype!r} is not one of float32, float16")
         scorer = Scorer(
@@ -565,7 +600,8 @@ class Pipeline:
             self._tokenizer,
             chosen,
             max_batch_tokens=self.max_batch_tokens,
-            num_top=top_k,
+            extras=Extras(top_k, num_draws, draw_seed),
+            shares=share_contexts,
         )
         return scorer.score(
             _as_documents(inputs),
@@ -573,7 +609,38 @@ class Pipeline:
             on_batch,
             on_launched,
             logits_dtype=DTYPES[logits_dtype],
+            on_states=on_states,
         )
+
+    @property
+    def head_digest(self) -> str | None:
+        """sha256 of what makes logits of hidden states; None of a model that transformers runs."""
+        return self._model.head_digest
+
+    def replay(self, states_RD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, their logits [rows, V] float32 on the host) of hidden states, chunk by chunk.
+
+        Of the states that `score` hands to `on_states` these are, on the same device and software,
+        the bits that it scored with.
+
+        Args:
+            states_RD: [R, D] in the model's dtype.
+
+        Raises:
+            ValueError: for states of another dtype or size, or a model that cannot do this.
+        """
+        self._check_states()
+        wanted = (self._model.dtype, self.hidden_size)
+        if states_RD.ndim != 2 or (states_RD.dtype, states_RD.shape[1]) != wanted:
+            raise ValueError(
+                f"states_RD: {states_RD.dtype} of shape {tuple(states_RD.shape)} are not the "
+                f"model's, {wanted[0]} [rows, {wanted[1]}]"
+            )
+        yield from self._runner.replay(states_RD)
+
+    def _check_states(self) -> None:
+        if self.hidden_size is None:
+            raise ValueError(f"on_states: {NO_STATES}")
 
     def take_device_seconds(self) -> float:
         """Seconds that the device was at work on batches that were done since this was asked last.
@@ -609,7 +676,7 @@ def _empty(num_rows: int, num_columns: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.empty(num_bytes, np.uint8)).view(dtype).view(num_rows, num_columns)
 
 
-def _copy(chunk: Sequence[LogitRows], results: Sequence[torch.Tensor]) -> None:
+def _copy(chunk: Sequence[StreamedRows], results: Sequence[torch.Tensor]) -> None:
     for rows in chunk:
         stop = rows.first_row + len(rows.values)
         results[rows.request][rows.first_row : stop] = rows.values

@@ -30,8 +30,12 @@ class Document:
     input_ids: Sequence[int] | np.ndarray | None = None
     context: str | None = None
     """What precedes `text`, read but not scored (recipe `conditional` only)."""
+    num_context: int = 0
+    """How many of `input_ids` are such a context (recipe `conditional` only)."""
     source: str = ""
     language: str = ""
+    day: str = ""
+    """Of the document, as ISO 8601 writes it (`2026-11-23`), or nothing."""
     status: str = OK
     """`ok`, or why the document cannot be scored: `empty`, `too_short`, `invalid_utf8`,
     `invalid_ids`, `invalid_value`, `nonfinite`."""
@@ -71,6 +75,11 @@ class TokenRecords:
     equals."""
     top_logprobs: np.ndarray | None = None
     """float32 [n, k], nats."""
+    log_tail_mass: np.ndarray | None = None
+    """float32 [n], nats, if candidates are kept: log of the mass of all other tokens; -inf if there
+    is none."""
+    drawn_ids: np.ndarray | None = None
+    """int32 [n, m] if tokens are drawn: m draws from the whole distribution, ascending."""
 
     def __len__(self) -> int:
         return len(self.token_id)
@@ -80,10 +89,14 @@ class TokenRecords:
         """Zero-filled records for `num_tokens` tokens."""
         return cls(**{name: np.zeros(num_tokens, dtype) for name, dtype in TOKEN_DTYPES.items()})
 
-    def make_room(self, top_k: int) -> None:
-        """Room for `top_k` candidates a token."""
-        self.top_ids = np.zeros((len(self), top_k), np.int32)
-        self.top_logprobs = np.zeros((len(self), top_k), np.float32)
+    def make_room(self, top_k: int, num_draws: int = 0) -> None:
+        """Room for `top_k` candidates and `num_draws` draws a token."""
+        if top_k:
+            self.top_ids = np.zeros((len(self), top_k), np.int32)
+            self.top_logprobs = np.zeros((len(self), top_k), np.float32)
+            self.log_tail_mass = np.zeros(len(self), np.float32)
+        if num_draws:
+            self.drawn_ids = np.zeros((len(self), num_draws), np.int32)
 
 
 TOKEN_DTYPES: dict[str, np.dtype] = {
@@ -111,6 +124,7 @@ class DocumentRecord:
     doc_id: str
     source: str = ""
     language: str = ""
+    day: str = ""
     status: str = OK
     error: str | None = None
     loglikelihood: float | None = None
@@ -159,3 +173,5 @@ class DocumentScore:
     tokens: TokenRecords = field(default_factory=lambda: TokenRecords.empty(0))
     text: str | None = None
     """The text that was scored: the document's, or its messages as rendered."""
+    first_input: int | None = None
+    """The token that the first record follows: the prefix, or the document's own first token."""

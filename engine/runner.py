@@ -16,12 +16,11 @@ import numpy as np
 import torch
 
 from .blocks import Blocks
-from .head import Columns, Head, Model
+from .head import BARE, Columns, Extras, Head, Model, Rows
+from .prefixes import fold
 from .transfer import Arrival, Aside, Mark, Meter, Outbox, on, to_device
 
 _T = TypeVar("_T")
-_Hidden = tuple[torch.Tensor, torch.Tensor, int]
-"""Hidden states of scored rows and their targets, padded, and the rows unpadded."""
 
 log = logging.getLogger(__name__)
 
@@ -34,18 +33,24 @@ class Request:
     """Integers [n]."""
     targets: np.ndarray
     """Integers [r], r <= n: row n - r + i of the sequence is scored against target i."""
+    keys: np.ndarray | None = None
+    """int64 [r], where tokens are drawn: what decides the draws of each row."""
+    shares: bool = False
+    """Whether rows that it and the request before it begin with are computed once. Either all
+    requests of a batch do so or none."""
 
 
 @dataclass(frozen=True)
-class LogitRows:
-    """Consecutive rows of one request over the whole vocabulary."""
+class StreamedRows:
+    """Consecutive rows of one request: logits over the whole vocabulary, or hidden states."""
 
     request: int
     """Index among all requests of the stream."""
     first_row: int
     """Of the request's scored rows."""
     values: torch.Tensor
-    """[rows, V] in host memory, in the dtype that was asked for: log-probabilities, or logits."""
+    """[rows, V] in host memory, in the dtype that was asked for: log-probabilities, or logits;
+    or [rows, D], hidden states in the model's."""
     columns: Columns
     """The statistics of these rows."""
 
@@ -71,13 +76,15 @@ class Runner:
         """Seconds that the device was at work on batches that were done since this was asked."""
         return self._meter.take()
 
-    def launch(self, requests: Sequence[Request], *, num_top: int = 0) -> list[Arrival[Columns]]:
+    def launch(
+        self, requests: Sequence[Request], *, extras: Extras = BARE
+    ) -> list[Arrival[Columns]]:
         """Start a batch; its results, or those of its parts, in the order of the requests.
 
-        With `num_top`, of each row also the so many likeliest tokens.
+        Of each row also what `extras` says.
         """
         launched: list[Arrival[Columns]] = []
-        launch = partial(self._launch, num_top=num_top)
+        launch = partial(self._launch, extras=extras)
         for _, arrival in self._parts(requests, launch, launched):
             launched.append(arrival)
         return launched
@@ -89,21 +96,50 @@ class Runner:
         *,
         normalised: bool,
         held: int = 1,
-    ) -> Iterator[list[LogitRows]]:
+    ) -> Iterator[list[StreamedRows]]:
         """Every scored row of every request over the whole vocabulary, in order, by chunks.
 
         With `normalised`, log-probabilities; else logits. A few chunks are under way at a time, and
         the last `held` of those that were given are valid when the next one is asked for.
         """
-        under_way: deque[Arrival[list[LogitRows]]] = deque()
         outbox = Outbox(self._model.device, dtype, self.depth + 1 + held)
+        read = partial(self._head.logits, outbox=outbox, normalised=normalised)
+        return self._stream(batches, read)
+
+    def stream_states(
+        self, batches: Iterable[Sequence[Request]], extras: Extras
+    ) -> Iterator[list[StreamedRows]]:
+        """The hidden state of every scored row of every request, as `stream` gives its logits."""
+        outbox = Outbox(self._model.device, self._model.dtype, self.depth + 2)
+        read = partial(self._head.states, outbox=outbox, extras=extras)
+        return self._stream(batches, read)
+
+    def replay(self, states_RD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, their logits on the host) of hidden states, by the chunks that `stream` takes."""
+        device, num_rows = self._model.device, len(states_RD)
+        for part in self._head.blocks.cut(self._head.blocks.pad(num_rows)):
+            count = min(part.stop, num_rows) - part.start
+            if count <= 0:
+                return
+            with torch.inference_mode(), on(device):
+                block_RD = states_RD.new_zeros(part.stop - part.start, states_RD.shape[1])
+                block_RD[:count] = states_RD[part.start : part.start + count]
+                logits_RV = self._model.logits(to_device(block_RD, device))[:count].cpu()
+            yield slice(part.start, part.start + count), logits_RV
+
+    def _stream(
+        self,
+        batches: Iterable[Sequence[Request]],
+        read: Callable[[Rows], Iterator[tuple[slice, Arrival[tuple[torch.Tensor, Columns]]]]],
+    ) -> Iterator[list[StreamedRows]]:
+        under_way: deque[Arrival[list[StreamedRows]]] = deque()
         parts = (p for batch in batches for p in self._parts(batch, self._marked, under_way))
         first = 0
         # The next batch is launched before the rows of this one leave, which takes about as long.
         for part, (hidden, mark) in _ahead(parts, min(1, self.depth)):
             sizes = [len(r.targets) for r in part]
-            self._aside.follow(mark, *hidden[:2])
-            chunks = self._head.rows(*hidden, outbox, normalised=normalised)
+            self._aside.follow(mark, *hidden.tensors)
+            chunks = read(hidden)
             while chunk := self._next(chunks):
                 rows, arrival = chunk
                 cut = _cut(sizes, rows, first)
@@ -139,12 +175,11 @@ class Runner:
             self._shrink(part, running)
             waiting.insert(0, part)
 
-    def _launch(self, requests: Sequence[Request], num_top: int) -> Arrival[Columns]:
+    def _launch(self, requests: Sequence[Request], extras: Extras) -> Arrival[Columns]:
         with torch.inference_mode(), on(self._model.device), self._meter.span():
-            hidden_RD, targets_R, num_rows = self._hidden(requests)
-            return self._head.score(hidden_RD, targets_R, num_rows, num_top=num_top)
+            return self._head.score(self._hidden(requests), extras)
 
-    def _marked(self, requests: Sequence[Request]) -> tuple[_Hidden, Mark]:
+    def _marked(self, requests: Sequence[Request]) -> tuple[Rows, Mark]:
         with on(self._model.device), self._meter.span():
             hidden = self._hidden(requests)
         return hidden, self._aside.mark()
@@ -159,20 +194,33 @@ class Runner:
         ):
             return next(chunks, None)
 
-    def _hidden(self, requests: Sequence[Request]) -> _Hidden:
+    def _hidden(self, requests: Sequence[Request]) -> Rows:
         """Hidden states of the scored rows and their targets, padded, and the rows unpadded."""
-        lengths = [len(r.ids) for r in requests]
+        sequences = [r.ids for r in requests]
         sizes = np.array([len(r.targets) for r in requests])
-        stops = np.cumsum(lengths)
-        # Row j of request i, of its last `size` ones: stop - size + j.
-        rows = np.arange(sizes.sum()) + np.repeat(stops - np.cumsum(sizes), sizes)
+        hidden_of_tree = self._model.hidden_of_tree if requests[0].shares else None
+        tree = fold(sequences) if hidden_of_tree is not None else None
+        if tree is not None:
+            # The last rows of each sequence, which may be those of several.
+            scored = zip(tree.paths, sizes, strict=True)
+            rows = np.concatenate([path[len(path) - size :] for path, size in scored])
+        else:
+            # Row j of request i, of its last `size` ones: stop - size + j.
+            stops = np.cumsum([len(ids) for ids in sequences])
+            rows = np.arange(sizes.sum()) + np.repeat(stops - np.cumsum(sizes), sizes)
         device, blocks, chunks = self._model.device, self._model.blocks, self._head.blocks
         with torch.inference_mode(), on(device):
-            ids_T = to_device(_pad([r.ids for r in requests], blocks), device)
+            ids_T = to_device(_pad(sequences if tree is None else [tree.ids], blocks), device)
             rows_R = to_device(_pad([rows], chunks), device)
             targets_R = to_device(_pad([r.targets for r in requests], chunks), device)
-            hidden_TD = self._model.hidden(ids_T, lengths)
-            return hidden_TD[rows_R], targets_R, len(rows)
+            if tree is not None and hidden_of_tree is not None:
+                hidden_TD = hidden_of_tree(ids_T, tree)
+            else:
+                hidden_TD = self._model.hidden(ids_T, [len(ids) for ids in sequences])
+            keys_R = None
+            if keys := [r.keys for r in requests if r.keys is not None]:
+                keys_R = to_device(_pad(keys, chunks), device)
+            return Rows(hidden_TD[rows_R], targets_R, len(rows), keys_R)
 
     def _is_too_long(self, requests: Sequence[Request]) -> bool:
         total = sum(len(r.ids) for r in requests)
@@ -258,9 +306,11 @@ def _cut(sizes: Sequence[int], rows: slice, first: int) -> list[tuple[int, int, 
     return cut
 
 
-def _split(cut: list[tuple[int, int, slice]], got: tuple[torch.Tensor, Columns]) -> list[LogitRows]:
+def _split(
+    cut: list[tuple[int, int, slice]], got: tuple[torch.Tensor, Columns]
+) -> list[StreamedRows]:
     values, columns = got
     return [
-        LogitRows(request, first_row, values[rows], {n: c[rows] for n, c in columns.items()})
+        StreamedRows(request, first_row, values[rows], {n: c[rows] for n, c in columns.items()})
         for request, first_row, rows in cut
     ]

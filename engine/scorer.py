@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from functools import partial
+from itertools import chain, groupby
 
 import numpy as np
 import torch
 
 from . import metrics
 from .ahead import run_ahead
-from .head import Columns, Model
+from .head import BARE, Columns, Extras, Model
 from .intake import Intake, Work
-from .packing import pack, rounds
+from .packing import pack, pack_alike, rounds
+from .prefixes import count_shared
 from .recipes import Recipe, Window
 from .records import Document, DocumentRecord, DocumentScore, TokenRecords
-from .runner import Request, Runner
+from .runner import Request, Runner, StreamedRows
 from .tokenization import Tokenizer
 from .transfer import Arrival
 
 LogitsSink = Callable[[int, str, int, np.ndarray, np.ndarray], None]
 """(document index, doc_id, first row, logprobs [rows, V], logsumexp [rows]), rows in order."""
+
+StatesSink = Callable[[int, str, int, torch.Tensor], None]
+"""(document index, doc_id, first row, hidden states [rows, D]), rows in order."""
 
 BatchSink = Callable[[int, int], None]
 """(scored tokens, their bytes) of a batch that is done, long before its documents may be."""
@@ -40,6 +46,10 @@ class _Piece:
     work: Work
     window: Window
     first: int
+    key: np.uint64
+    """What decides the document's draws."""
+    shares: bool
+    """Whether it is read given a context, which others may have, too."""
 
     @property
     def num_rows(self) -> int:
@@ -55,6 +65,25 @@ class _Batch:
     complete: list[_Piece | DocumentScore] = field(default_factory=list)
 
 
+_Stream = Callable[[Iterable[Sequence[Request]]], Iterator[list[StreamedRows]]]
+
+
+@dataclass(frozen=True)
+class _Handing:
+    """Hands rows of a document to whoever wants them: their logits, or their hidden states."""
+
+    on_logits: LogitsSink | None
+    on_states: StatesSink | None
+
+    def __call__(self, work: Work, first: int, rows: StreamedRows) -> None:
+        doc_id = work.document.doc_id
+        if self.on_states is not None:
+            self.on_states(work.index, doc_id, first, rows.values)
+        elif self.on_logits is not None:
+            sums = rows.columns["logsumexp"]
+            self.on_logits(work.index, doc_id, first, rows.values.numpy(), sums)
+
+
 class Scorer:
     """Scores documents by one resolved recipe with one model."""
 
@@ -66,11 +95,15 @@ class Scorer:
         recipe: Recipe,
         *,
         max_batch_tokens: int,
-        num_top: int = 0,
+        extras: Extras = BARE,
+        shares: bool = True,
     ) -> None:
         self._runner = runner
         self._budget = max_batch_tokens
-        self._num_top = num_top
+        self._extras = extras
+        # Texts that are scored given a context come with others of the same context.
+        is_conditional = recipe.name == "conditional"
+        self._shares = shares and is_conditional and model.hidden_of_tree is not None
         self._intake = Intake(recipe, tokenizer, model.vocab_size)
 
     def score(
@@ -81,6 +114,7 @@ class Scorer:
         on_launched: Callable[[], None] | None = None,
         *,
         logits_dtype: torch.dtype = torch.float32,
+        on_states: StatesSink | None = None,
     ) -> Iterator[DocumentScore]:
         """Records of every document, in input order, as they are ready.
 
@@ -88,9 +122,15 @@ class Scorer:
         Documents are read, tokenized and packed in a thread of their own, from now on and while
         the model runs.
         """
-        if on_logits is not None:
+        if on_logits is not None or on_states is not None:
             batches = run_ahead(self._batches_in_order(documents), _READY)
-            return self._score_in_order(batches, on_logits, on_batch, on_launched, logits_dtype)
+            stream: _Stream
+            if on_states is not None:
+                stream = partial(self._runner.stream_states, extras=self._extras)
+            else:
+                stream = partial(self._runner.stream, dtype=logits_dtype, normalised=True)
+            hand_over = _Handing(on_logits, on_states)
+            return self._score_in_order(batches, stream, hand_over, on_batch, on_launched)
         batches = run_ahead(self._packed_batches(documents), _READY)
         return self._score_packed(batches, on_batch, on_launched)
 
@@ -102,7 +142,7 @@ class Scorer:
     ) -> Iterator[DocumentScore]:
         under_way: deque[tuple[_Batch, list[Arrival[Columns]]]] = deque()
         for batch in batches:
-            launched = self._runner.launch(batch.requests, num_top=self._num_top)
+            launched = self._runner.launch(batch.requests, extras=self._extras)
             under_way.append((batch, launched))
             if len(under_way) > self._runner.depth:
                 yield from self._complete(*under_way.popleft(), on_batch)
@@ -115,24 +155,37 @@ class Scorer:
         """Full batches: windows are sorted by length within a few batches' worth of tokens."""
         for group in rounds(self._pieces(documents), _ROUND_BATCHES * self._budget):
             pieces = [item for item in group if isinstance(item, _Piece)]
-            lengths = [p.window.stop - p.window.start for p in pieces]
-            batches = [
-                self._batch([pieces[i] for i in batch]) for batch in pack(lengths, self._budget)
+            alike = [p for p in pieces if p.shares]
+            others = [p for p in pieces if not p.shares]
+            lengths = [p.window.stop - p.window.start for p in others]
+            packed = [
+                *(
+                    [alike[i] for i in b]
+                    for b in pack_alike(map(self._inputs, alike), self._budget)
+                ),
+                *([others[i] for i in b] for b in pack(lengths, self._budget)),
             ]
-            batches = batches or [self._batch([])]
+            batches = [self._batch(batch) for batch in packed or [[]]]
             batches[-1].complete = group
             yield from batches
 
     def _batches_in_order(self, documents: Iterable[Document]) -> Iterator[_Batch]:
         """Batches of consecutive windows, so that rows come out in the order of the input."""
         for group in rounds(self._pieces(documents), self._budget):
-            batch = self._batch([item for item in group if isinstance(item, _Piece)])
-            batch.complete = group
-            yield batch
+            for _, run in groupby(group, lambda item: isinstance(item, _Piece) and item.shares):
+                items = list(run)
+                batch = self._batch([item for item in items if isinstance(item, _Piece)])
+                batch.complete = items
+                yield batch
 
     def _batch(self, pieces: list[_Piece]) -> _Batch:
         requests = [
-            Request(self._inputs(p), p.work.tokens.token_id[p.first : p.first + p.num_rows])
+            Request(
+                self._inputs(p),
+                p.work.tokens.token_id[p.first : p.first + p.num_rows],
+                _keys(p) if self._extras.num_draws else None,
+                p.shares,
+            )
             for p in pieces
         ]
         return _Batch(pieces, requests)
@@ -140,10 +193,10 @@ class Scorer:
     def _score_in_order(
         self,
         batches: Iterable[_Batch],
-        on_logits: LogitsSink,
+        stream: _Stream,
+        hand_over: _Handing,
         on_batch: BatchSink | None,
         on_launched: Callable[[], None] | None,
-        dtype: torch.dtype,
     ) -> Iterator[DocumentScore]:
         running: deque[_Batch] = deque()
 
@@ -154,8 +207,7 @@ class Scorer:
                     yield batch.requests
 
         first = 0
-        chunks = self._runner.stream(requests(), dtype, normalised=True)
-        for rows in chain.from_iterable(chunks):
+        for rows in chain.from_iterable(stream(requests())):
             # All requests of earlier batches are done.
             while rows.request >= first + len(running[0].pieces):
                 batch = running.popleft()
@@ -164,14 +216,7 @@ class Scorer:
             piece = running[0].pieces[rows.request - first]
             start = piece.first + rows.first_row
             _fill(piece.work.tokens, slice(start, start + len(rows.values)), rows.columns)
-            work = piece.work
-            on_logits(
-                work.index,
-                work.document.doc_id,
-                start,
-                rows.values.numpy(),
-                rows.columns["logsumexp"],
-            )
+            hand_over(piece.work, start, rows)
         if on_launched is not None:
             on_launched()
         for batch in running:
@@ -206,17 +251,35 @@ class Scorer:
     def _pieces(
         self, documents: Iterable[Document]
     ) -> Iterator[tuple[_Piece | DocumentScore, int]]:
-        """Windows of all documents with their numbers of inputs; unscorable documents weigh 1."""
+        """Windows of all documents with their numbers of inputs; unscorable documents weigh 1.
+
+        Inputs that are shared with the window before count for that one alone.
+        """
+        before = np.zeros(0, np.int32)
         for item in self._intake.take(documents):
             if isinstance(item, DocumentScore):
                 yield item, 1
                 continue
-            if self._num_top:
-                item.tokens.make_room(self._num_top)
+            item.tokens.make_room(self._extras.num_top, self._extras.num_draws)
+            key = self._key(item) if self._extras.num_draws else np.uint64(0)
             first = 0
             for window in item.windows:
-                yield _Piece(item, window, first), window.stop - window.start
+                weight = window.stop - window.start
+                shares = self._shares and window.first_target > window.start + 1
+                piece = _Piece(item, window, first, key, shares)
+                if shares:
+                    inputs = self._inputs(piece)
+                    weight = max(1, weight - count_shared(before, inputs))
+                    before = inputs
+                yield piece, weight
                 first += window.num_targets
+
+    def _key(self, work: Work) -> np.uint64:
+        """What decides the draws of a document: the seed and its tokens, not its name or place."""
+        tokens = np.ascontiguousarray(work.sequence, "<i4").tobytes()
+        seed = str(self._extras.seed).encode()
+        found = hashlib.blake2b(tokens, digest_size=8, key=seed).digest()
+        return np.frombuffer(found, "<u8")[0]
 
     def _inputs(self, piece: _Piece) -> np.ndarray:
         ids = piece.work.sequence[piece.window.start : piece.window.stop]
@@ -240,7 +303,20 @@ class Scorer:
             return DocumentScore(index=work.index, record=record, text=work.text)
         record.truncated = work.truncated
         fill_scores(record, tokens, work.text, all_scored=len(tokens) == len(work.encoding.ids))
-        return DocumentScore(index=work.index, record=record, tokens=tokens, text=work.text)
+        first = work.windows[0].first_target
+        return DocumentScore(
+            index=work.index,
+            record=record,
+            tokens=tokens,
+            text=work.text,
+            first_input=int(work.sequence[first - 1]),
+        )
+
+
+def _keys(piece: _Piece) -> np.ndarray:
+    """Of every row of a window, int64: one apart from row to row of the document."""
+    places = np.arange(piece.first, piece.first + piece.num_rows, dtype=np.uint64)
+    return (places + piece.key).view(np.int64)
 
 
 def _count(pieces: Sequence[_Piece], on_batch: BatchSink | None) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import hashlib
 import json
 import re
 from base64 import b64decode
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -85,6 +87,13 @@ class Tokenizer:
         """Ids of its vocabulary, without the tokens that were added to it."""
         self._token_bytes = self._byte_lengths(vocabulary, added)
 
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over all tokens and their ids: what two tokenizers share that spell ids alike."""
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        text = json.dumps(sorted(vocabulary.items(), key=lambda item: item[::-1]))
+        return hashlib.sha256(text.encode()).hexdigest()
+
     def __str__(self) -> str:
         """For people: "4,096 ids, BOS 0, EOS 1, a chat template"."""
         named = [
@@ -149,6 +158,28 @@ class Tokenizer:
             return self._hf.apply_chat_template(list(messages), tokenize=False)
         except (TemplateError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"messages: the chat template refuses them: {error}") from None
+
+    def spell(self, ids: Sequence[int]) -> list[bytes]:
+        """The bytes that each token stands for in a text, whatever stands beside it.
+
+        A space that sets a word apart is part of the word; an id without a token is no bytes.
+        """
+        added = self._backend.get_added_tokens_decoder()
+        is_bytes = self._token_bytes is not None
+        values = {character: byte for byte, character in enumerate(_byte_characters())}
+
+        def spell_one(i: int) -> bytes:
+            token = self._backend.id_to_token(i) or ""
+            if i in added:
+                return token.encode()
+            if is_bytes and all(character in values for character in token):
+                return bytes(values[character] for character in token)
+            if re.fullmatch("<0x[0-9A-F]{2}>", token):
+                return bytes([int(token[3:5], 16)])
+            return token.replace("▁", " ").encode()
+
+        known = {i: spell_one(i) for i in set(ids)}
+        return [known[i] for i in ids]
 
     def _id_of(self, token: str | None) -> int | None:
         return None if token is None else self._backend.token_to_id(token)

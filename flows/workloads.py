@@ -21,6 +21,19 @@ _STD = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
+class Questions:
+    """Continuations that are scored given a context, several of each."""
+
+    count: int
+    options: int
+    """Of each question."""
+    context: int
+    """Tokens that all options of a question share."""
+    option: int
+    """Tokens of an option."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """What is run: a shape and documents. How it is run are an engine's settings."""
 
@@ -29,16 +42,29 @@ class Workload:
     """One line for people."""
     config: Mapping[str, Any]
     """config.json of the shape."""
-    lengths: tuple[int, ...]
+    lengths: tuple[int, ...] = ()
     """Tokens of each document."""
+    questions: Questions | None = None
+    """In the place of documents."""
 
     def documents(self, seed: int = 0) -> list[Document]:
         """Documents of uniformly random tokens."""
         draw = np.random.default_rng(seed)
-        vocab_size = self.config["vocab_size"]
+
+        def ids(count: int) -> np.ndarray:
+            return draw.integers(0, self.config["vocab_size"], count, dtype=np.int32)
+
+        asked = self.questions
+        if asked is None:
+            return [Document(doc_id=str(i), input_ids=ids(n)) for i, n in enumerate(self.lengths)]
         return [
-            Document(doc_id=str(i), input_ids=draw.integers(0, vocab_size, n, dtype=np.int32))
-            for i, n in enumerate(self.lengths)
+            Document(
+                doc_id=f"{question}.{option}",
+                input_ids=np.concatenate([context, ids(asked.option)]),
+                num_context=asked.context,
+            )
+            for question, context in enumerate(ids(asked.context) for _ in range(asked.count))
+            for option in range(asked.options)
         ]
 
     def checkpoint(self, device: torch.device, seed: int = 0) -> RandomCheckpoint:
@@ -184,6 +210,8 @@ _DEMO = {
     "torch_dtype": "bfloat16",
 }
 
+_QUESTIONS = Questions(count=150, options=4, context=500, option=10)
+
 WORKLOADS = {
     w.name: w
     for w in (
@@ -240,6 +268,18 @@ WORKLOADS = {
             text="4 layers of a Llama-3.1-8B shape, one document of 1,048,576 tokens in one window",
             config=_LLAMA_8B | {"num_hidden_layers": 4, "max_position_embeddings": 1048576},
             lengths=(1048576,),
+        ),
+        Workload(
+            name="llama8b-choices",
+            text="Llama-3.1-8B shape, 150 questions of 500 tokens, 4 options of 10 each",
+            config=_LLAMA_8B,
+            questions=_QUESTIONS,
+        ),
+        Workload(
+            name="demo-choices",
+            text="shape of the bundled model, 150 questions of 500 tokens, 4 options of 10 each",
+            config=_DEMO,
+            questions=_QUESTIONS,
         ),
         Workload(
             name="demo-mixed",

@@ -50,7 +50,7 @@ def attend(
     changed = soft_cap is not None or sinks_H is not None
     if q_THD.dtype in (torch.bfloat16, torch.float16):
         choice, size = choose(q_THD.device), q_THD.shape[2]
-        packable = size % 8 == 0 and size <= _PACKED_HEAD
+        packable = _is_packable(size)
         if packable and not changed and choice.takes_cudnn(size, window):
             from .gpu import cudnn
 
@@ -91,6 +91,16 @@ def attend(
         out_THD[part] = out.transpose(1, 2).reshape(count * length, *q_THD.shape[1:])
         start = stop
     return out_THD
+
+
+def takes_kernel(device: torch.device, dtype: torch.dtype, size: int) -> bool:
+    """Whether the kernel of our own takes heads like these, where nothing else is faster."""
+    is_short = dtype in (torch.bfloat16, torch.float16)
+    return is_short and choose(device).attention == "triton" and _is_packable(size)
+
+
+def _is_packable(size: int) -> bool:
+    return size % 8 == 0 and size <= _PACKED_HEAD
 
 
 def _runs(lengths: Sequence[int]) -> Iterator[tuple[int, int]]:

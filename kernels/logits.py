@@ -12,6 +12,7 @@ TILE = 128
 """Columns of one tile, whose maxima lead to a row's largest entries."""
 MAX_K = 256
 """The most entries of a row that `top_k` returns."""
+_LARGEST = 0x7FFFFFFF
 # Rows whose scratch exists at a time where torch computes: a few million numbers, which the
 # allocator reuses instead of mapping fresh pages for every chunk.
 _ROWS = 16
@@ -193,7 +194,7 @@ def top_k(
 
 
 def _sort(logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """`top_k` by a sort of the k tiles with the largest maxima, the first of equals.
+    """`top_k` out of the k tiles with the largest maxima, the first of equals.
 
     The entries lie in them: whatever lies elsewhere has k maxima before it.
     """
@@ -202,12 +203,61 @@ def _sort(logits_RV: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     tiles_RK = maxima.sort(dim=1, descending=True, stable=True).indices[:, :k].sort(1).values
     columns = _columns(tiles_RK)
     candidates = logits_RV.gather(1, columns.clamp(max=num_columns - 1))
-    candidates.masked_fill_(columns >= num_columns, -torch.inf)
-    values, order = candidates.sort(dim=1, descending=True, stable=True)
-    values, ids = values[:, :k], columns.gather(1, order[:, :k])
+    # The value decides and then the lower id: both in one integer that no other entry has, so that
+    # any selection will do where a stable sort takes several times as long.
+    pairs = (_order(candidates).to(torch.int64) << 32) | (_LARGEST - columns)
+    pairs.masked_fill_(columns >= num_columns, torch.iinfo(torch.int64).min)
+    ids = _LARGEST - (pairs.topk(k, dim=1).values & _LARGEST)
     sound_R1 = maxima.amax(1, keepdim=True) < torch.inf
     ids = torch.where(sound_R1, ids, torch.arange(k, device=ids.device))
-    return ids.to(torch.int32), values.masked_fill(~sound_R1, torch.nan)
+    return ids.to(torch.int32), logits_RV.gather(1, ids).masked_fill_(~sound_R1, torch.nan)
+
+
+def _order(values: torch.Tensor) -> torch.Tensor:
+    """int32 in the order of float32 values; both zeros are 0."""
+    bits = (values + 0.0).view(torch.int32)
+    return bits ^ ((bits >> 31) & _LARGEST)
+
+
+def log_tail_mass(
+    logits_RV: torch.Tensor, statistics: RowStatistics, ids_RK: torch.Tensor
+) -> torch.Tensor:
+    """Log of the mass of all but some entries of each row, float32 [R]; overwrites these entries.
+
+    With m = max z and s = sum exp(z - m) of a whole row, m' and s' of what is left of it:
+
+        log_tail_mass = (m' - m) + (log s' - log s)
+
+    Nothing is taken from 1, where float32 would leave no digit of a tail below 6e-8. -inf where
+    nothing is left that weighs anything, NaN in a row that has no distribution.
+
+    Args:
+        logits_RV: float32, contiguous but for the distance between rows; the entries at `ids_RK`
+            are -inf afterwards.
+        statistics: of the same rows.
+        ids_RK: int32 [R, K], the columns to leave out, each once.
+    """
+    top_R = logits_RV.gather(1, statistics.top1_id[:, None].long())[:, 0]
+    logits_RV.scatter_(1, ids_RK.long(), -torch.inf)
+    rest_R, log_total_R = _rest(logits_RV)
+    # Where the rest weighs nothing its sum means nothing either.
+    log_total_R = torch.where(rest_R == -torch.inf, 0.0, log_total_R)
+    return (rest_R - top_R) + (log_total_R + statistics.top1_logprob)
+
+
+def _rest(logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """m and log sum exp(z - m) of each row."""
+    if has_triton(logits_RV):
+        targets_R = torch.zeros(len(logits_RV), dtype=torch.int64, device=logits_RV.device)
+        found = row_statistics(logits_RV, targets_R)
+        return logits_RV.gather(1, found.top1_id[:, None].long())[:, 0], -found.top1_logprob
+    top_R, log_total_R = logits_RV.new_empty(2, len(logits_RV))
+    for start in range(0, len(logits_RV), _ROWS):
+        rows = slice(start, start + _ROWS)
+        top_R[rows] = _tile_maxima(logits_RV[rows]).amax(1)
+        shifted = logits_RV[rows] - top_R[rows, None]
+        log_total_R[rows] = shifted.exp_().sum(1).log_()
+    return top_R, log_total_R
 
 
 def narrow(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from ...engine.spec import DecoderSpec, Experts, FeedForward, Layer
 
@@ -24,13 +25,22 @@ class Cost:
 
 
 def count_costs(
-    spec: DecoderSpec, lengths: Sequence[int], *, width: int, input_width: int, head_width: int
+    spec: DecoderSpec,
+    lengths: Sequence[int],
+    *,
+    shared: Sequence[int],
+    scored: int,
+    width: int,
+    input_width: int,
+    head_width: int,
 ) -> dict[str, Cost]:
-    """Costs of one pass over windows of `lengths` tokens, every row through the head.
+    """Costs of one pass over windows of `lengths` tokens.
 
     Args:
         spec: of the model.
         lengths: input tokens of each window.
+        shared: how many of them, at its beginning, another window has.
+        scored: rows that pass the head.
         width: bytes of a number between the products.
         input_width: bytes of a number as the linears take it.
         head_width: bytes of a number as the head takes it.
@@ -39,7 +49,7 @@ def count_costs(
     between them counts what a fused pass over it reads and writes: a norm also adds, and rounds
     what the next product takes.
     """
-    tokens = sum(lengths)
+    tokens = sum(lengths) - sum(shared)
     d, turned = spec.hidden_size, spec.q_size + spec.kv_size
     norm = 3 * d * width + d * input_width
     rounds = input_width != width
@@ -54,17 +64,18 @@ def count_costs(
         for part, times in _passed(layer.feed_forward):
             read = part.size * (2 if part.gated else 1)
             moved["gate"] += times * (read * width + part.size * input_width)
-        attended += [attention_flops(spec.q_size, length, layer.window) for length in lengths]
+        flops = partial(attention_flops, spec.q_size, window=layer.window)
+        attended += [flops(whole) - flops(n) for whole, n in zip(lengths, shared, strict=True)]
     costs = {
         "linears": Cost(flops=2.0 * tokens * weights),
-        "head": Cost(flops=2.0 * tokens * d * spec.vocab_size),
+        "head": Cost(flops=2.0 * scored * d * spec.vocab_size),
         "attention": Cost(flops=math.fsum(attended)),
         **{part: Cost(bytes=float(tokens * per_token)) for part, per_token in moved.items()},
         # Float32 logits are read once; the head's product has written them.
-        "statistics": Cost(bytes=4.0 * tokens * spec.vocab_size),
+        "statistics": Cost(bytes=4.0 * scored * spec.vocab_size),
     }
     rounded = d * (width + head_width) if head_width != width else 0
-    costs["quantize"] = Cost(bytes=costs["quantize"].bytes + tokens * rounded)
+    costs["quantize"] = Cost(bytes=costs["quantize"].bytes + scored * rounded)
     return {part: cost for part, cost in costs.items() if cost.flops or cost.bytes}
 
 

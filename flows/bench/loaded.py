@@ -7,20 +7,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
 from ...engine.families import FAMILIES
-from ...engine.packing import rounds
+from ...engine.packing import pack_alike, rounds
 from ...engine.pipeline import BLOCK_ROWS, DTYPES, EngineSettings
 from ...engine.placement import free_host_memory
+from ...engine.prefixes import count_shared
 from ...engine.records import Document
 from .breakdown import Breakdown, break_down
 from .ceilings import Ceilings, measure_ceilings, name_unit, wait
 from .costs import Cost, count_costs
 from .subject import Subject, Window, windows
 
+UNSHARED = "records, nothing shared"
+"""A pass that computes contexts as often as they come."""
 HANDED_OVER, GET_LOGITS = "log-probs handed over, float16", "get_logits, float16"
 """Passes whose logits reach host memory, two bytes each."""
 
@@ -103,6 +107,8 @@ class Loaded:
     ) -> Iterator[tuple[str, Callable[[Sequence[Document]], Scored]]]:
         """Names and ways of running documents: records, with candidates, with logits."""
         yield "records", self.score
+        if self.subject.recipe.name == "conditional":
+            yield UNSHARED, partial(self.score, share_contexts=False)
         for k in top_k:
             yield f"records, top {k}", partial(self.score, top_k=k)
         if keep_logits:
@@ -112,8 +118,9 @@ class Loaded:
     def score(self, documents: Sequence[Document], **options: Any) -> Scored:
         """Records of documents; `options` are those of `Pipeline.score`."""
         tokens, targets, loglikelihood = 0, 0, 0.0
-        for score in self.pipe.score(documents, recipe=self.subject.recipe, **options):
-            tokens += score.record.num_tokens
+        scores = self.pipe.score(documents, recipe=self.subject.recipe, **options)
+        for document, score in zip(documents, scores, strict=True):
+            tokens += document.num_context + score.record.num_tokens
             targets += score.record.num_tokens_scored
             loglikelihood += score.record.loglikelihood or 0.0
         return Scored(tokens, targets, loglikelihood)
@@ -145,9 +152,17 @@ class Loaded:
         if self.spec is None:
             return {}
         width = DTYPES[self.pipe.dtype].itemsize
+        inputs = [window.ids[:-1] for window in self.windows]
+        shared = [0] * len(inputs)
+        if self.subject.recipe.name == "conditional":
+            (order,) = pack_alike(inputs, sum(map(len, inputs)))
+            inputs = [inputs[i] for i in order]
+            shared = [0, *(count_shared(one, other) for one, other in pairwise(inputs))]
         return count_costs(
             self.spec,
-            [len(window.ids) - 1 for window in self.windows],
+            [len(ids) for ids in inputs],
+            shared=shared,
+            scored=sum(len(window.ids) - window.num_context for window in self.windows),
             width=width,
             input_width=1 if self.unit in ("fp8", "int8") else width,
             head_width=1 if self.head_unit == "fp8" else width,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
 
@@ -15,6 +15,7 @@ from .ceilings import Ceilings
 from .loaded import (
     GET_LOGITS,
     HANDED_OVER,
+    UNSHARED,
     Loaded,
     Scored,
     Timed,
@@ -192,7 +193,7 @@ def _measure_case(
                 run,
                 scored.tokens,
                 flops,
-                _least(name, engine, ceilings) if ceilings else None,
+                _least(name, engine, ceilings) if ceilings and name != UNSHARED else None,
             )
             for name, run in timed.items()
         ],
@@ -202,6 +203,7 @@ def _measure_case(
         notes=[
             *([] if ceilings else ["no roofline: the decoder does not know this family"]),
             *([] if apart else [f"no measured time of each part: {_why(is_long)}"]),
+            *_say_options(timed, len(subject.documents)),
         ],
     )
     given = engine.windows if request.peers else []
@@ -248,6 +250,16 @@ def _measure_stored(
                 f"{scheme} to {scheme}{by}", unit, timed, record.tokens, None, None
             )
             yield replace(described, busy=stored.device_seconds / stored.seconds / (processes or 1))
+
+
+def _say_options(timed: Mapping[str, Timed], count: int) -> list[str]:
+    """Continuations a second, where contexts are shared."""
+    if UNSHARED not in timed:
+        return []
+    fast, slow = (count / timed[name].seconds for name in ("records", UNSHARED))
+    return [
+        f"{fast:,.1f} options a second, {slow:,.1f} with nothing shared: {fast / slow:.2f} times"
+    ]
 
 
 def _why(is_long: bool) -> str:

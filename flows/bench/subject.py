@@ -76,11 +76,14 @@ class RandomSubject:
         self.name = workload.name
         self.text = workload.text
         self.config = workload.config
-        self.recipe = find_recipe("rolling", prefix=NONE)
+        name = "rolling" if workload.questions is None else "conditional"
+        self.recipe = find_recipe(name, prefix=NONE)
         self._from_disk = from_disk or times is not None
         self._has_texts = times is not None
         if times is None:
             self.documents = workload.documents()[:limit]
+        elif workload.questions is not None:
+            raise ValueError(f"store: {workload.name} has no texts to store; take another workload")
         else:
             self.text += f", as texts, {times} times"
             self.documents = make_texts(self.folder(), times * workload.lengths[:limit])

@@ -11,7 +11,7 @@ import pytest
 import torch
 from logitmill.engine import pipeline
 from logitmill.engine.blocks import Blocks
-from logitmill.engine.head import Head
+from logitmill.engine.head import Head, Rows
 from logitmill.engine.transfer import Outbox
 from oracles import constant_model, row_statistics_float64, table_model
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -91,7 +91,7 @@ def test_chunks_make_room_for_rows_that_are_on_their_way(
     targets_R = torch.zeros(4096, dtype=torch.int64)
     outbox = Outbox(torch.device("cpu"), torch.float32, num_slots)
     with torch.inference_mode():
-        chunks = head.rows(hidden_RD, targets_R, 4000, outbox, normalised=False)
+        chunks = head.logits(Rows(hidden_RD, targets_R, 4000), outbox, normalised=False)
         sizes = [rows.stop - rows.start for rows, _ in chunks]
     assert sizes[:-1] == [largest] * (len(sizes) - 1)
     assert sum(sizes) == 4000

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sysconfig
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from backends import load_hf, make_requests
 from logitmill.engine import Pipeline
 
 # Agreement asked for of a document's log-likelihood, relative.
@@ -25,37 +26,17 @@ def documents(demo: Pipeline) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def harness(demo_folder: Path) -> Any:
+def harness(demo_folder: Path) -> Callable[[bool], Any]:
     """Makes the harness's model; whether it adds BOS is the only choice."""
-    lm_eval = pytest.importorskip("lm_eval.models.huggingface")
-
-    def make(add_bos_token: bool) -> Any:
-        return lm_eval.HFLM(
-            pretrained=str(demo_folder),
-            device="cpu",
-            dtype="float32",
-            batch_size=1,
-            add_bos_token=add_bos_token,
-            # Its cache mixes up "import" -> " os" and "" -> "import os", which share inputs.
-            logits_cache=False,
-        )
-
-    return make
-
-
-def requests(kind: str, arguments: Sequence[tuple[str, ...]]) -> list[Any]:
-    from lm_eval.api.instance import Instance
-
-    return [
-        Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(arguments)
-    ]
+    pytest.importorskip("lm_eval.models.huggingface")
+    return lambda add_bos_token: load_hf(demo_folder, add_bos_token=add_bos_token)
 
 
 @pytest.mark.slow
 def test_rolling_loglikelihoods_agree(demo: Pipeline, harness: Any, documents: list[str]) -> None:
     """`add_bos_token=False`: left to itself the harness scores this tokenizer's BOS as text."""
     expected = harness(False).loglikelihood_rolling(
-        requests("loglikelihood_rolling", [(text,) for text in documents]), disable_tqdm=True
+        make_requests("loglikelihood_rolling", [(text,) for text in documents]), disable_tqdm=True
     )
     scores = list(demo.score(documents))
     assert max(s.record.num_windows for s in scores) > 2
@@ -82,7 +63,9 @@ def test_conditional_loglikelihoods_agree(
     pairs = [*PAIRS, (documents[-1], "\n# the end"), (documents[-2], documents[-1][:300])]
     if not add_bos:
         pairs = [pair for pair in pairs if pair[0]]
-    expected = harness(add_bos).loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    expected = harness(add_bos).loglikelihood(
+        make_requests("loglikelihood", pairs), disable_tqdm=True
+    )
     scores = demo.score(pairs, recipe="conditional", prefix=None if add_bos else "none")
     for score, (loglikelihood, greedy) in zip(scores, expected, strict=True):
         assert score.record.status == "ok", score.record.error

@@ -51,7 +51,7 @@ class Ahead(Runner):
     def _hidden(self, requests):
         self.num_held.append(sum(made() is not None for made in self._made))
         hidden = super()._hidden(requests)
-        self._made.append(weakref.ref(hidden[0]))
+        self._made.append(weakref.ref(hidden.hidden_RD))
         return hidden
 
 

@@ -374,7 +374,9 @@ def test_attention_counts_what_a_token_may_look_at() -> None:
 
 
 def test_costs_of_a_small_model() -> None:
-    costs = count_costs(small_spec(), [3, 5], width=2, input_width=1, head_width=1)
+    costs = count_costs(
+        small_spec(), [3, 5], shared=[0, 0], scored=8, width=2, input_width=1, head_width=1
+    )
     # qkv 8 -> 8 + 4 + 4, output 8 -> 8, gate and up 8 -> 24, down 12 -> 8; two layers, 8 tokens.
     weights = 16 * 8 + 8 * 8 + 24 * 8 + 8 * 12
     assert costs["linears"] == Cost(flops=2 * 8 * 2 * weights)
@@ -387,8 +389,20 @@ def test_costs_of_a_small_model() -> None:
     # What attention left, in each layer; and what the head takes, once.
     assert costs["quantize"] == Cost(bytes=8 * 2 * 8 * (2 + 1) + 8 * 8 * (2 + 1))
     assert costs["statistics"] == Cost(bytes=4 * 8 * 10)
-    plain = count_costs(small_spec(), [8], width=2, input_width=2, head_width=2)
+    plain = count_costs(
+        small_spec(), [8], shared=[0], scored=8, width=2, input_width=2, head_width=2
+    )
     assert "quantize" not in plain
+
+
+def test_what_windows_share_costs_once() -> None:
+    sizes = {"width": 2, "input_width": 2, "head_width": 2}
+    plain = count_costs(small_spec(), [7], shared=[0], scored=3, **sizes)
+    costs = count_costs(small_spec(), [5, 6], shared=[0, 4], scored=3, **sizes)
+    for part in ("linears", "head", "norms", "statistics"):
+        assert costs[part] == plain[part]
+    # The second window's last two tokens look at five and at six.
+    assert costs["attention"] == Cost(flops=2 * 4 * 8 * (15 + 5 + 6))
 
 
 SPARSE = {
@@ -423,7 +437,7 @@ def test_products_are_those_of_every_weight_that_a_token_meets(family: str) -> N
         if weight.ndim > 1 and not name.endswith("mlp.gate.weight")
     )
     spec = FAMILIES[f"{family}ForCausalLM"].spec(config.to_dict())
-    costs = count_costs(spec, [7], width=2, input_width=2, head_width=2)
+    costs = count_costs(spec, [7], shared=[0], scored=7, width=2, input_width=2, head_width=2)
     assert costs["linears"] == Cost(flops=2.0 * 7 * weights)
 
 
