@@ -1,8 +1,7 @@
 """A real S3 server, Ceph's gateway, from Debian's packages and without a trace in the system.
 
 One monitor, one OSD and one gateway run on loopback in a temporary folder, as the user that calls.
-The packages are unpacked below the user's cache the first time. A watchdog kills the daemons when
-the process that started them ends, however it ends.
+A watchdog kills the daemons when the process that started them ends, however it ends.
 
     python tests/ceph.py        # a server until Ctrl-C: prints its endpoint and its keys
 """
@@ -10,10 +9,8 @@ the process that started them ends, however it ends.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -27,10 +24,12 @@ import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from debian import libraries, unpack
+
 _PACKAGES = ("ceph-mon", "ceph-osd", "radosgw")
 # What the three need to run; the rest of what they ask for manages disks and starts services.
-_NEEDED = re.compile(r"lib|ceph-(base|common|mon|osd)$|radosgw$")
-_FETCH_SECONDS, _START_SECONDS = 90, 120
+_NEEDED = r"lib|ceph-(base|common|mon|osd)$|radosgw$"
+_START_SECONDS = 120
 
 _CONF = """\
 [global]
@@ -79,101 +78,13 @@ rgw data = {folder}
 """
 
 
-class NoCephError(Exception):
-    """Ceph cannot be had here. The message is one line that says why."""
-
-
 def install() -> Path:
     """Where Ceph's packages are unpacked; fetched if they are not there.
 
     Raises:
-        NoCephError: without apt, the network or the packages.
+        NoPackageError: where they cannot be had.
     """
-    for tool in ("apt-get", "dpkg"):
-        if shutil.which(tool) is None:
-            raise NoCephError(f"Ceph comes from Debian's packages, and there is no {tool}")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "logitmill", "ceph")
-    cache.mkdir(parents=True, exist_ok=True)
-    release = re.sub(r"\W+", "-", _release())
-    root = cache / release
-    with (cache / f"{release}.lock").open("w") as lock:
-        # One fetches, the others find it.
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not root.is_dir():
-            with tempfile.TemporaryDirectory(dir=cache) as folder:
-                _unpack(Path(folder))
-                Path(folder, "root").rename(root)
-    return root
-
-
-def _release() -> str:
-    for line in Path("/etc/os-release").read_text().splitlines():
-        if line.startswith("VERSION_CODENAME="):
-            return line.partition("=")[2].strip('"')
-    return "debian"
-
-
-def _unpack(folder: Path) -> None:
-    """Fetch what is not installed of the packages and what they need, into `folder/root`."""
-    apt = _Apt(folder)
-    try:
-        names = apt.missing()
-    except NoCephError:
-        apt.fetch_lists()
-        names = apt.missing()
-    apt.download(names)
-    root = folder / "root"
-    root.mkdir()
-    for package in sorted((folder / "packages").glob("*.deb")):
-        subprocess.run(["dpkg", "-x", package, root], check=True)
-
-
-class _Apt:
-    """apt with folders of its own: neither root nor the system's state is needed or touched."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        for name in ("packages", "lists/partial", "cache/archives/partial"):
-            (folder / name).mkdir(parents=True)
-        self._options = ["-o", f"Dir::Cache={folder}/cache", "-o", "APT::Sandbox::User="]
-        self._options += ["-o", "Debug::NoLocking=1", "-o", "Acquire::Retries=2"]
-        self._options += ["-o", "Acquire::http::Timeout=20"]
-
-    def fetch_lists(self) -> None:
-        """Have lists of one's own where the system's are missing or old."""
-        self._options += ["-o", f"Dir::State::Lists={self._folder}/lists"]
-        self._run("update")
-
-    def missing(self) -> list[str]:
-        """Needed packages that are not installed."""
-        said = self._run("--simulate", "--no-install-recommends", "install", *_PACKAGES)
-        found = re.findall(r"^Inst (\S+)", said, re.MULTILINE)
-        return [name for name in found if _NEEDED.match(name)]
-
-    def download(self, names: Sequence[str]) -> None:
-        try:
-            self._run("download", *names)
-        except NoCephError:
-            # The lists name packages that have been replaced since.
-            self.fetch_lists()
-            self._run("download", *names)
-
-    def _run(self, *arguments: str) -> str:
-        try:
-            done = subprocess.run(
-                ["apt-get", "-q", *self._options, *arguments],
-                cwd=self._folder / "packages",
-                capture_output=True,
-                text=True,
-                timeout=_FETCH_SECONDS,
-                env={**os.environ, "LC_ALL": "C"},
-            )
-        except subprocess.TimeoutExpired:
-            raise NoCephError(f"apt-get {arguments[0]} took over {_FETCH_SECONDS} s") from None
-        if done.returncode:
-            lines = [line for line in done.stderr.splitlines() if line.startswith("E:")]
-            raise NoCephError(f"apt-get {arguments[0]}: {(lines or ['failed'])[0]}")
-        return done.stdout
+    return unpack("ceph", _PACKAGES, _NEEDED)
 
 
 class Ceph:
@@ -188,7 +99,7 @@ class Ceph:
             lasting: whether what it holds outlives its daemons: on disk, otherwise in memory.
 
         Raises:
-            NoCephError: where Ceph cannot be had.
+            NoPackageError: where Ceph cannot be had.
         """
         root = install()
         folder.mkdir(parents=True, exist_ok=True)
@@ -197,7 +108,7 @@ class Ceph:
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self._lib = next((root / "usr" / "lib").glob("*-linux-gnu"))
         self._bin = root / "usr" / "bin"
-        found = (*root.glob("lib/*-linux-gnu"), self._lib, self._lib / "ceph")
+        found = (*libraries(root), self._lib / "ceph")
         self._env = {**os.environ, "LD_LIBRARY_PATH": ":".join(map(str, found))}
         # The path of a socket has a hundred bytes, which those of tests exceed.
         self._sockets = tempfile.mkdtemp(prefix="ceph-")

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ceph import NoCephError
+from debian import NoPackageError
 from fault_table import find_rows, format_rows
 from hypothesis import HealthCheck, settings
 from s3 import S3Server, share_server
@@ -97,7 +97,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
         try:
             server = stack.enter_context(share_server(shared))
             server.make_bucket("bucket")
-        except (NoCephError, RuntimeError, OSError) as error:
+        except (NoPackageError, RuntimeError, OSError) as error:
             # In the long form it is what is tested.
             end = pytest.fail if os.environ.get("LOGITMILL_LONG") else pytest.skip
             end(f"no S3 server: {error}")

@@ -57,7 +57,7 @@ def share_server(folder: Path) -> Iterator[S3Server]:
     with its process.
 
     Raises:
-        NoCephError: where Ceph cannot be had.
+        NoPackageError: where Ceph cannot be had.
     """
     about = folder / "s3.json"
     with (folder / "s3.lock").open("w") as lock, (folder / "s3.users").open("w") as users:

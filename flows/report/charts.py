@@ -61,7 +61,7 @@ def draw_histogram(
         alt.Chart(_data(drawn))
         .mark_bar()
         .encode(
-            x=alt.X("start:Q", bin="binned").title(x_title).axis(tickCount=7, format="~g"),
+            x=alt.X("start:Q", bin="binned").title(x_title).axis(tickCount=7, format=".6~g"),
             x2="stop:Q",
             y=alt.Y("value:Q").title(y_title).axis(tickCount=5, format=y_format).stack("zero"),
             color=_series(series),
@@ -72,8 +72,15 @@ def draw_histogram(
     return _svg(chart)
 
 
-def draw_lines(rows: Sequence[Row], series: Sequence[str], *, x_title: str, y_title: str) -> str:
-    """Lines over a logarithmic x. Rows: `x`, `y`, `series`, `label`."""
+def draw_lines(
+    rows: Sequence[Row],
+    series: Sequence[str],
+    *,
+    x_title: str,
+    y_title: str,
+    rules: Sequence[float] = (),
+) -> str:
+    """Lines over a logarithmic x. Rows: `x`, `y`, `series`, `label`; `rules`: upright lines."""
     import altair as alt
 
     base = alt.Chart(_data(rows)).encode(
@@ -85,7 +92,16 @@ def draw_lines(rows: Sequence[Row], series: Sequence[str], *, x_title: str, y_ti
         color=_series(series),
     )
     points = base.mark_point(filled=True, size=22, opacity=1).encode(description="label:N")
-    return _svg(base.mark_line(strokeWidth=1.8, aria=False) + points)
+    drawn = base.mark_line(strokeWidth=1.8, aria=False) + points
+    if rules:
+        upright = alt.Chart(_data([{"x": x} for x in rules]))
+        drawn = (
+            upright.mark_rule(strokeDash=[3, 3], aria=False).encode(
+                x="x:Q", color=alt.ColorValue("var(--axis)")
+            )
+            + drawn
+        )
+    return _svg(drawn)
 
 
 def draw_reliability(rows: Sequence[Row], *, x_title: str, y_title: str) -> str:

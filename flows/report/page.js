@@ -3,7 +3,7 @@
 // A mark of a chart says what it stands for in its aria-label: show that where the pointer is.
 const tip = document.getElementById("tip");
 function showTip(event) {
-  const mark = event.target.closest(".chart .role-mark [aria-label]");
+  const mark = event.target.closest(".chart .role-mark [aria-label], .chart .bar");
   tip.hidden = !mark;
   if (!mark) return;
   tip.textContent = mark.getAttribute("aria-label");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,15 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...engine.records import OK
-from ..summary import COUNTS, OTHER, STATUS
+from ..summary import OTHER, STATUS, SUMS
 from .wording import MAX_LABEL, show
 
 MAX_SERIES = 9
 """Sources told apart; of more, the largest, and one that stands for all the others."""
 BITS = 1.0 / math.log(2.0)
 """Bits of a nat."""
-SUMS = COUNTS.names[4:]
-"""Columns that are added."""
 Row = dict[str, Any]
 
 _IS_SCORED = pc.field("panel") == STATUS + OK
@@ -27,12 +26,14 @@ _IS_SCORED = pc.field("panel") == STATUS + OK
 
 @dataclass
 class Totals:
-    """The counts with sources named as the page names them, summed over languages."""
+    """The counts with sources named as the page names them, of all languages, lengths, days."""
 
     labels: list[str]
     """Sources of which anything was scored, largest first."""
     panels: dict[str, list[Row]] = field(default_factory=dict)
     """Rows of `label`, `bin` and the sums, in the order of labels and bins."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """The source that a label stands for, where it is one."""
 
     @classmethod
     def of(cls, counts: pa.Table) -> Totals:
@@ -46,9 +47,15 @@ class Totals:
             .aggregate([(name, "sum") for name in SUMS])
             .rename_columns([*keys, *SUMS])
         )
-        scored = {row["label"] for row in grouped.filter(_IS_SCORED).to_pylist()}
+        # Panels may tell sources apart that others do not.
+        failed = pc.and_(
+            pc.starts_with(grouped["panel"], STATUS), pc.not_equal(grouped["panel"], STATUS + OK)
+        )
+        scored = set(grouped.filter(pc.invert(failed))["label"].to_pylist())
         labels = [label for label in dict.fromkeys(names.values()) if label in scored]
         totals = cls(labels)
+        told = Counter(names.values())
+        totals.sources = {names[s]: s for s in names if told[names[s]] == 1 and s != OTHER}
         for row in grouped.to_pylist():
             totals.panels.setdefault(row.pop("panel"), []).append(row)
         order = {label: n for n, label in enumerate(labels)}
@@ -112,7 +119,8 @@ def _name_sources(counts: pa.Table) -> dict[str, str]:
 
     ordered = sorted(pc.unique(counts["source"]).to_pylist(), key=place)
     num_apart = len(scored) if len(scored) <= MAX_SERIES else MAX_SERIES - 1
-    rest = f"all other sources ({len(scored) - num_apart})"
+    num_together = len(scored) - num_apart
+    rest = f"all other sources ({num_together})" if num_together else "other sources"
     return {
         source: (show(source, MAX_LABEL) or "(no source)") if n < num_apart else rest
         for n, source in enumerate(ordered)

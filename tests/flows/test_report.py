@@ -4,80 +4,26 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import json
 import math
 import re
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
 
+import duckdb
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
-from logitmill.engine import metrics
 from logitmill.engine.recipes import PRESETS
-from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
+from logitmill.engine.records import DocumentRecord, DocumentScore
 from logitmill.flows.report import describe_recipe, render_report, totals, wording
-from logitmill.flows.report.panels import _scale, histogram_panel
+from logitmill.flows.report.documents import histogram_panel
+from logitmill.flows.report.explorer import Explorer
+from logitmill.flows.report.panel import Material, make_scale
 from logitmill.flows.summary import COUNTS, OUTLIERS, Summary
-
-EVIL = "</script><img src=x onerror=alert(1)>"
-
-FACTS: dict[str, Any] = {
-    "run_key": "0123abcd",
-    "uri": "s3://bucket/runs/0123abcd",
-    "model": "org/model",
-    "model_digest": "sha256:feed",
-    "corpus": "s3://bucket/text/*.parquet",
-    "recipe": {"name": "rolling", "context": 2048, "overlap": 1, "stride": None, "prefix": "auto"},
-    "recipe_hash": "cafe01234567",
-    "engine": {"dtype": "float32", "max_batch_tokens": None},
-    "tiers": ["scores", "tokens"],
-    "versions": {"torch": "2.11.0"},
-    "device": "cpu",
-    "created": None,
-    "seconds": 4.0,
-    "documents": 41,
-    "tokens": 8000,
-    "bytes": 32000,
-}
-
-
-def make(doc_id: str, bits: np.ndarray, text: str, source: str = "a") -> DocumentScore:
-    """A scored document; its text is split evenly among the tokens."""
-    n, num_bytes = len(bits), len(text.encode())
-    tokens = TokenRecords.empty(n)
-    tokens.logprob[:] = -bits * math.log(2.0)
-    tokens.rank[:] = 1 + (np.arange(n) % 7) ** 3
-    tokens.entropy[:] = 1.5
-    tokens.top1_logprob[:] = np.log(0.05 + 0.9 * (np.arange(n) % 10) / 10)
-    edges = np.linspace(0, num_bytes, n + 1).astype(np.int64)
-    tokens.byte_start[:], tokens.byte_end[:] = edges[:-1], edges[1:]
-    total = float(tokens.logprob.sum(dtype=np.float64))
-    record = DocumentRecord(
-        doc_id,
-        source=source,
-        loglikelihood=total,
-        num_tokens=n,
-        num_tokens_scored=n,
-        num_bytes=num_bytes,
-        sum_entropy=1.5 * n,
-        num_top1=int((tokens.rank == 1).sum()),
-        nll_per_token=metrics.nll_per_token(total, n),
-        token_perplexity=metrics.perplexity(total, n),
-        bits_per_byte=metrics.bits(total, num_bytes),
-    )
-    return DocumentScore(0, record, tokens, text)
-
-
-def make_run(num_sources: int = 3) -> Summary:
-    """40 documents of 200 tokens and 800 bytes, and one that failed."""
-    rng, made = np.random.default_rng(0), Summary()
-    for i in range(40):
-        bits = rng.exponential(2.0 + i / 10, 200)
-        made.add(make(f"doc{i:02}", bits, "word" * 200, f"source{i % num_sources}"))
-    failed = DocumentRecord("broken", source="source0", status="invalid_utf8", error="byte 7")
-    made.add(DocumentScore(0, failed))
-    return made
+from report_runs import EVIL, FACTS, OPERATIONS, SHORT, make, make_mixed, make_run
 
 
 def render(made: Summary, **facts: Any) -> str:
@@ -192,7 +138,8 @@ def test_page_loads_nothing(html: str, page: Page) -> None:
 
 def test_policy_allows_the_one_script_only(page: Page) -> None:
     (policy,) = (a["content"] for a in page.tags("meta") if "http-equiv" in a)
-    (script,) = page.scripts
+    data, script = page.scripts
+    assert json.loads(data)["uri"] == FACTS["uri"]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert policy is not None
     assert "default-src 'none'" in policy
@@ -228,7 +175,8 @@ def test_axes_have_units(page: Page) -> None:
 def test_histogram_holds_every_document() -> None:
     made = make_run()
     made.add(make("far", np.full(40, 90.0), "x" * 80))
-    panel = histogram_panel(totals.Totals.of(made.counts()))
+    counts = made.counts()
+    panel = histogram_panel(Material(totals.Totals.of(counts), Explorer.of(counts), FACTS))
     for chart in panel.charts:
         assert sum(int(row[1].replace(",", "")) for row in chart.numbers.rows) == 41
         labels = re.findall(r": (\d+) documents?,", chart.svg)
@@ -236,13 +184,13 @@ def test_histogram_holds_every_document() -> None:
 
 
 def test_scale_shows_all_or_says_what_is_beyond() -> None:
-    near = _scale({b: 100 for b in range(40, 80)}, 0.02)
+    near = make_scale({b: 100 for b in range(40, 80)}, 0.02)
     assert (near.factor, near.last) == (1, 79)
     assert (near.start(40), near.stop(40)) == (0.8, 0.82)
-    far = _scale({b: 100 for b in range(40, 80)} | {4000: 1}, 0.02)
+    far = make_scale({b: 100 for b in range(40, 80)} | {4000: 1}, 0.02)
     assert far.last == 79
     assert far.bar(4000) == 79
-    assert _scale(dict.fromkeys(range(500), 1), 0.02).factor == 25
+    assert make_scale(dict.fromkeys(range(500), 1), 0.02).factor == 25
 
 
 def test_many_sources_are_drawn_as_nine(page: Page) -> None:
@@ -254,15 +202,46 @@ def test_many_sources_are_drawn_as_nine(page: Page) -> None:
     assert "all other sources (4)" in Page(render(made)).words
 
 
+def test_sources_that_some_panels_do_not_tell_apart() -> None:
+    counts = make_run().counts()
+    is_folded = pc.equal(counts["panel"], "calibration")
+    sources = pc.if_else(is_folded, "(other)", counts["source"])
+    folded = counts.set_column(counts.column_names.index("source"), "source", sources)
+    sums = totals.Totals.of(folded)
+    assert sums.labels == ["source0", "source1", "source2", "other sources"]
+    told_apart = totals.Totals.of(counts)
+    assert sums.total("calibration")["hits"] == told_apart.total("calibration")["hits"]
+    assert "other sources:" in Page(render_report(folded, OUTLIERS.empty_table(), FACTS)).words
+
+
 def test_heatmap_colours_by_surprisal() -> None:
     made = Summary()
     bits = np.array([0.1, 0.25, 0.9, 1.0, 3.0, 7.0, 15.0, 40.0])
     made.add(make("d", bits, "ab\ncd\tef" * 10))
     page = Page(render(made))
     spans = [a for a in page.tags("span") if re.fullmatch("s[0-7]", a.get("class") or "")]
-    assert [a["class"] for a in spans] == [f"s{n}" for n in (0, 1, 2, 3, 4, 5, 6, 7)]
+    # Eight equal steps of the logarithm between 2.5 standard deviations on both sides of its mean.
+    logs = np.log(bits)
+    steps = (logs - logs.mean()) / logs.std() / 5 + 0.5
+    levels = np.clip(np.floor(8 * steps), 0, 7).astype(int)
+    assert [a["class"] for a in spans] == [f"s{n}" for n in levels]
     assert spans[4]["title"] == "3.00 bits, rank 65, entropy 2.16 bits"
+    assert [a.get("data-r") for a in spans] == [None, "2", "9", "28", "65", "126", "217", None]
     assert "ab\u21b5\ncd\u21e5\tef" in "".join(page.text)
+
+
+def test_windows_begin_where_the_recipe_says() -> None:
+    made = Summary()
+    score = make("d", np.ones(300), "abcd" * 300)
+    score.record.num_windows = 3
+    made.add(score)
+    spans = [a for a in Page(render(made, recipe=SHORT)).tags("span") if "title" in a]
+    borders = [i for i, a in enumerate(spans) if (a["class"] or "").endswith(" w")]
+    # 128 tokens in the first window, 128 in the second, which reads one that is scored already.
+    assert borders == [128, 256]
+    assert (spans[256]["title"] or "").endswith("first of window 3")
+    other = Page(render(made, recipe={"name": "of tomorrow", "context": 128}))
+    assert not [a for a in other.tags("span") if (a.get("class") or "").endswith(" w")]
 
 
 def test_calibration_error_by_hand() -> None:
@@ -288,7 +267,7 @@ def test_hostile_text_stays_text() -> None:
     page = Page(html)
     assert not page.open
     assert not page.tags("img")
-    assert len(page.scripts) == 1
+    assert len(page.scripts) == 2
     assert not any(name.startswith("on") for _, a in page.elements for name in a)
     assert "<img" not in html
     assert EVIL in page.words
@@ -343,12 +322,102 @@ def test_same_tables_same_page(html: str) -> None:
     assert render(make_run()) == html
 
 
-def test_page_of_full_tables_is_small() -> None:
+def test_page_of_the_worst_corpus_is_small() -> None:
+    evil = "<\x01&\u202e'\"" * 40
     rng, made = np.random.default_rng(0), Summary()
     for i in range(60):
-        bits = rng.exponential(3.0, 400)
-        made.add(make(f"{i}" * 100, bits, "<&>\n" * 400, f"{i % 40}" * 30))
-    assert len(render(made).encode()) < 3_000_000
+        score = make(f"{i}{evil}", rng.exponential(3.0, 400), "<&>\n" * 400, f"{i % 40}{evil}")
+        made.add(score)
+    tables = [made.counts()]
+    # What a summary of 1,000 sources in 20 languages may hold at most, of every length.
+    num_rows = 1 << 16
+    for language in range(4):
+        keys = rng.integers(0, (1000, 5, 20, 5000), (num_rows // 4, 4))
+        columns = {
+            "panel": ["bits_per_byte"] * len(keys),
+            "source": [f"{n}{evil}" for n in keys[:, 0].tolist()],
+            "language": [f"{5 * language + n}{evil}" for n in keys[:, 1].tolist()],
+            "length": pa.array(keys[:, 2], pa.int8()),
+            "day": [""] * len(keys),
+            "bin": pa.array(keys[:, 3], pa.int32()),
+            "documents": rng.integers(1, 10**6, len(keys)),
+            "bytes": rng.integers(1, 10**12, len(keys)),
+        }
+        for name in set(COUNTS.names) - set(columns):
+            columns[name] = pa.array(np.zeros(len(keys)), COUNTS.field(name).type)
+        tables.append(pa.table(columns).select(COUNTS.names).cast(COUNTS))
+    counts = pa.concat_tables(tables)
+    html = render_report(counts, made.outliers(), {**FACTS, "uri": f"runs/{evil}"}, OPERATIONS)
+    print(f"{len(html.encode()):,} bytes")
+    assert len(html.encode()) < 3_000_000
+    # Nothing is lost of what is folded.
+    data = json.loads(Page(html).scripts[0])
+    for place, name in ((4, "documents"), (5, "bytes")):
+        is_counted = pc.field("panel") == "bits_per_byte"
+        wanted = pc.sum(counts.filter(is_counted)[name]).as_py()
+        assert sum(sum(group[place]) for group in data["groups"]) == wanted
+
+
+def test_small_sources_count_together_and_can_be_asked_for() -> None:
+    made = Summary()
+    rows = []
+    for i in range(90):
+        score = make(f"d{i}", np.full(40, 1.0 + i / 30), "abcd" * (40 + i), f"{EVIL}{i % 19}")
+        score.record.language = f"l{min(i % 23, 10)}"
+        made.add(score)
+        record = score.record
+        rows.append({n: getattr(record, n) for n in ("source", "language", "num_bytes")})
+    explorer = Explorer.of(made.counts())
+    assert [len(axis.names) for axis in explorer.axes] == [13, 9, 2]
+    assert explorer.axes[0].names[-1] == "all other sources"
+    scores = pa.Table.from_pylist(rows)
+    assert scores.num_rows == 90
+    for place, axis in enumerate(explorer.axes):
+        for n, where in enumerate(axis.wheres):
+            ((found,),) = duckdb.sql(f"SELECT count(*) FROM scores WHERE {where}").fetchall()
+            assert found == sum(sum(group[4]) for group in explorer.groups if group[place] == n)
+
+
+def test_operations_are_those_of_the_shards() -> None:
+    made = make_run()
+    html = render_report(made.counts(), made.outliers(), FACTS, OPERATIONS)
+    words = Page(html).words
+    assert "shard 0: 20,000 tokens/s, 40,000 tokens" in words
+    assert "shard 1: 90.0 % of the time, 30,000 tokens" in words
+    # 70,000 tokens in 5 s, of which the device was at work for 4.6.
+    assert "NVIDIA H200 2 403 70,000 5.0 s 14,000 92.0 %" in words
+    assert "scores 20 kB 0.29 summary 150 kB 2.14" in words
+
+
+def test_many_shards_share_bars() -> None:
+    columns = {name: OPERATIONS[name].take([0] * 1000) for name in OPERATIONS.column_names}
+    columns["shard"] = pa.array(range(1000), pa.int32())
+    made = make_run()
+    words = Page(render_report(made.counts(), made.outliers(), FACTS, pa.table(columns))).words
+    assert "A bar stands for 21 shards that follow each other." in words
+    assert "shards 0 to 20: 20,000 tokens/s, 840,000 tokens" in words
+    assert "shards 987 to 999: 20,000 tokens/s" in words
+
+
+def test_medians_by_source_and_language() -> None:
+    made = Summary()
+    documents = make_mixed()
+    for score in documents:
+        made.add(score)
+    html = render(made)
+    labels = re.findall(
+        r'class="cell s(\d)" aria-label="code, de: median ([\d.]+) [^"]*, (\d+) d', html
+    )
+    ((level, median, num),) = labels
+    of_cell = [
+        d.record.bits_per_byte
+        for d in documents
+        if (d.record.source, d.record.language) == ("code", "de")
+    ]
+    assert int(num) == len(of_cell)
+    # To half a bin.
+    assert float(median) == pytest.approx(float(np.median(of_cell)), abs=0.021)
+    assert 0 <= int(level) <= 7
 
 
 @pytest.mark.parametrize("name", PRESETS)

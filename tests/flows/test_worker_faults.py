@@ -25,8 +25,9 @@ import boto3
 import psutil
 import pytest
 import s3fs
-from ceph import Ceph, NoCephError
+from ceph import Ceph
 from cluster import Cluster, wait_for
+from debian import NoPackageError
 from faults import Fault, Whole
 from flow_helpers import Score, free_port, start_flow
 from logitmill.flows import Run, shards
@@ -205,7 +206,7 @@ def lasting_s3(tmp_path: Path) -> Iterator[Ceph]:
     try:
         server = Ceph(tmp_path / "ceph", lasting=True)
         server.start()
-    except (NoCephError, RuntimeError, OSError) as error:
+    except (NoPackageError, RuntimeError, OSError) as error:
         (pytest.fail if LONG else pytest.skip)(f"no S3 server: {error}")
     S3Server(server.endpoint, server.key, server.secret).make_bucket("bucket")
     yield server
