@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import date
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from ...engine.pipeline import DTYPES, Pipeline, inspect_model
+from ..compare.divergences import Differences, compare_logits, join
 from ..versions import versions
 from .loaded import release
 from .measure import Request, name_case
@@ -26,26 +27,8 @@ from .subject import Window, find_subject, windows
 FORMATS = ("fp8", "fp8_block", "int8", "int4", "int4_fp8", "int4_fp8_exact", "fp8+head")
 """Names of cases that are compared where nobody names others."""
 
-# Rows that are compared at a time: float64 takes 8 bytes for every token of the vocabulary.
-_ROWS_AT_ONCE = 512
-
 Logits = Callable[[np.ndarray], torch.Tensor]
 """Token ids [n] -> logits [n, V]."""
-
-
-@dataclass(frozen=True)
-class Differences:
-    """Of one way of computing from another, at each scored token; float64."""
-
-    kl_T: np.ndarray
-    """KL(base || other) = sum of p_base (log p_base - log p_other), nats."""
-    same_top_T: np.ndarray
-    """Whether both have the same likeliest token; the lowest id of equals."""
-    delta_p_T: np.ndarray
-    """Probability of the true token, other less base."""
-    base_nll_T: np.ndarray
-    """-log p of the true token, nats."""
-    other_nll_T: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -236,31 +219,7 @@ def compare_windows(
         other_TV = other(ids)[rows]
         for base, own in zip(bases, found, strict=True):
             own.append(compare_logits(base(ids)[rows], other_TV, targets, device))
-    return [_join(own) for own in found]
-
-
-def compare_logits(
-    base_TV: torch.Tensor, other_TV: torch.Tensor, targets_T: torch.Tensor, device: torch.device
-) -> Differences:
-    """Differences of two models' logits, computed in float64 on `device`."""
-    parts = []
-    for start in range(0, len(targets_T), _ROWS_AT_ONCE):
-        rows = slice(start, start + _ROWS_AT_ONCE)
-        base = base_TV[rows].to(device, torch.float64).log_softmax(-1)
-        other = other_TV[rows].to(device, torch.float64).log_softmax(-1)
-        targets = targets_T[rows, None].to(device)
-        base_logprob, other_logprob = base.gather(1, targets)[:, 0], other.gather(1, targets)[:, 0]
-        p_base = base.exp()
-        columns = (
-            # A token that the base rules out counts nothing, whatever the other gives it.
-            torch.where(p_base > 0, p_base * (base - other), 0.0).sum(-1),
-            base.argmax(-1) == other.argmax(-1),
-            other_logprob.exp() - base_logprob.exp(),
-            -base_logprob,
-            -other_logprob,
-        )
-        parts.append(Differences(*(column.cpu().numpy() for column in columns)))
-    return _join(parts)
+    return [join(own) for own in found]
 
 
 def sum_up(differences: Differences) -> Agreement:
@@ -280,14 +239,6 @@ def sum_up(differences: Differences) -> Agreement:
 def _make_row(name: str, differences: Sequence[Differences]) -> Row:
     beside = [sum_up(found) for found in differences]
     return Row(name, beside[0], beside[1] if len(beside) > 1 else None)
-
-
-def _join(parts: Sequence[Differences]) -> Differences:
-    columns = (
-        np.concatenate([getattr(part, field.name) for part in parts])
-        for field in fields(Differences)
-    )
-    return Differences(*columns)
 
 
 def _as_logits(pipe: Pipeline) -> Logits:

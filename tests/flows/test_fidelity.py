@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from logitmill.flows.bench import fidelity
-from logitmill.flows.bench.fidelity import compare_logits, compare_windows, sum_up
+from logitmill.flows.bench.fidelity import compare_windows, sum_up
 from logitmill.flows.bench.subject import Window
+from logitmill.flows.compare import divergences
+from logitmill.flows.compare.divergences import compare_logits
 
 CPU = torch.device("cpu")
 
@@ -58,7 +59,7 @@ def test_what_the_base_rules_out_counts_nothing() -> None:
 
 def test_rows_are_those_that_predict_targets(monkeypatch: pytest.MonkeyPatch) -> None:
     """Context is read and not compared, and blocks of rows leave none out."""
-    monkeypatch.setattr(fidelity, "_ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(divergences, "_ROWS_AT_ONCE", 2)
     sizes = []
 
     def base(ids: np.ndarray) -> torch.Tensor:
