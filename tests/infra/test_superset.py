@@ -1,0 +1,232 @@
+"""The Superset dashboard: its files fit the views, and it shows them (the long form)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from logitmill.flows.parts import SCORES
+from logitmill.flows.summary import COUNTS
+from logitmill.flows.views import connect, write_database
+from services import Process, free_port, started
+
+BUNDLE = Path(__file__).parents[2] / "infra" / "dashboards" / "superset"
+REQUIREMENTS = BUNDLE.with_suffix(".txt")
+LONG = bool(os.environ.get("LOGITMILL_LONG"))
+# What a chart says it shows, and where in its settings.
+_COLUMNS = ("all_columns", "groupby")
+_METRICS = ("metric", "metrics")
+
+
+def read(folder: str) -> list[dict[str, Any]]:
+    return [yaml.safe_load(path.read_text()) for path in sorted(BUNDLE.glob(f"{folder}/**/*.yaml"))]
+
+
+def by_uuid(folder: str) -> dict[str, dict[str, Any]]:
+    return {each["uuid"]: each for each in read(folder)}
+
+
+def listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+@pytest.fixture(scope="module")
+def db(tmp_path_factory: pytest.TempPathFactory) -> duckdb.DuckDBPyConnection:
+    """The views over a run without documents."""
+    root = tmp_path_factory.mktemp("runs")
+    run = root / "aaaa"
+    for name, schema in (("scores/part-00000", SCORES), ("summary/counts", COUNTS)):
+        path = run / f"{name}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(schema.empty_table(), path)
+    part = {"name": "scores/part-00000.parquet", "bytes": 1, "sha256": ""}
+    sums = dict.fromkeys(("documents", "failed", "tokens", "bytes", "loglikelihood"), 0)
+    manifest = {"run_key": "aaaa", "model": {}, "parts": [part | {"shard": 0}], **sums}
+    receipt = {"shard": 0, "device": "", "seconds": 0.0, "device_seconds": 0.0, **sums}
+    (run / "shards").mkdir()
+    for name, value in (
+        ("manifest", manifest),
+        ("plan", {"uri": "c"}),
+        ("shards/00000", receipt),
+    ):
+        (run / f"{name}.json").write_text(json.dumps(value))
+    return connect(str(root))
+
+
+def test_datasets_are_views_with_all_their_columns(db: duckdb.DuckDBPyConnection) -> None:
+    for dataset in read("datasets"):
+        there = {row[0]: row[1] for row in db.sql(f"DESCRIBE {dataset['table_name']}").fetchall()}
+        said = {column["column_name"]: column["type"] for column in dataset["columns"]}
+        assert said == there, dataset["table_name"]
+        assert dataset["main_dttm_col"] in {None, *(c for c in said if said[c] == "DATE")}
+        for metric in dataset["metrics"]:
+            db.sql(f"SELECT {metric['expression']} FROM {dataset['table_name']}").fetchall()
+
+
+def mistakes(charts: list[dict[str, Any]], datasets: dict[str, dict[str, Any]]) -> list[str]:
+    """What charts show that their datasets do not have."""
+    found = []
+    for chart in charts:
+        dataset, shown = datasets[chart["dataset_uuid"]], chart["params"]
+        columns = {column["column_name"] for column in dataset["columns"]}
+        metrics = {metric["metric_name"] for metric in dataset["metrics"]}
+        asked = [c for name in (*_COLUMNS, "x_axis") for c in listed(shown.get(name))]
+        asked += [json.loads(order)[0] for order in shown.get("order_by_cols", ())]
+        asked += list(shown.get("column_config", {}))
+        found += [f"{chart['slice_name']}: no column {c}" for c in asked if c not in columns]
+        asked = [m for name in _METRICS for m in listed(shown.get(name))]
+        found += [f"{chart['slice_name']}: no metric {m}" for m in asked if m not in metrics]
+    return found
+
+
+def test_charts_show_what_is_there() -> None:
+    charts, datasets = read("charts"), by_uuid("datasets")
+    assert mistakes(charts, datasets) == []
+    table = next(chart for chart in charts if "all_columns" in chart["params"])
+    table["params"]["all_columns"].append("perplexity")
+    line = next(chart for chart in charts if "metrics" in chart["params"])
+    line["params"]["metrics"] = ["perplexity"]
+    assert sorted(mistakes(charts, datasets)) == sorted(
+        [
+            f"{table['slice_name']}: no column perplexity",
+            f"{line['slice_name']}: no metric perplexity",
+        ]
+    )
+
+
+def test_the_dashboard_has_every_chart_once_and_nothing_overflows() -> None:
+    (dashboard,) = read("dashboards")
+    position = dashboard["position"]
+    places = [each for each in position.values() if isinstance(each, dict)]
+    shown = [each["meta"]["uuid"] for each in places if each["type"] == "CHART"]
+    assert sorted(shown) == sorted(by_uuid("charts"))
+    for each in places:
+        assert all(each["id"] in position[child]["parents"] for child in each.get("children", ()))
+        if each["type"] == "ROW":
+            assert sum(position[child]["meta"]["width"] for child in each["children"]) <= 12
+    datasets = by_uuid("datasets")
+    for filter_ in dashboard["metadata"]["native_filter_configuration"]:
+        for target in filter_["targets"]:
+            columns = datasets[target["datasetUuid"]]["columns"]
+            assert target["column"]["name"] in {column["column_name"] for column in columns}
+
+
+def test_references_hold_and_nothing_is_kept_that_opens_anything() -> None:
+    (database,) = read("databases")
+    assert {dataset["database_uuid"] for dataset in read("datasets")} == {database["uuid"]}
+    assert "password" not in database and "@" not in database["sqlalchemy_uri"]
+    assert database["sqlalchemy_uri"].endswith("?access_mode=read_only")
+    kinds = ("databases", "datasets", "charts", "dashboards")
+    uuids = [each["uuid"] for kind in kinds for each in read(kind)]
+    assert len(set(uuids)) == len(uuids)
+
+
+def install(folder: Path) -> Path:
+    """Superset's programs, in an environment of its own below the user's cache."""
+    done = folder / "bin" / ".installed"
+    if not done.exists() or done.read_text() != REQUIREMENTS.read_text():
+        shutil.rmtree(folder, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pip = [folder / "bin" / "pip", "install", "-q", "-r", REQUIREMENTS]
+        subprocess.run(pip, check=True)
+        done.write_text(REQUIREMENTS.read_text())
+    return folder / "bin"
+
+
+@contextmanager
+def run_superset(folder: Path, database: Path) -> Iterator[str]:
+    """A Superset that has imported the bundle, over a DuckDB file; gives its address."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    programs = install(cache / "logitmill" / "superset")
+    (folder / "superset_config.py").write_text(
+        f"SECRET_KEY = {os.urandom(24).hex()!r}\n"
+        f"SQLALCHEMY_DATABASE_URI = 'sqlite:///{folder}/superset.db'\n"
+        "TALISMAN_ENABLED = False\nWTF_CSRF_ENABLED = False\n"
+    )
+    bundle = Path(shutil.copytree(BUNDLE, folder / "superset"))
+    about = bundle / "databases" / "logitmill.yaml"
+    about.write_text(about.read_text().replace("/var/lib/logitmill/views.duckdb", str(database)))
+    with zipfile.ZipFile(folder / "bundle.zip", "w") as file:
+        for path in bundle.rglob("*.yaml"):
+            file.write(path, path.relative_to(folder))
+    settings = {
+        "SUPERSET_CONFIG_PATH": str(folder / "superset_config.py"),
+        "SUPERSET_HOME": str(folder),
+        "FLASK_APP": "superset",
+        "PYTHONPATH": "",
+    }
+    who = ["--username", "admin", "--password", "admin", "--email", "admin@example.com"]
+    for command in (
+        ["db", "upgrade"],
+        ["fab", "create-admin", *who, "--firstname", "An", "--lastname", "Admin"],
+        ["init"],
+        ["import-dashboards", "-p", str(folder / "bundle.zip"), "-u", "admin"],
+    ):
+        subprocess.run(
+            [programs / "superset", *command],
+            env={**os.environ, **settings},
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+    port = free_port()
+    serve = [str(programs / "gunicorn"), "-w", "1", "--threads", "8", "--timeout", "120"]
+    serve += ["-b", f"127.0.0.1:{port}", "superset.app:create_app()"]
+    with started(Process(serve, settings, folder, cwd=folder)) as process:
+        process.wait_for(f"http://127.0.0.1:{port}/health")
+        yield f"http://127.0.0.1:{port}"
+
+
+@pytest.mark.skipif(not LONG, reason="the long form: it installs 900 MB")
+def test_superset_shows_it(demo_folder: Path, tmp_path: Path) -> None:
+    from chromium import run_browser
+    from logitmill.flows import score_corpus
+    from logitmill.flows.corpus import CorpusSpec
+
+    source = Path(json.__file__).with_name("decoder.py").read_text()
+    rows = [
+        {
+            "text": source[i * 150 : i * 150 + 120 + 17 * (i % 7)] if i else "",
+            "source": ("web", "books", "code")[i % 3],
+            "language": ("en", "de")[i % 2],
+            "day": f"2026-11-{1 + i % 21:02}",
+        }
+        for i in range(60)
+    ]
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    columns = {f"{name}_column": name for name in ("source", "language", "day")}
+    score_corpus(str(demo_folder), CorpusSpec(uri=str(corpus), **columns), str(tmp_path / "runs"))
+    write_database(str(tmp_path / "runs"), str(tmp_path / "views.duckdb"))
+    folder = tmp_path / "superset-home"
+    folder.mkdir()
+    with run_superset(folder, tmp_path / "views.duckdb") as url, run_browser() as browser:
+        context = browser.new_context(viewport={"width": 1400, "height": 3000})
+        login = {"username": "admin", "password": "admin"}
+        context.request.post(f"{url}/login/", form=login, timeout=120_000, max_redirects=0)
+        page = context.new_page()
+        page.goto(f"{url}/superset/dashboard/logitmill/", timeout=120_000)
+        page.get_by_text("Runs and their speed").first.wait_for(timeout=120_000)
+        page.wait_for_function("!document.querySelector('.loading')", timeout=120_000)
+        page.get_by_text("59", exact=True).first.wait_for(timeout=120_000)
+        page.screenshot(path=str(tmp_path / "dashboard.png"))
+        said = page.inner_text("body")
+        for chart in read("charts"):
+            assert chart["slice_name"] in said
+        # Every chart has asked its view, and none was told that it cannot.
+        assert not re.search(r"[Uu]nexpected error|Error\b|An error occurred", said)
+        for value in ("web", "books", "code", "2026-11-"):
+            assert value in said
