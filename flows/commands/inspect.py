@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -28,12 +30,32 @@ from .words import describe_way, show_totals
 if TYPE_CHECKING:
     from ..run import Run
 
+# Tokens that are shown at once unless it is said otherwise.
+_MOST, _MOST_IN_PAGE = 2_000, 10_000
+
 
 def inspect(
     target: Annotated[
         str, typer.Argument(help="A run's URI, or a model folder, its URI or Hub id.")
     ],
-    doc: Annotated[str | None, typer.Option(help="Show this document of a run.")] = None,
+    doc: Annotated[
+        str | None, typer.Option(help="Show this document of a run, token by token if kept.")
+    ] = None,
+    html: Annotated[
+        str | None, typer.Option(help="With --doc: write it as a page to this local file instead.")
+    ] = None,
+    first: Annotated[
+        str | None,
+        typer.Option("--from", help="With --doc: begin at this token, or byte as in 4096b."),
+    ] = None,
+    last: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            help="With --doc: end before this token or byte; default 2,000 tokens on, 10,000 in a "
+            "page.",
+        ),
+    ] = None,
     verify: Annotated[
         bool,
         typer.Option(
@@ -67,6 +89,12 @@ def inspect(
     files. Of what runs through transformers less can be told; the last line says what was not
     checked. Where there is no GPU, `--device-memory 24` asks for one of 24 GB in this machine.
 
+    `--doc` shows a document of a run that kept `tokens`, `topk`, `sampled` or `logits`: its text,
+    coloured by surprisal, with the borders of its windows and its most surprising tokens; where
+    colours are not wanted (`NO_COLOR`, a pipe) its record and a line a token. A page (`--html`)
+    shows what the model expected in each token's place too. Text is read from the corpus again;
+    where that is gone or has changed, token ids are spelled by the model's tokenizer.
+
     `--verify` reads every part of a run and holds size, sha256, rows and sums to the receipts,
     summaries and manifest to the shards, and the folder to what they name. Documents from all over
     the run are scored again, with the model, corpus and settings of its plan (`--device` and the
@@ -78,6 +106,8 @@ def inspect(
     `logitmill inspect runs`
 
     `logitmill inspect runs/6f3a09c2d41b77e0 --doc json/decoder.py`
+
+    `logitmill inspect runs --doc json/decoder.py --from 2000 --html decoder.html`
 
     `logitmill inspect s3://scores/6f3a09c2d41b77e0 --verify --sample 100`
 
@@ -98,20 +128,26 @@ def inspect(
         for name, value in (("sample", sample), ("seed", seed)):
             if value is not None and not verify:
                 raise ValueError(f"{name}: {value} goes with --verify; add that, or leave it out")
+        for name, text in (("html", html), ("from", first), ("to", last)):
+            if text is not None and doc is None:
+                raise ValueError(
+                    f"{name}: {text!r} goes with --doc; name a document, or leave it out"
+                )
         if verify and doc is not None:
             raise ValueError(f"doc: {doc!r} does not go with --verify; leave one of them out")
         if verify:
             chosen = {"sample": sample, "seed": seed}
             _verify(target, endpoint_url, settings, chosen)
+        elif doc is not None:
+            _refuse(settings, target)
+            _show_document(target, doc, endpoint_url, html, (first, last))
         else:
-            _inspect(target, doc, endpoint_url, settings)
+            _inspect(target, endpoint_url, settings)
 
     or_exit(show)
 
 
-def _inspect(
-    target: str, doc: str | None, endpoint_url: str | None, settings: Mapping[str, Any]
-) -> None:
+def _inspect(target: str, endpoint_url: str | None, settings: Mapping[str, Any]) -> None:
     from ..folder import Folder, StoreError, endpoint_options
     from ..run import find_runs, open_run
 
@@ -120,24 +156,65 @@ def _inspect(
         runs = find_runs(Folder(target, options))
     except StoreError:
         runs = []  # Not a place at all, as `org/name` is none.
-    given = [name for name, value in settings.items() if value]
-    if given and (runs or doc is not None):
-        raise ValueError(f"{given[0]}: {target!r} is a run, not a model; leave it out")
-    if doc is not None:
-        run = open_run(target, partial=True, storage_options=options)
-        try:
-            record = run.document(doc)
-        except KeyError as error:
-            raise ValueError(error.args[0]) from None
-        record.pop("tokens", None)
-        for name, value in record.items():
-            typer.echo(f"{name:20} {value}")
-    elif runs:
+    if runs:
+        _refuse(settings, target)
         for i, folder in enumerate(runs):
             typer.echo("" if i else None, nl=bool(i))
             _show_run(open_run(folder.uri, partial=True, storage_options=options))
     else:
         _show_model(target, options, settings)
+
+
+def _refuse(settings: Mapping[str, Any], target: str) -> None:
+    """ValueError for settings that say how a model is computed, where there is a run."""
+    given = [name for name, value in settings.items() if value]
+    if given:
+        raise ValueError(f"{given[0]}: {target!r} is a run, not a model; leave it out")
+
+
+def _show_document(
+    target: str,
+    doc: str,
+    endpoint_url: str | None,
+    html: str | None,
+    ends: tuple[str | None, str | None],
+) -> None:
+    from rich.console import Console
+
+    from ..document import NoTokens, Stretch, open_document, render_page
+    from ..document.terminal import print_document
+    from ..folder import endpoint_options
+    from ..run import open_run
+
+    if html is not None and not Path(html).absolute().parent.is_dir():
+        raise ValueError(f"html: {html!r} lies in a folder that is not there; make it first")
+    stretch = Stretch.between(*ends, most=_MOST_IN_PAGE if html is not None else _MOST)
+    run = open_run(target, partial=True, storage_options=endpoint_options(target, endpoint_url))
+    console = Console(file=sys.stdout, highlight=False)
+    try:
+        view = open_document(run, doc, stretch, endpoint_url=endpoint_url)
+    except KeyError as error:
+        raise ValueError(error.args[0]) from None
+    except NoTokens as missing:
+        if html is not None:
+            raise
+        _show_record(run.document(doc))
+        typer.echo(f"{missing}", err=True)
+        return
+    if html is not None:
+        Path(html).write_text(render_page(view), encoding="utf-8")
+        typer.echo(html)
+        return
+    if not console.is_terminal or console.no_color:
+        _show_record(view.record)
+    print_document(view, console)
+
+
+def _show_record(record: Mapping[str, Any]) -> None:
+    for name, value in record.items():
+        # Beside its row stand the arrays of its tokens.
+        if not isinstance(value, Mapping):
+            typer.echo(f"{name:20} {value}")
 
 
 def _verify(

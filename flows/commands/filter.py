@@ -1,0 +1,148 @@
+"""`logitmill filter`."""
+
+from __future__ import annotations
+
+import math
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ..progress import counted
+from .mistakes import or_exit
+from .options import ENDPOINT_HELP
+from .terminal import show_shards
+
+if TYPE_CHECKING:
+    from ..filters import Cuts, Kept
+    from ..filters.kept import Tally
+
+_MOST_GROUPS = 20
+
+
+class By(StrEnum):
+    """What documents are grouped by."""
+
+    language = "language"
+    source = "source"
+    none = "none"
+
+
+class Weight(StrEnum):
+    """What percentiles are of."""
+
+    documents = "documents"
+    bytes = "bytes"
+    tokens = "tokens"
+
+
+def filter(
+    run: Annotated[str, typer.Argument(help="URI of a run, or of a folder that holds one.")],
+    keep: Annotated[
+        str,
+        typer.Option(
+            metavar="LOW:HIGH", help="Percentiles that documents are kept between, as in 30:60."
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Parquet file of the ids that are kept, or with --text a folder; any fsspec URI. "
+            "Left out, only what would be kept is said."
+        ),
+    ] = None,
+    text: Annotated[
+        bool,
+        typer.Option(
+            "--text", help="Write the documents themselves, read from the corpus again, in shards."
+        ),
+    ] = False,
+    score: Annotated[
+        str, typer.Option(help="Column of the scores that percentiles are of.")
+    ] = "bits_per_byte",
+    by: Annotated[By, typer.Option(help="Groups that have percentiles of their own.")] = (
+        By.language
+    ),
+    weight: Annotated[
+        Weight, typer.Option(help="What a percentile is a share of.")
+    ] = Weight.documents,
+    endpoint_url: Annotated[str | None, typer.Option(help=ENDPOINT_HELP)] = None,
+) -> None:
+    """Keep the documents of a run whose score lies between two percentiles of their group.
+
+    `--keep 0:30`, `30:60` and `60:100` by language are the head, middle and tail of CCNet. Low
+    scores are text that the model knows well, or text that repeats; high ones are foreign to it, or
+    noise. Percentiles are exact; a document that stands at one is kept by what begins there.
+
+    Examples:
+
+    `logitmill filter runs --keep 30:60 --out kept.parquet`
+
+    `logitmill filter runs --keep 0:60 --by source --weight bytes`
+
+    `logitmill filter s3://scores/6f3a09c2d41b77e0 --keep 30:60 --text --out s3://corpora/middle`
+    """
+
+    def write() -> None:
+        from ..filters import find_cuts, write_kept
+        from ..filters.kept import find_place
+        from ..folder import endpoint_options
+        from ..run import open_run
+
+        low, high = _parse(keep)
+        if text and out is None:
+            raise ValueError("text: documents need a place; give --out a folder")
+        if out is not None:
+            find_place(out, texts=text, endpoint_url=endpoint_url)
+        opened = open_run(run, storage_options=endpoint_options(run, endpoint_url))
+        group = None if by == By.none else by.value
+        cuts = find_cuts(opened, (low, high), score=score, by=group, weight=weight.value)
+        with show_shards("filtering") as on_progress:
+            kept = write_kept(
+                opened, cuts, out, texts=text, endpoint_url=endpoint_url, on_progress=on_progress
+            )
+        _show(cuts, kept)
+        if out is not None:
+            typer.echo(out)
+
+    or_exit(write)
+
+
+def _parse(keep: str) -> tuple[float, float]:
+    low, _, high = keep.partition(":")
+    try:
+        ends = float(low), float(high)
+    except ValueError:
+        ends = (math.nan, math.nan)
+    if not 0 <= ends[0] < ends[1] <= 100:
+        raise ValueError(
+            f"keep: {keep!r} is not two percentiles, the lower first; give LOW:HIGH as in 30:60"
+        )
+    return ends
+
+
+def _show(cuts: Cuts, kept: Kept) -> None:
+    """A line a group, the largest first, and one of all."""
+    low, high = (f"p{percentile:g}" for percentile in cuts.percentiles)
+    rows: list[tuple[str, ...]] = [
+        (cuts.by or "", low, high, "documents kept", "of", "bytes kept", "of")
+    ]
+    largest = sorted(kept.groups.items(), key=lambda item: (-item[1].documents, item[0]))
+    for group, tally in largest[:_MOST_GROUPS]:
+        ends = [f"{value:.4g}" for value in cuts.values[group]]
+        rows.append((group or "(none)", *ends, *_numbers(tally)))
+    rows.append(("all", "", "", *_numbers(kept.total)))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    typer.echo(f"{cuts.score}, percentiles of {cuts.weight}")
+    for first, *others in rows:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        typer.echo("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+    if len(largest) > _MOST_GROUPS:
+        typer.echo(f"({len(largest) - _MOST_GROUPS:,} smaller groups are among all)")
+    if kept.no_score:
+        typer.echo(f"{counted(kept.no_score, 'document')} without the score not kept")
+
+
+def _numbers(tally: Tally) -> list[str]:
+    numbers = (tally.kept_documents, tally.documents, tally.kept_bytes, tally.bytes)
+    return [f"{number:,}" for number in numbers]
