@@ -1,0 +1,400 @@
+"""The engine as a model of lm-evaluation-harness: `lm_eval --model logitmill`.
+
+Texts become tokens by the harness's rules, those of its `hf` backend: trailing whitespace of a
+context belongs to the continuation, an empty context is the prefix token, what is too long is cut
+from the left. How the harness finds this class is `plugin.py`'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jinja2 import TemplateError
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import has_bos_prefix
+from lm_eval.utils import (
+    get_rolling_token_windows,
+    make_disjoint_window,
+    simple_parse_args_string,
+)
+from tqdm import tqdm
+
+from ..engine import Document, DocumentScore, EngineSettings, find_recipe
+from ..engine.checkpoint import find_model
+from ..engine.pipeline import inspect_model, load_pipeline
+from ..engine.records import OK
+from .plugin import register
+from .versions import versions
+
+log = logging.getLogger(__name__)
+
+Answer = tuple[float, bool]
+"""A continuation's log-likelihood in nats, and whether greedy decoding would give it."""
+TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
+"""(context, continuation) as the cache of the harness knows them, and the tokens of both."""
+
+_SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
+# What the command of the harness says where nobody names a device.
+_DEFAULT_DEVICE = "cuda:0"
+# Texts whose tokens are remembered: options of a question follow each other.
+_REMEMBERED = 64
+_NUMBERS = ("max_length", "prefix_token_id", "max_batch_tokens", "logits_memory", "device_memory")
+_SWITCHES = ("add_bos_token", "fp8_head", "trust_remote_code", "enable_thinking")
+
+
+class LogitmillLM(TemplateLM):
+    """Log-likelihoods of the harness's requests, by the engine.
+
+    A list of requests is scored as a whole: each distinct one once, those that begin alike beside
+    each other, in batches by tokens.
+    """
+
+    def __init__(
+        self,
+        pretrained: str = "",
+        *,
+        revision: str | None = None,
+        tokenizer: str | None = None,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        quantization: str | None = None,
+        fp8_head: bool = False,
+        max_length: int | None = None,
+        add_bos_token: bool | None = None,
+        prefix_token_id: int | None = None,
+        trust_remote_code: bool = False,
+        chat_template_args: Mapping[str, Any] | None = None,
+        enable_thinking: bool | None = None,
+        max_batch_tokens: int | None = None,
+        logits_memory: int | None = None,
+        device_memory: int | None = None,
+        residency: str | None = None,
+        batch_size: int | str | None = None,
+        max_batch_size: int | None = None,
+        **unknown: Any,
+    ) -> None:
+        """Load a model.
+
+        Args:
+            pretrained: a folder in Hugging Face layout, its URI, or a Hub id.
+            revision: branch, tag or commit of a Hub id.
+            tokenizer: a folder or Hub id to take the tokenizer from; by default the model's own,
+                as transformers' `AutoTokenizer` loads it.
+            device, dtype, quantization, fp8_head, trust_remote_code, max_batch_tokens,
+            logits_memory, device_memory, residency: as for `engine.pipeline`; dtype `auto` is the
+                default.
+            max_length: longest window in tokens; the model's own limit by default.
+            add_bos_token: whether BOS stands in front of texts; by default as the tokenizer does.
+            prefix_token_id: what stands for an empty context and in front of a rolling document;
+                BOS by default, else EOS.
+            chat_template_args: what a chat template is given besides the messages.
+            enable_thinking: one of these.
+            batch_size, max_batch_size: what the harness gives every model; batches are made of
+                tokens (`max_batch_tokens`), so they have no effect.
+
+        Raises:
+            ValueError: naming the argument, its value and what would work.
+        """
+        super().__init__()
+        given = {name: value for name, value in locals().items() if name in _NUMBERS + _SWITCHES}
+        _check_arguments(pretrained, given, unknown)
+        for name, value in (("batch_size", batch_size), ("max_batch_size", max_batch_size)):
+            if value is not None and not re.fullmatch("1|auto.*", str(value)):
+                log.warning(
+                    "%s: %s has no effect, batches are made of tokens; max_batch_tokens limits "
+                    "them",
+                    *(name, value),
+                )
+        settings = EngineSettings(
+            device=device,
+            dtype=None if dtype in (None, "auto") else str(dtype).removeprefix("torch."),
+            quantization=quantization,
+            fp8_head=fp8_head,
+            max_batch_tokens=max_batch_tokens,
+            logits_memory=logits_memory,
+            device_memory=device_memory,
+            residency=residency,
+            trust_remote_code=trust_remote_code,
+        )
+        try:
+            folder = find_model(str(pretrained), revision=revision)
+            facts = inspect_model(folder, settings)
+        except ValueError as error:
+            raise ValueError(re.sub("^model:", "pretrained:", str(error))) from None
+        if max_length is not None and not 2 <= max_length <= facts.max_positions:
+            raise ValueError(
+                f"max_length: {max_length} is not within 2 ... {facts.max_positions}, the model's "
+                "positions"
+            )
+        if prefix_token_id is not None and not 0 <= prefix_token_id < facts.vocab_size:
+            raise ValueError(
+                f"prefix_token_id: {prefix_token_id} is not in the model's vocabulary of "
+                f"{facts.vocab_size}"
+            )
+        self.tokenizer = _load_tokenizer(
+            tokenizer or folder,
+            revision=None if tokenizer else revision,
+            trust_remote_code=trust_remote_code,
+            add_bos_token=add_bos_token,
+        )
+        self.max_length = max_length or facts.max_positions
+        """Longest window in tokens."""
+        self._quantization = facts.quantization
+        self._pretrained, self._revision = str(pretrained), revision
+        self._add_bos_token, self._prefix_token_id = add_bos_token, prefix_token_id
+        self._template_args = dict(chat_template_args or {})
+        if enable_thinking is not None:
+            self._template_args["enable_thinking"] = enable_thinking
+        self._encode = lru_cache(_REMEMBERED)(self.tokenizer.encode)
+        self._device = settings.resolve_device()
+        self._pipe = load_pipeline(folder, settings)
+
+    @classmethod
+    def create_from_arg_string(
+        cls, arg_string: str, additional_config: dict[str, Any] | None = None
+    ) -> LogitmillLM:
+        """As `create_from_arg_obj`, of arguments as they stand in a command."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @classmethod
+    def create_from_arg_obj(
+        cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None
+    ) -> LogitmillLM:
+        """A model of arguments; `additional_config` is what the harness's own options say.
+
+        An argument goes before an option, which has a value even where nobody gave one.
+        """
+        options = {k: v for k, v in (additional_config or {}).items() if v is not None}
+        if options.get("device") == _DEFAULT_DEVICE and not torch.cuda.is_available():
+            del options["device"]
+        return cls(**{**options, **arg_dict})
+
+    @property
+    def eot_token_id(self) -> int:
+        """EOS."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands for an empty context and in front of a rolling document."""
+        tokenizer = self.tokenizer
+        for token in (self._prefix_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+            if token is not None:
+                return token
+        raise ValueError("prefix_token_id: the tokenizer has neither BOS nor EOS; give a token id")
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's cache of requests knows the chat template by."""
+        return self._pretrained.replace("/", "__")
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Tokens of a text.
+
+        Left to itself the tokenizer, or `add_bos_token`, decides what stands in front; never BOS
+        where the text, a rendered chat say, begins with it.
+        """
+        if add_special_tokens is None:
+            add_special_tokens = self._add_bos_token
+            if has_bos_prefix(string, self.tokenizer.decode(self.prefix_token_id)):
+                add_special_tokens = False
+        if add_special_tokens is None:
+            return self._encode(string)
+        return self._encode(string, add_special_tokens=add_special_tokens)
+
+    def apply_chat_template(
+        self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
+    ) -> str:
+        """A chat as text; without its system messages where the template refuses them."""
+
+        def render(messages: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+                **self._template_args,
+            )
+
+        try:
+            return render(chat_history)
+        except TemplateError as error:
+            log.warning("the chat template refuses a chat (%s): system messages left out", error)
+            return render([m for m in chat_history if m["role"] != "system"])
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """Of each (context, continuation): log p(continuation | context) in nats, and is it greedy.
+
+        Raises:
+            ValueError: for a continuation that is empty, longer than `max_length`, or no more than
+                the end of a token that its context begins.
+        """
+        for i, request in enumerate(requests):
+            if not request.args[1]:
+                raise ValueError(f"continuation: of request {i} it is empty, so nothing is scored")
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """Of each text: log p in nats, every token once, in windows of `max_length`."""
+        windows: list[TokenRequest] = []
+        owners: list[int] = []
+        for i, request in enumerate(tqdm(requests, "Tokenizing inputs", disable=disable_tqdm)):
+            rolling = get_rolling_token_windows(
+                token_list=self.tok_encode(request.args[0]),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            windows += [(None, *make_disjoint_window(window)) for window in rolling]
+            owners += [i] * (len(windows) - len(owners))
+        totals = [0.0] * len(requests)
+        answers = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm)
+        for owner, (loglikelihood, _) in zip(owners, answers, strict=True):
+            totals[owner] += loglikelihood
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Not there: the engine generates nothing."""
+        tasks = sorted({str(request.task_name) for request in requests})
+        raise NotImplementedError(
+            f"generate_until: logitmill generates nothing, and {', '.join(tasks)} asks for it; "
+            f"it runs tasks of {', '.join(_SCORED)}"
+        )
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What computed the numbers, for the harness's file of results."""
+        return {
+            "model_revision": self._revision,
+            "model_dtype": self._pipe.dtype,
+            "model_quantization": self._quantization,
+            "model_device": self._pipe.device_name,
+            "model_placement": self._pipe.placement,
+            "model_versions": versions(),
+        }
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[Answer]:
+        """Answers to requests of tokens, in their order.
+
+        Equal ones are scored once, and those that begin alike are neighbours: the bytes of
+        big-endian integers sort as the integers do.
+        """
+        works: dict[tuple[bytes, int], list[int]] = {}
+        for i, (_, context, continuation) in enumerate(requests):
+            self._check_length(i, continuation)
+            # Of whitespace alone the harness leaves no token of a context.
+            context = context or [self.prefix_token_id]
+            ids = np.array(context + continuation, ">i4").tobytes()
+            works.setdefault((ids, len(context)), []).append(i)
+        num_cut = sum(len(ids) // 4 > self.max_length + 1 for ids, _ in works)
+        if num_cut:
+            log.warning(
+                "%d of %d requests are longer than max_length, %d tokens: cut from the left",
+                *(num_cut, len(works), self.max_length),
+            )
+        answers: list[Answer] = [(0.0, False)] * len(requests)
+        order = sorted(works)
+        documents = (
+            Document(
+                str(works[ids, num_context][0]),
+                input_ids=np.frombuffer(ids, ">i4"),
+                num_context=num_context,
+            )
+            for ids, num_context in order
+        )
+        recipe = find_recipe("conditional", context=self.max_length, prefix="none")
+        scores = self._pipe.score(documents, recipe=recipe)
+        with tqdm(
+            total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm
+        ) as bar:
+            for work, score in zip(order, scores, strict=True):
+                answer = _read_answer(score)
+                for i in works[work]:
+                    answers[i] = answer
+                    if (arguments := requests[i][0]) is not None:
+                        self.cache_hook.add_partial("loglikelihood", arguments, answer)
+                bar.update(len(works[work]))
+        return answers
+
+    def _check_length(self, index: int, continuation: list[int]) -> None:
+        if not continuation:
+            raise ValueError(
+                f"continuation: of request {index} no token is left beside its context's, so "
+                "nothing is scored"
+            )
+        if len(continuation) > self.max_length:
+            raise ValueError(
+                f"continuation: of request {index} it has {len(continuation)} tokens, more than "
+                f"max_length, {self.max_length}; shorten it, or ask for loglikelihood_rolling"
+            )
+
+
+def _check_arguments(pretrained: str, given: Mapping[str, Any], unknown: Mapping[str, Any]) -> None:
+    names = LogitmillLM.__init__.__kwdefaults__ or {}
+    if unknown:
+        raise ValueError(
+            f"model_args: {', '.join(unknown)} is not known; logitmill takes pretrained, "
+            f"{', '.join(names)}"
+        )
+    if not pretrained:
+        raise ValueError("pretrained: missing; give a model folder, its URI or a Hub id")
+    for name, value in given.items():
+        kind, what = (int, "a whole number") if name in _NUMBERS else (bool, "True or False")
+        if value is not None and type(value) is not kind:
+            raise ValueError(f"{name}: {value!r} is not {what}")
+
+
+def _load_tokenizer(
+    source: str | Path,
+    *,
+    revision: str | None,
+    trust_remote_code: bool,
+    add_bos_token: bool | None,
+) -> Any:
+    """The tokenizer that the harness's own backend would use."""
+    from transformers import AutoTokenizer
+
+    options = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
+    try:
+        return AutoTokenizer.from_pretrained(
+            source, revision=revision, trust_remote_code=trust_remote_code, **options
+        )
+    except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"tokenizer: none can be loaded from {str(source)!r}: {reason}") from None
+
+
+def _read_answer(score: DocumentScore) -> Answer:
+    """The log-likelihood is NaN where the model's numbers are."""
+    record, tokens = score.record, score.tokens
+    if record.status == "nonfinite":
+        log.warning("request %s: %s", record.doc_id, record.error)
+        return float("nan"), False
+    if record.status != OK or tokens is None or record.loglikelihood is None:
+        raise ValueError(f"request {record.doc_id}: {record.error}")
+    return record.loglikelihood, bool((tokens.top1_id == tokens.token_id).all())
+
+
+register()
+
+if __name__ == "__main__":
+    from lm_eval.__main__ import cli_evaluate
+
+    cli_evaluate()
