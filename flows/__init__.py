@@ -3,12 +3,21 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .compare import Comparison, compare_runs
     from .corpus import CorpusSpec
     from .run import Run, open_run
     from .score import score_corpus
     from .verify import verify_run
 
-__all__ = ["CorpusSpec", "Run", "open_run", "score_corpus", "verify_run"]
+__all__ = [
+    "Comparison",
+    "CorpusSpec",
+    "Run",
+    "compare_runs",
+    "open_run",
+    "score_corpus",
+    "verify_run",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,6 +26,10 @@ def __getattr__(name: str) -> Any:
         from .score import score_corpus
 
         return score_corpus
+    if name in ("Comparison", "compare_runs"):
+        from . import compare
+
+        return getattr(compare, name)
     if name == "CorpusSpec":
         from .corpus import CorpusSpec
 

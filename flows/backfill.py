@@ -70,7 +70,7 @@ def backfill(
         first: the first day.
         last: the last day, which is scored too.
         recipe: as for `score_corpus`.
-        tiers: what to keep: `scores`, `tokens`, `logits`.
+        tiers: what to keep, as for `score_corpus`.
         engine: device, dtype, batch size and memory of the engine.
         endpoint_url: the S3 server to use where it is not Amazon's.
         workers: where shards are scored: by default in this process; `gpus`, a number, or

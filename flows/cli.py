@@ -8,10 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from .commands.ask import ask
 from .commands.bench import bench
+from .commands.compare import compare
+from .commands.filter import filter
 from .commands.follow import follow
 from .commands.inspect import inspect
 from .commands.mistakes import say_error
+from .commands.publish import publish
 from .commands.report import report
 from .commands.score import score
 
@@ -32,7 +36,7 @@ glob on any fsspec URI (Parquet, JSON lines, CSV, text, code) or a Hugging Face 
 """,
 )
 
-for command in (score, follow, report, inspect, bench):
+for command in (score, follow, report, compare, filter, publish, ask, inspect, bench):
     app.command()(command)
 
 # Of the click that typer brings with it, whichever that is.

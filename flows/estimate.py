@@ -25,11 +25,14 @@ from ..engine.records import TOKEN_DTYPES, Document, DocumentScore
 from ..engine.tokenization import Tokenizer
 from .corpus import read_shard
 from .corpus.plan import Shard
+from .distributions import SampledWriter, TopKWriter
 from .folder import Folder
-from .parts import LOGITS_DTYPES, ScoresWriter, TokensWriter, write_table
+from .kept import OF_TIERS, row_bytes
+from .parts import ScoresWriter, TokensWriter, write_table
 from .request import Job, Prepared
 from .store import PLAN, Receipt, find_receipts
 from .summary import Summary
+from .writers import Writer
 
 TABLES = "tables"
 """What summaries, receipts and the report are called among the sizes."""
@@ -47,6 +50,10 @@ _RECEIPT_BYTES, _REPORT_BYTES = 1500, 300_000
 # thirds of token records, whose floats hardly compress.
 _STATED_DOCUMENT, _STATED_SHARD = 280.0, 40_000.0
 _STATED_TOKEN = 0.65 * sum(dtype.itemsize for dtype in TOKEN_DTYPES.values())
+# Tiers whose size goes by the scored tokens, whatever the model.
+_BY_TOKEN = ("tokens", "topk", "sampled")
+# Of a candidate (k of a token) and of a draw, and what each token takes besides.
+_STATED_CANDIDATE, _STATED_DRAW, _STATED_BESIDE = 3.1, 0.8, 12.6
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,8 @@ class Sizes:
     """By tier, whatever a shard holds."""
     document: float
     """Of the scores, for every document."""
-    token: float
-    """Of the token records, for every scored token."""
+    token: Mapping[str, float]
+    """Of other tiers, for every scored token."""
     source: str
     """How this is known."""
 
@@ -85,7 +92,7 @@ class Estimate:
     tokens_left: int
     """In the shards that are not done yet."""
     sizes: Mapping[str, int]
-    """Bytes by tier, and of the `TABLES` beside them; logits before compression."""
+    """Bytes by tier, and of the `TABLES` beside them; logits and states before compression."""
     sized_by: str
     rate: Rate | None
     """None where it is not known."""
@@ -121,11 +128,13 @@ def estimate_run(prepared: Prepared) -> Estimate:
     tokens = round(plan.num_bytes * sample.tokens_per_byte)
     tokens_left = round(sum(shard.num_bytes for shard in pending) * sample.tokens_per_byte)
     measured = _find_earlier(prepared) or _score_sample(prepared, sample.documents)
-    sizes, rate = measured or (_state_sizes(), None)
+    sizes, rate = measured or (_state_sizes(job), None)
+    rows = row_bytes(job.tiers, prepared.facts, job.logits_dtype) * tokens
     kept = {
         "scores": sizes.document * documents,
-        "tokens": sizes.token * tokens,
-        "logits": _row_bytes(prepared) * tokens,
+        **{tier: num_bytes * tokens for tier, num_bytes in sizes.token.items()},
+        "hidden": rows,
+        "logits": rows,
         TABLES: _RECEIPT_BYTES * len(plan.shards) + _REPORT_BYTES,
     }
     return Estimate(
@@ -278,7 +287,7 @@ def _find_earlier(prepared: Prepared) -> tuple[Sizes, Rate] | None:
     sizes = Sizes(
         shard={TABLES: sums.get(TABLES, 0.0) / len(receipts)},
         document=sums["scores"] / sum(receipt.documents for receipt in receipts),
-        token=sums.get("tokens", 0.0) / _count(receipts),
+        token={tier: sums.get(tier, 0.0) / _count(receipts) for tier in _BY_TOKEN},
         source=source,
     )
     return sizes, Rate(_count(receipts) / seconds, source)
@@ -286,7 +295,7 @@ def _find_earlier(prepared: Prepared) -> tuple[Sizes, Rate] | None:
 
 def _is_alike(plan: Mapping[str, Any], described: Mapping[str, Any]) -> bool:
     """Whether two plans are of the same work for a token on the same kind of device."""
-    names = ("engine", "device", "recipe_hash", "tiers", "logits_dtype")
+    names = ("engine", "device", "recipe_hash", "tiers", "logits_dtype", *OF_TIERS)
     return plan["model"]["digest"] == described["model"]["digest"] and all(
         plan.get(name) == described[name] for name in names
     )
@@ -320,10 +329,13 @@ def _score_sample(
     scores = pipe.score(
         _shuffled(documents, int(_BYTES_A_TOKEN * _SAMPLE_FLOPS[device] / num_bytes)),
         recipe=job.recipe,
+        top_k=job.top_k,
+        num_draws=job.num_draws,
+        draw_seed=job.draw_seed,
         on_batch=lambda tokens, num_bytes: batches.append((time.monotonic(), tokens)),
     )
     started = time.monotonic()
-    sizes = _measure(list(scores))
+    sizes = _measure(job, prepared.facts.vocab_size, list(scores))
     # The first batch pays for what is done once.
     timed = batches if len(batches) > 2 else [(started, 0), *batches]
     seconds, tokens = timed[-1][0] - timed[0][0], sum(n for _, n in timed[1:])
@@ -341,52 +353,68 @@ def _shuffled(documents: Sequence[Document], most_bytes: int) -> list[Document]:
     return taken
 
 
-def _measure(scores: Sequence[DocumentScore]) -> Sizes:
+def _measure(job: Job, vocab_size: int, scores: Sequence[DocumentScore]) -> Sizes:
     """What parts of these documents take."""
     summary = Summary()
     for score in scores:
         summary.add(score)
     tokens = [score.record.num_tokens_scored for score in scores]
+    # What a part takes but for its rows is in one of a single document too.
+    first = max(range(len(scores)), key=lambda i: tokens[i])
+    others = sum(tokens) - tokens[first]
+    shard: dict[str, float] = {}
+    token: dict[str, float] = {}
     with TemporaryDirectory(prefix="logitmill-") as scratch:
         file = Path(scratch, "part")
 
-        def write(kind: type[ScoresWriter] | type[TokensWriter], kept: Iterable[Any]) -> int:
-            writer = kind(file, {})
+        def write(tier: str, kept: Iterable[DocumentScore]) -> int:
+            writer = _open_writer(tier, file, job, vocab_size)
             for score in kept:
                 writer.add(score)
             writer.close()
             return file.stat().st_size
 
-        # What a part takes but for its rows is in one of a single document too.
-        first = max(range(len(scores)), key=lambda i: tokens[i])
-        ones = [write(kind, [scores[first]]) for kind in (ScoresWriter, TokensWriter)]
-        alls = [write(kind, scores) for kind in (ScoresWriter, TokensWriter)]
-        others = len(scores) - 1, sum(tokens) - tokens[first]
-        document, token = (
-            (all_ - one) / other if other else float(one) / max(1, count)
-            for one, all_, other, count in zip(ones, alls, others, (1, tokens[first]), strict=True)
-        )
+        one = write("scores", [scores[first]])
+        document = float(one)
+        if len(scores) > 1:
+            document = (write("scores", scores) - one) / (len(scores) - 1)
+        shard["scores"] = max(0.0, one - document)
+        for tier in _BY_TOKEN:
+            if tier in job.tiers:
+                one = write(tier, [scores[first]])
+                token[tier] = one / max(1, tokens[first])
+                if others:
+                    token[tier] = (write(tier, scores) - one) / others
+                shard[tier] = max(0.0, one - token[tier] * tokens[first])
         tables = 0.0
         for table in (summary.counts(), summary.outliers()):
             write_table(table, file)
             tables += file.stat().st_size
     return Sizes(
-        shard={
-            "scores": max(0.0, ones[0] - document),
-            "tokens": max(0.0, ones[1] - token * tokens[first]),
-            TABLES: tables,
-        },
+        shard={**shard, TABLES: tables},
         document=document,
         token=token,
         source=f"from a sample of {len(scores):,} documents, {sum(tokens):,} tokens, scored here",
     )
 
 
-def _state_sizes() -> Sizes:
-    return Sizes({TABLES: _STATED_SHARD}, _STATED_DOCUMENT, _STATED_TOKEN, "from stated figures")
+def _open_writer(tier: str, file: Path, job: Job, vocab_size: int) -> Writer:
+    match tier:
+        case "tokens":
+            return TokensWriter(file, {})
+        case "topk":
+            return TopKWriter(file, {}, top_k=job.top_k, vocab_size=vocab_size)
+        case "sampled":
+            draws = {"num_draws": job.num_draws, "draw_seed": job.draw_seed}
+            return SampledWriter(file, {}, **draws, vocab_size=vocab_size)
+        case _:
+            return ScoresWriter(file, {})
 
 
-def _row_bytes(prepared: Prepared) -> int:
-    """Of one token's log-probabilities over the vocabulary, before compression."""
-    width = np.dtype(LOGITS_DTYPES[prepared.job.logits_dtype]).itemsize
-    return prepared.facts.vocab_size * width
+def _state_sizes(job: Job) -> Sizes:
+    token = {
+        "tokens": _STATED_TOKEN,
+        "topk": _STATED_BESIDE + _STATED_CANDIDATE * job.top_k,
+        "sampled": _STATED_BESIDE + _STATED_DRAW * job.num_draws,
+    }
+    return Sizes({TABLES: _STATED_SHARD}, _STATED_DOCUMENT, token, "from stated figures")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ _DOCUMENT_TYPES: dict[str, pa.DataType] = {
     "doc_id": pa.string(),
     "source": pa.string(),
     "language": pa.string(),
+    "day": pa.string(),
     "status": pa.string(),
     "error": pa.string(),
     "recipe": pa.string(),
@@ -50,6 +51,43 @@ TOKENS = pa.schema(
 )
 """One row a scored document: its `TokenRecords` as lists of one length."""
 
+_OF_EVERY_TOKEN = (
+    *(("doc_id", pa.string()), ("num_tokens", pa.int32()), ("first_input", pa.int32())),
+    *(("token_id", pa.binary()), ("byte_start", pa.binary()), ("byte_end", pa.binary())),
+    ("logprob", pa.binary()),
+)
+_HIGH = 1 << 16
+"""Ids from here on take a column more."""
+
+TOPK = pa.schema(
+    [
+        *_OF_EVERY_TOKEN,
+        ("top_id_low", pa.binary()),
+        ("top_id_high", pa.binary()),
+        ("top_logprob", pa.binary()),
+        ("log_tail_mass", pa.binary()),
+    ]
+)
+"""One row a scored document of n tokens, arrays as little-endian bytes (`BLOBS`). `token_id`,
+`byte_start`, `byte_end` and `logprob` [n] are those of the token records; the likeliest k tokens of
+each row are `top_id_low` + 65,536 `top_id_high` [n, k], and `top_logprob` [n, k], descending;
+`log_tail_mass` [n] is the log of what all others weigh, -inf if k is the whole vocabulary. Row i is
+the distribution of what follows the token i - 1, row 0 of what follows `first_input`: the prefix,
+or without one the document's first token. k and the vocabulary are in the file's metadata."""
+
+SAMPLED = pa.schema(
+    [
+        *_OF_EVERY_TOKEN,
+        ("num_ids", pa.binary()),
+        ("id_low", pa.binary()),
+        ("id_high", pa.binary()),
+        ("count", pa.binary()),
+    ]
+)
+"""As `TOPK`, with tokens that were drawn from each row's distribution, m of them with replacement:
+`num_ids` [n] distinct ones a row, end to end `id_low` + 65,536 `id_high`, ascending in a row, and
+how many draws each has, `count`. count / m is an unbiased estimate of a token's probability."""
+
 LOGITS = pa.schema(
     [
         ("doc_id", pa.string()),
@@ -62,9 +100,52 @@ LOGITS = pa.schema(
 """Consecutive rows of a document: `logprobs` is [num_rows, V], little-endian, of the dtype in the
 file's metadata; row i scored the document's token record i; logits are logprobs + logsumexp."""
 
-SCHEMAS = {"scores": SCORES, "tokens": TOKENS, "logits": LOGITS}
+HIDDEN = pa.schema(
+    [
+        ("doc_id", pa.string()),
+        ("first_row", pa.int64()),
+        ("num_rows", pa.int32()),
+        ("states", pa.large_binary()),
+    ]
+)
+"""Consecutive rows of a document: `states` is [num_rows, D], little-endian, what the model's head
+takes, after the final norm; row i was made into what scored the document's token record i. Dtype, D
+and the head's digest are in the file's metadata."""
+
+SCHEMAS = {
+    "scores": SCORES,
+    "tokens": TOKENS,
+    "topk": TOPK,
+    "sampled": SAMPLED,
+    "hidden": HIDDEN,
+    "logits": LOGITS,
+}
 TIERS = tuple(SCHEMAS)
 """What a run can keep, in the order that tiers are listed in."""
+
+BLOBS: dict[str, np.dtype] = {
+    "token_id": np.dtype("<i4"),
+    "byte_start": np.dtype("<u4"),
+    "byte_end": np.dtype("<u4"),
+    "logprob": np.dtype("<f4"),
+    "top_id_low": np.dtype("<u2"),
+    "top_id_high": np.dtype("u1"),
+    "top_logprob": np.dtype("<f2"),
+    "log_tail_mass": np.dtype("<f4"),
+    "num_ids": np.dtype("u1"),
+    "id_low": np.dtype("<u2"),
+    "id_high": np.dtype("u1"),
+    "count": np.dtype("u1"),
+}
+"""What the bytes of a document's arrays are, in `TOPK` and `SAMPLED`."""
+
+
+def schema_of(tier: str, vocab_size: int) -> pa.Schema:
+    """The columns of a tier for a vocabulary: without the high parts of ids where all are 0."""
+    schema = SCHEMAS[tier]
+    if vocab_size > _HIGH:
+        return schema
+    return pa.schema([field for field in schema if not field.name.endswith("id_high")])
 
 
 def write_table(table: pa.Table, path: Path) -> None:
@@ -78,7 +159,10 @@ class PartWriter:
     def __init__(self, path: Path, schema: pa.Schema, metadata: Mapping[str, str]) -> None:
         self.path = path
         self._schema = schema.with_metadata({f"logitmill.{k}": v for k, v in metadata.items()})
-        blobs = [name for name in ("logprobs",) if name in schema.names]
+        kinds = {field.name: field.type for field in schema}
+        blobs = [
+            n for n, t in kinds.items() if pa.types.is_large_binary(t) or pa.types.is_binary(t)
+        ]
         # Dictionaries pay for the repeated strings of document rows, not for floats or blobs.
         strings = [field.name for field in schema if pa.types.is_string(field.type)]
         self._writer = pq.ParquetWriter(
@@ -126,22 +210,30 @@ class ScoresWriter:
             self._rows = []
 
 
-class TokensWriter:
-    """The `tokens` part: the scored tokens of every scored document."""
+class DocumentsWriter:
+    """A part with one row a scored document, whose arrays `make_columns` lays out."""
 
-    tier = "tokens"
+    tier: str
 
-    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
-        self._part = PartWriter(path, TOKENS, metadata)
+    def __init__(
+        self, path: Path, schema: pa.Schema, metadata: Mapping[str, str], token_bytes: int
+    ) -> None:
+        """`token_bytes` are those of a token's arrays: they decide where row groups end."""
+        self._part = PartWriter(path, schema, metadata)
+        self._token_bytes = token_bytes
         self._scores: list[DocumentScore] = []
         self._bytes = 0
+
+    def make_columns(self, scores: Sequence[DocumentScore]) -> dict[str, Any]:
+        """The columns of a row group."""
+        raise NotImplementedError
 
     def add(self, score: DocumentScore) -> None:
         """Append a document, if it was scored."""
         if not len(score.tokens):
             return
         self._scores.append(score)
-        self._bytes += len(score.tokens) * sum(d.itemsize for d in TOKEN_DTYPES.values())
+        self._bytes += len(score.tokens) * self._token_bytes
         if self._bytes >= _GROUP_BYTES:
             self._flush()
 
@@ -151,95 +243,24 @@ class TokensWriter:
         self._part.close()
 
     def _flush(self) -> None:
-        if not self._scores:
-            return
-        offsets = np.cumsum([0, *(len(s.tokens) for s in self._scores)]).astype(np.int32)
-        columns: dict[str, Any] = {"doc_id": [s.record.doc_id for s in self._scores]}
+        if self._scores:
+            self._part.write(self.make_columns(self._scores))
+            self._scores, self._bytes = [], 0
+
+
+class TokensWriter(DocumentsWriter):
+    """The `tokens` part: the scored tokens of every scored document."""
+
+    tier = "tokens"
+
+    def __init__(self, path: Path, metadata: Mapping[str, str]) -> None:
+        super().__init__(path, TOKENS, metadata, sum(d.itemsize for d in TOKEN_DTYPES.values()))
+
+    def make_columns(self, scores: Sequence[DocumentScore]) -> dict[str, Any]:
+        """Lists of one length a document."""
+        offsets = np.cumsum([0, *(len(s.tokens) for s in scores)]).astype(np.int32)
+        columns: dict[str, Any] = {"doc_id": [s.record.doc_id for s in scores]}
         for name in TOKEN_DTYPES:
-            values = np.concatenate([getattr(s.tokens, name) for s in self._scores])
+            values = np.concatenate([getattr(s.tokens, name) for s in scores])
             columns[name] = pa.ListArray.from_arrays(offsets, values)
-        self._part.write(columns)
-        self._scores, self._bytes = [], 0
-
-
-class TooManyLogits(RuntimeError):
-    """There are more logits than the run may keep. The message names the setting."""
-
-
-class LogitsWriter:
-    """The `logits` part: log-probabilities over the whole vocabulary, in document order.
-
-    A document's rows are stored so many at a time, whatever numbers they come in, so that batches
-    decide no bytes.
-    """
-
-    tier = "logits"
-
-    def __init__(self, path: Path, metadata: Mapping[str, str], *, dtype: str) -> None:
-        self._dtype = np.dtype(LOGITS_DTYPES[dtype]).newbyteorder("<")
-        self._part = PartWriter(path, LOGITS, {**metadata, "logits_dtype": dtype})
-        self.room = 0
-        """Bytes of log-probabilities, before compression, that may yet be kept."""
-        self._document = (-1, "")
-        self._first_row = 0
-        self._num_rows = 0
-        self._logprobs = np.empty((0, 0), self._dtype)
-        self._logsumexp = np.empty(0, np.float32)
-
-    def add_rows(
-        self, index: int, doc_id: str, first_row: int, logprobs: np.ndarray, logsumexp: np.ndarray
-    ) -> None:
-        """Append consecutive rows of a document; an engine's `on_logits`. Copies what it keeps.
-
-        Raises:
-            TooManyLogits: if they are more than may be kept.
-        """
-        num_columns = logprobs.shape[1]
-        self.room -= logprobs.size * self._dtype.itemsize
-        if self.room < 0:
-            raise TooManyLogits(
-                f"max_logits_bytes: it is used up within document {doc_id!r}, as the corpus holds "
-                "more tokens than a sample of it let expect; raise it, score fewer documents "
-                "(limit), or keep tokens instead"
-            )
-        if not len(self._logprobs):
-            step = max(1, _GROUP_BYTES // (num_columns * self._dtype.itemsize))
-            self._logprobs = np.empty((step, num_columns), self._dtype)
-            self._logsumexp = np.empty(step, np.float32)
-        if self._document != (index, doc_id):
-            self._flush()
-            self._document, self._first_row = (index, doc_id), first_row
-        taken = 0
-        while taken < len(logprobs):
-            count = min(len(logprobs) - taken, len(self._logprobs) - self._num_rows)
-            into = slice(self._num_rows, self._num_rows + count)
-            self._logprobs[into] = logprobs[taken : taken + count]
-            self._logsumexp[into] = logsumexp[taken : taken + count]
-            taken += count
-            self._num_rows += count
-            if self._num_rows == len(self._logprobs):
-                self._flush()
-
-    def add(self, score: DocumentScore) -> None:
-        """Documents add nothing to their rows."""
-
-    def close(self) -> None:
-        """Finish the file."""
-        self._flush()
-        self._part.close()
-
-    def _flush(self) -> None:
-        if not self._num_rows:
-            return
-        rows = slice(self._num_rows)
-        self._part.write(
-            {
-                "doc_id": [self._document[1]],
-                "first_row": [self._first_row],
-                "num_rows": [self._num_rows],
-                "logsumexp": [self._logsumexp[rows]],
-                "logprobs": [self._logprobs[rows].tobytes()],
-            }
-        )
-        self._first_row += self._num_rows
-        self._num_rows = 0
+        return columns

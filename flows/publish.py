@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .folder import Folder, Part
+from .operations import operations
 from .parts import write_table
 from .store import MANIFEST, PLAN, REPORT, Receipt, find_receipts
 from .summary import merge_counts, merge_outliers
@@ -53,7 +54,8 @@ def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
     facts = report_facts(folder.uri, plan, receipts)
     from .report import render_report
 
-    folder.write(REPORT, render_report(tables["counts"], tables["outliers"], facts).encode())
+    html = render_report(tables["counts"], tables["outliers"], facts, operations(receipts))
+    folder.write(REPORT, html.encode())
     manifest = {
         "format": 1,
         "run_key": plan["run_key"],
@@ -78,9 +80,10 @@ def rewrite_report(run: Run, out: str | None) -> str:
     """Render a run's report anew, in its place or into the local file `out`; returns where."""
     from .report import render_report
 
-    receipts = find_receipts(run.folder, len(run.plan["corpus"]["shards"]))
-    facts = report_facts(run.uri, run.plan, list(receipts.values()))
-    html = render_report(run.summary("counts"), run.summary("outliers"), facts).encode()
+    receipts = list(find_receipts(run.folder, len(run.plan["corpus"]["shards"])).values())
+    facts = report_facts(run.uri, run.plan, receipts)
+    counts, outliers = run.summary("counts"), run.summary("outliers")
+    html = render_report(counts, outliers, facts, operations(receipts)).encode()
     if out is None:
         run.folder.write(REPORT, html)
         return run.report_path

@@ -14,8 +14,6 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..engine.checkpoint import digest, find_model, read_config
 from ..engine.head import most_rows
 from ..engine.intake import Intake, check_vocabulary, doubt_vocabulary
@@ -26,7 +24,8 @@ from .cluster import ask, check_workers, is_address
 from .corpus import CorpusError, CorpusSpec, NothingLeft, plan_corpus, read_shard
 from .corpus.plan import Input, Plan
 from .folder import Folder, Part, endpoint_options
-from .parts import LOGITS_DTYPES, TIERS
+from .kept import OF_TIERS, WHOLE, check_kept, check_tiers, row_bytes
+from .parts import LOGITS_DTYPES
 from .store import MANIFEST, PLAN, find_receipts, hash_json
 from .versions import versions
 
@@ -46,12 +45,16 @@ class Request:
     tiers: Sequence[str] = ("scores",)
     engine: EngineSettings | None = None
     limit: int | None = None
+    top_k: int | None = None
+    num_draws: int | None = None
+    draw_seed: int | None = None
     logits_dtype: str = "float32"
     max_logits_bytes: int = 10 * 10**9
     endpoint_url: str | None = None
     workers: str | None = None
     deadline: float = 900.0
     only_new: bool = False
+    catalog: str | None = None
 
     def __post_init__(self) -> None:
         """Make settings of mappings of their fields, which is how a deployment gives them."""
@@ -87,6 +90,11 @@ class Job:
     engine: EngineSettings
     recipe: Recipe
     tiers: Sequence[str]
+    top_k: int
+    """Of the tier `topk`; 0 where that is not kept."""
+    num_draws: int
+    """Of the tier `sampled`; 0 where that is not kept."""
+    draw_seed: int
     logits_dtype: str
     max_logits_bytes: int
     num_shards: int
@@ -191,7 +199,7 @@ class Prepared:
     described: Mapping[str, Any]
     """What `plan.json` holds."""
     logits_bytes: int | None
-    """About what the logits will take; None if they are not kept."""
+    """About what logits or hidden states will take; None if neither are kept."""
     other: str | None
     """A line on a run that other software or another device made of the same, if there is one."""
     doubt: str | None
@@ -219,7 +227,7 @@ def prepare(request: Request) -> Prepared:
         ValueError: naming the field, its value and what would work.
     """
     engine = request.engine or EngineSettings()
-    tiers = _check_tiers(request.tiers)
+    tiers = check_tiers(request.tiers)
     if request.logits_dtype not in LOGITS_DTYPES:
         raise ValueError(
             f"logits_dtype: {request.logits_dtype!r} is not one of {', '.join(LOGITS_DTYPES)}"
@@ -230,6 +238,10 @@ def prepare(request: Request) -> Prepared:
     is_elsewhere = is_address(request.workers)
     spec = _make_spec(request)
     root = Folder(request.out, endpoint_options(request.out, request.endpoint_url))
+    if request.catalog is not None:
+        from .catalog import check_catalog
+
+        check_catalog(request.catalog, root)
     model_options = endpoint_options(request.model, request.endpoint_url)
     # Where others compute, the weights are their business.
     model_folder = find_model(
@@ -250,7 +262,8 @@ def prepare(request: Request) -> Prepared:
         most_rows(facts.vocab_size, facts.device, engine.logits_memory)
     recipe = find_recipe(request.recipe).resolve(facts.max_positions)
     tokenizer = Tokenizer.load(model_folder, trust_remote_code=engine.trust_remote_code)
-    _check_fit(recipe, spec, tokenizer, facts.vocab_size, model_folder)
+    prefix = _check_fit(recipe, spec, tokenizer, facts.vocab_size, model_folder)
+    kept = check_kept(request, tiers, facts)
     if recipe.concatenate:
         # One stream is one document, so it is one shard.
         spec = replace(spec, shard_bytes=1 << 60)
@@ -269,6 +282,9 @@ def prepare(request: Request) -> Prepared:
         "recipe": asdict(recipe),
         "tiers": tiers,
         "logits_dtype": request.logits_dtype if "logits" in tiers else None,
+        "top_k": kept.top_k,
+        "num_draws": kept.num_draws,
+        "draw_seed": kept.draw_seed,
     }
     try:
         plan = _plan_new(root, asked, spec) if request.only_new else plan_corpus(spec)
@@ -280,8 +296,8 @@ def prepare(request: Request) -> Prepared:
         # Who gave a name alone has never heard of the field that it became.
         raise CorpusError(_URI.sub("corpus=", str(error))) from None
     logits_bytes = None
-    if "logits" in tiers:
-        logits_bytes = _check_size(request, spec, plan, tokenizer, facts.vocab_size)
+    if WHOLE & set(tiers):
+        logits_bytes = _check_size(request, tiers, spec, plan, tokenizer, facts)
     root.check_writable()
 
     described: dict[str, Any] = {
@@ -292,6 +308,8 @@ def prepare(request: Request) -> Prepared:
         "device": description.device,
         "versions": dict(description.versions),
         "recipe_hash": recipe.hash,
+        "prefix_token": prefix,
+        "tokenizer": None if tokenizer is None else tokenizer.digest,
         "reading": spec.reading(),
         "shard_bytes": spec.shard_bytes,
         "corpus": plan.to_dict(),
@@ -313,6 +331,9 @@ def prepare(request: Request) -> Prepared:
         engine=engine,
         recipe=recipe,
         tiers=tiers,
+        top_k=kept.top_k or 0,
+        num_draws=kept.num_draws or 0,
+        draw_seed=kept.draw_seed or 0,
         logits_dtype=request.logits_dtype,
         max_logits_bytes=request.max_logits_bytes,
         num_shards=len(plan.shards),
@@ -405,6 +426,8 @@ def _make_key(plan: Mapping[str, Any]) -> str:
     """
     names = ("format", "engine", "recipe", "tiers", "logits_dtype", "shard_bytes")
     asked = {name: plan[name] for name in names}
+    # Of tiers that came later: where these are not kept, keys are what they were.
+    asked |= {name: plan[name] for name in OF_TIERS if plan[name] is not None}
     asked["model"] = {key: value for key, value in plan["model"].items() if key != "name"}
     asked["corpus"] = plan["corpus"]["fingerprint"]
     made = {name: plan[name] for name in ("device", "versions")}
@@ -461,20 +484,14 @@ def _make_spec(request: Request) -> CorpusSpec:
     return replace(spec, storage_options=options, limit=limit)
 
 
-def _check_tiers(tiers: Sequence[str]) -> list[str]:
-    """The tiers in their own order, `scores` always among them."""
-    if isinstance(tiers, str):
-        tiers = [tiers]
-    unknown = [tier for tier in tiers if tier not in TIERS]
-    if unknown:
-        raise ValueError(f"tiers: {unknown[0]!r} is not one of {', '.join(TIERS)}")
-    return [tier for tier in TIERS if tier == "scores" or tier in tiers]
-
-
 def _check_fit(
     recipe: Recipe, spec: CorpusSpec, tokenizer: Tokenizer | None, vocab_size: int, folder: Path
-) -> None:
-    """ValueError for a recipe, a corpus, a tokenizer and a model that do not go together."""
+) -> int | None:
+    """The token in front of documents.
+
+    Raises:
+        ValueError: for a recipe, a corpus, a tokenizer and a model that do not go together.
+    """
     if tokenizer is None and spec.ids_column is None:
         raise ValueError(
             f"tokenizer: the model folder {str(folder)!r} has none, so text cannot be scored; add "
@@ -483,7 +500,7 @@ def _check_fit(
     if tokenizer is not None and spec.ids_column is None:
         check_vocabulary(tokenizer, vocab_size)
     # It refuses a prefix that the tokenizer or the model does not have.
-    Intake(recipe, tokenizer, vocab_size)
+    prefix = Intake(recipe, tokenizer, vocab_size).prefix
     if spec.messages_column is not None and tokenizer and not tokenizer.has_template:
         raise ValueError(
             f"messages_column: {spec.messages_column!r} needs a chat template, which the model's "
@@ -504,12 +521,18 @@ def _check_fit(
             f"recipe: {recipe.name!r} reads the corpus as one stream of text, which chat messages "
             "and token ids are not; use rolling"
         )
+    return prefix
 
 
 def _check_size(
-    request: Request, spec: CorpusSpec, plan: Plan, tokenizer: Tokenizer | None, vocab_size: int
+    request: Request,
+    tiers: Sequence[str],
+    spec: CorpusSpec,
+    plan: Plan,
+    tokenizer: Tokenizer | None,
+    facts: ModelFacts,
 ) -> int:
-    """About how many bytes the logits of the corpus take, from a sample of its documents.
+    """About how many bytes logits or states of the corpus take, from a sample of its documents.
 
     Raises:
         ValueError: if that is more than the request allows.
@@ -526,12 +549,13 @@ def _check_size(
             tokens += len(tokenizer.encode([text])[0].ids)
             sampled += len(text.encode("utf-8", "replace"))
     per_byte = tokens / sampled if sampled else 0.25
-    width = np.dtype(LOGITS_DTYPES[request.logits_dtype]).itemsize
     num_tokens = int(plan.num_bytes * per_byte)
-    expected, limit = num_tokens * vocab_size * width, request.max_logits_bytes
+    expected = num_tokens * row_bytes(tiers, facts, request.logits_dtype)
+    limit = request.max_logits_bytes
     if expected > limit:
+        what = "hidden states" if "hidden" in tiers else "logits"
         raise ValueError(
-            f"max_logits_bytes: {limit:,} bytes is less than the {expected:,} bytes that logits of "
+            f"max_logits_bytes: {limit:,} bytes is less than the {expected:,} bytes that {what} of "
             f"about {num_tokens:,} tokens take; raise it to confirm, score fewer documents "
             "(limit), or keep tokens instead"
         )

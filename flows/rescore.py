@@ -18,9 +18,11 @@ from ..engine.pipeline import EngineSettings, Pipeline, load_pipeline, name_devi
 from ..engine.recipes import Recipe
 from ..engine.records import DOCUMENT_FIELDS, TOKEN_DTYPES, Document, DocumentScore
 from ..engine.weights import Quantization
+from .agreement import Distributions
 from .corpus import CorpusSpec, read_shard
 from .corpus.plan import Plan, Shard
 from .folder import Folder, endpoint_options, one_line
+from .origin import find_corpus
 from .parts import SCORES
 from .run import Run
 from .store import Receipt
@@ -36,7 +38,7 @@ _ROUNDED_TOLERANCE = 0.5
 0.14 in int4 through fp8, 0.08 in int8."""
 # What does not depend on who computes.
 _EXACT = (
-    *("doc_id", "source", "language", "status", "recipe", "recipe_hash", "truncated"),
+    *("doc_id", "source", "language", "day", "status", "recipe", "recipe_hash", "truncated"),
     *("num_tokens", "num_tokens_scored", "num_bytes", "num_chars", "num_words", "num_windows"),
     "zlib_bytes",
 )
@@ -76,12 +78,13 @@ def rescore(
     except ValueError as error:
         return [Finding("not scored again", one_line(error))]
     try:
-        spec = _find_corpus(plan, endpoint_url)
+        spec = find_corpus(plan, endpoint_url)
     except ValueError as error:
         return [Finding("not scored again", one_line(error))]
     shards = Plan.from_dict(plan["corpus"]).shards
     recipe = Recipe(**plan["recipe"])
     findings: list[Finding] = []
+    distributions = Distributions(run.folder, plan)
     compared = {True: 0, False: 0}
     reasons: set[str] = set()
     for i, rows in chosen.items():
@@ -90,7 +93,7 @@ def rescore(
         tolerance = None if reason is None else _tolerance(plan)
         reasons |= {reason} if reason is not None else set()
         try:
-            scores = _score(pipe, recipe, spec, shards[receipt.shard], rows)
+            scores = _score(pipe, recipe, spec, shards[receipt.shard], rows, distributions.wanted)
         except ValueError as error:
             findings.append(Finding("corpus", one_line(error)))
             continue
@@ -102,6 +105,10 @@ def rescore(
                 continue
             compared[tolerance is None] += 1
             findings += stored.compare(scores[row], tolerance)
+            findings += [
+                Finding(stored.name, problem)
+                for problem in distributions.compare(receipt.shard, scores[row], tolerance)
+            ]
     total = sum(receipt.documents for receipt in receipts)
     if compared[True]:
         on_line(f"scored {compared[True]:,} of {total:,} documents again: compared bit for bit")
@@ -189,22 +196,6 @@ def _quantized(
     raise ValueError(f"quantization: linears ran {runs}, which this device does not")
 
 
-def _find_corpus(plan: Mapping[str, Any], endpoint_url: str | None) -> CorpusSpec:
-    """What the plan's corpus is read with.
-
-    Raises:
-        ValueError: if the plan does not say of which columns its documents are made.
-    """
-    uri, inputs = plan["uri"], plan["corpus"]["inputs"]
-    reading = plan.get("reading")
-    if reading is None and any(input_["format"] != "text" for input_ in inputs):
-        raise ValueError(
-            f"corpus: of which columns of {uri!r} documents are made is not in the plan, which an "
-            "older version has written"
-        )
-    return CorpusSpec(uri=uri, storage_options=endpoint_options(uri, endpoint_url), **reading or {})
-
-
 def _tolerance(plan: Mapping[str, Any]) -> float:
     runs = set(plan["engine"].get("linears", {}).values())
     is_plain = runs <= {str(Quantization.NONE)}
@@ -212,11 +203,16 @@ def _tolerance(plan: Mapping[str, Any]) -> float:
 
 
 def _score(
-    pipe: Pipeline, recipe: Recipe, spec: CorpusSpec, shard: Shard, rows: Sequence[int]
+    pipe: Pipeline,
+    recipe: Recipe,
+    spec: CorpusSpec,
+    shard: Shard,
+    rows: Sequence[int],
+    wanted: Mapping[str, Any],
 ) -> dict[int, DocumentScore]:
     """Scores of the shard's documents that stand in these rows, by row."""
     if recipe.concatenate:
-        everything = pipe.score(read_shard(spec, shard), recipe=recipe)
+        everything = pipe.score(read_shard(spec, shard), recipe=recipe, **wanted)
         return {row: score for row, score in enumerate(everything) if row in rows}
     documents: dict[int, Document] = {}
     for row, document in enumerate(read_shard(spec, shard)):
@@ -224,7 +220,8 @@ def _score(
             documents[row] = document
         if row == max(rows):
             break
-    return dict(zip(documents, pipe.score(documents.values(), recipe=recipe), strict=True))
+    scores = pipe.score(documents.values(), recipe=recipe, **wanted)
+    return dict(zip(documents, scores, strict=True))
 
 
 class _Row:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,13 +13,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from .distributions import read_draws, read_top_k
 from .folder import Folder, StoreError
-from .parts import LOGITS_DTYPES, SCHEMAS
+from .parts import LOGITS_DTYPES, schema_of
 from .store import MANIFEST, PLAN, REPORT, find_receipts
 
 if TYPE_CHECKING:
     import datasets
     import pandas
+    import torch
+
+    from ..engine import Pipeline
+    from .distillation import DistillationDataset
 
 
 def open_run(
@@ -91,13 +97,17 @@ class Run:
     def table(self, tier: str = "scores", columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of a tier in corpus order: `scores` one a document, `tokens` lists a document.
 
+        Of `topk` and `sampled` a document's arrays are bytes, for `distributions.read_top_k` and
+        `read_draws`; schemas are in `parts`.
+
         Raises:
             ValueError: if the run did not keep the tier, or the tier has not the columns.
         """
         tables = [self._read(name, columns) for name in self._names(tier)]
         if not tables:
-            _check_columns(columns, SCHEMAS[tier].names)
-            empty = SCHEMAS[tier].empty_table()
+            schema = schema_of(tier, self.plan["model"]["vocab_size"])
+            _check_columns(columns, schema.names)
+            empty = schema.empty_table()
             return empty.select(list(columns)) if columns is not None else empty
         return pa.concat_tables(tables)
 
@@ -129,8 +139,19 @@ class Run:
             raise StoreError(f"summary: {name!r} is not one of {known}")
         return self._read(f"summary/{name}.parquet", None)
 
+    def operations(self) -> pa.Table:
+        """How each shard was scored, by its receipt: device, seconds, bytes written by tier."""
+        from .operations import operations
+
+        num_shards = len(self.plan["corpus"]["shards"])
+        return operations(find_receipts(self.folder, num_shards).values())
+
     def document(self, doc_id: str) -> dict[str, Any]:
-        """The document's record, with its token records as arrays if they were kept.
+        """The document's record, with its arrays by tier: `tokens`, `topk`, `sampled`, if kept.
+
+        `tokens` are its token records; the others are as `distributions.read_top_k` and
+        `read_draws` give them, row i that of its token record i. A document that was not scored
+        has none.
 
         Raises:
             KeyError: if the run has no such document.
@@ -145,6 +166,11 @@ class Run:
                     for name in tokens.column_names
                     if name != "doc_id"
                 }
+        for tier in ("topk", "sampled"):
+            if tier in self.tiers and len(rows := self._rows(tier, shard, doc_id)):
+                row = rows.to_pylist()[0]
+                top_k = self.plan["top_k"]
+                record[tier] = read_top_k(row, top_k) if tier == "topk" else read_draws(row)
         return record
 
     def logprobs(self, doc_id: str) -> np.ndarray:
@@ -170,6 +196,110 @@ class Run:
             [rows.astype(np.float32) + lse[:, None] for rows, lse in self._logits(doc_id)]
         )
 
+    def states(self, doc_id: str) -> torch.Tensor:
+        """Hidden states after the final norm, [n, D]: row i scored the document's i-th token.
+
+        In the dtype they were scored in. Needs the tier `hidden`.
+
+        Raises:
+            KeyError: if the run has no such document.
+        """
+        import torch
+
+        from .rows import read_states
+
+        self._names("hidden")
+        shard, _ = self._find(doc_id)
+        with self.open_part(self._names("hidden")[shard]) as parquet:
+            about = {k.decode(): v.decode() for k, v in parquet.schema_arrow.metadata.items()}
+        dtype, size = about["logitmill.hidden_dtype"], int(about["logitmill.hidden_size"])
+        rows = self._rows("hidden", shard, doc_id)["states"]
+        found = [read_states(blob.as_py(), dtype, size) for blob in rows]
+        return torch.cat(found) if found else torch.empty(0, size, dtype=getattr(torch, dtype))
+
+    def replay(self, doc_id: str, pipe: Pipeline) -> Iterator[tuple[slice, torch.Tensor]]:
+        """(rows, their logits [rows, V] float32) of a document, made of its states, by chunks.
+
+        On the device and software of the run these are the bits that it scored with. Needs the tier
+        `hidden`.
+
+        Args:
+            pipe: the run's model, from `logitmill.engine.pipeline`.
+
+        Raises:
+            KeyError: if the run has no such document.
+            ValueError: if the model's head is another one than the run's.
+        """
+        states = self.states(doc_id)
+        from .examples import check_head
+
+        for name in self.parts("hidden")[:1]:
+            with self.open_part(name) as parquet:
+                check_head(parquet.schema_arrow.metadata[b"logitmill.head_digest"].decode(), pipe)
+        return pipe.replay(states)
+
+    def distillation(
+        self,
+        tier: str = "topk",
+        *,
+        vocab_size: int,
+        tokenizer: str | Path | None = None,
+        pipe: Pipeline | None = None,
+        context: int | None = None,
+        spans: bool = False,
+        shuffle_buffer: int = 0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        check: bool = True,
+    ) -> DistillationDataset:
+        """A torch `IterableDataset` of inputs and what the model thought follows each.
+
+        Args:
+            tier: `topk`, `sampled`, `hidden` or `logits`.
+            vocab_size: columns of the student's logits. An id beyond is an error.
+            tokenizer: the student's model folder; an error if its tokens are not the run's.
+            pipe: with `hidden`, the run's model, which makes log-probabilities of the states.
+            context: cut documents into examples of at most so many inputs; each is a document
+                otherwise.
+            spans: also give the bytes of the document that each target stands for, by which another
+                tokenizer's tokens can be aligned.
+            shuffle_buffer: documents that examples are drawn from at random, shards in a random
+                order; 0 keeps the order of the corpus.
+            seed: of the order; `set_epoch` changes it as well.
+            rank: which of `world_size` processes this is: each reads other shards.
+            world_size: how many there are.
+            check: hold every part to its sha256 in the manifest before it is read.
+
+        Raises:
+            ValueError: naming what does not fit, now; while it is read, for an id that the student
+                does not have, and a part that is not the manifest's.
+        """
+        from .distillation import DistillationDataset
+
+        return DistillationDataset(
+            self,
+            tier,
+            vocab_size=vocab_size,
+            tokenizer=tokenizer,
+            pipe=pipe,
+            context=context,
+            spans=spans,
+            shuffle_buffer=shuffle_buffer,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            check=check,
+        )
+
+    def parts(self, tier: str) -> list[str]:
+        """The tier's files below the run's folder, in the order of the corpus.
+
+        Raises:
+            ValueError: if the run did not keep the tier.
+        """
+        return self._names(tier)
+
     def _logits(self, doc_id: str) -> list[tuple[np.ndarray, np.ndarray]]:
         self._names("logits")
         shard, _ = self._find(doc_id)
@@ -188,7 +318,7 @@ class Run:
 
     def _rows(self, tier: str, shard: int, doc_id: str) -> pa.Table:
         found = []
-        with self._open(self._names(tier)[shard]) as parquet:
+        with self.open_part(self._names(tier)[shard]) as parquet:
             for group in range(parquet.num_row_groups):
                 ids = parquet.read_row_group(group, columns=["doc_id"])["doc_id"]
                 if pc.any(pc.equal(ids, doc_id)).as_py():
@@ -203,12 +333,12 @@ class Run:
         return self._parts.get(tier, [])
 
     def _read(self, name: str, columns: Sequence[str] | None) -> pa.Table:
-        with self._open(name) as parquet:
+        with self.open_part(name) as parquet:
             _check_columns(columns, parquet.schema_arrow.names)
             return parquet.read(list(columns) if columns is not None else None)
 
     @contextmanager
-    def _open(self, name: str) -> Iterator[pq.ParquetFile]:
+    def open_part(self, name: str) -> Iterator[pq.ParquetFile]:
         """A part, read by this thread alone.
 
         The readers of whole data sets leave threads behind that hold Python's file, and a process

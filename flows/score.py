@@ -31,7 +31,7 @@ from .runners import Pool, open_pool, run_all
 from .server import start_server, use_server
 from .store import REPORT, Receipt, find_receipts
 
-Tier = Literal["scores", "tokens", "logits"]
+Tier = Literal["scores", "tokens", "topk", "sampled", "hidden", "logits"]
 
 IN_PLAN = {"in_plan": True}
 """Marks what is logged of a run that a command has shown with its plan."""
@@ -71,6 +71,7 @@ class ScoringFlow(Flow[..., str]):
     def run_prepared(self, prepared: Prepared, **options: Any) -> Any:
         """The flow's result for what is prepared; at once if the run is already complete."""
         if prepared.is_complete() and not options.get("return_state"):
+            _publish_tables(prepared.request, prepared.job.folder)
             return prepared.job.folder.uri
         num_shards = len(prepared.plan.shards)
         is_here = prepared.request.workers is None
@@ -111,12 +112,16 @@ def score_corpus(
     tiers: Sequence[Tier] = ("scores",),
     engine: EngineSettings | None = None,
     limit: int | None = None,
+    top_k: int | None = None,
+    num_draws: int | None = None,
+    draw_seed: int | None = None,
     logits_dtype: Literal["float32", "float16"] = "float32",
     max_logits_bytes: int = 10 * 10**9,
     endpoint_url: str | None = None,
     workers: str | None = None,
     deadline: float = 900.0,
     only_new: bool = False,
+    catalog: str | None = None,
 ) -> str:
     """Score a corpus with a causal language model and leave the run in storage.
 
@@ -133,12 +138,17 @@ def score_corpus(
         recipe: `rolling`, `disjoint`, `strided`, `llamacpp`, `truncated`, `conditional`, each with
             an optional context as in `rolling-1024`, or a `Recipe`.
         tiers: what to keep: `scores` (a row a document, always), `tokens` (a record a token),
-            `logits` (log-probabilities over the whole vocabulary).
+            `topk` (the likeliest tokens of every row, and the mass of all others), `sampled`
+            (tokens drawn from its distribution), `hidden` (what the model's head takes), `logits`
+            (log-probabilities over the whole vocabulary, of which all of these can be made).
         engine: device, dtype, batch size and memory of the engine.
         limit: at most this many documents, the first in plan order.
+        top_k: tokens of a row in the tier `topk`, up to 256; 20 by default.
+        num_draws: draws of a row in the tier `sampled`, up to 255; 12 by default.
+        draw_seed: of these draws; another one gives others. 0 by default.
         logits_dtype: what log-probabilities of the tier `logits` are stored in.
-        max_logits_bytes: refuse to start a run whose `logits` would take more than this, before
-            compression, and end one that turns out to.
+        max_logits_bytes: refuse to start a run whose `logits` or `hidden` would take more than
+            this, before compression, and end one that turns out to.
         endpoint_url: the S3 server to use where it is not Amazon's.
         workers: where shards are scored: by default in this process; `gpus`, a process for each GPU
             of this machine; a number, so many processes of it; `tcp://host:8786`, the workers of
@@ -147,6 +157,8 @@ def score_corpus(
             started anew, and its shards are done again; to load the model is no progress.
         only_new: leave out the inputs that complete runs in `out`, of the same settings, have
             scored; content tells, not the name. A run that was begun is finished first, alone.
+        catalog: make the complete run part of the Iceberg tables of this catalog of pyiceberg's
+            settings, or `beside` for one beside the runs.
 
     Returns:
         The URI of the run's folder; `out` if there is nothing new to score.
@@ -176,6 +188,7 @@ def carry_out(request: Request) -> str:
     folder = job.folder
     if prepared.is_complete():
         log.info("%s is complete, nothing to do", folder.uri)
+        _publish_tables(request, folder)
         return folder.uri
     done = find_receipts(folder, len(plan.shards))
     pending = [shard for shard in plan.shards if shard.index not in done]
@@ -234,6 +247,7 @@ def carry_out(request: Request) -> str:
             "though they were scored: is another run writing other bytes here? run again"
         )
     publish(folder, receipts)
+    _publish_tables(request, folder)
     try:
         _leave_artifacts(folder, receipts)
     except Exception as error:
@@ -242,6 +256,17 @@ def carry_out(request: Request) -> str:
     if 0 < sum(r.documents for r in receipts) == sum(r.failed for r in receipts):
         log.warning("%s: none of its documents could be scored", folder.uri)
     return folder.uri
+
+
+def _publish_tables(request: Request, folder: Folder) -> None:
+    """Make a complete run part of a catalog's tables, where one is named and it is not there."""
+    if request.catalog is None:
+        return
+    from .catalog import publish_run
+    from .run import open_run
+
+    run = open_run(folder.uri, storage_options=folder.options)
+    publish_run(run, catalog=request.catalog)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
@@ -26,19 +25,15 @@ from ..engine.records import OK, DocumentScore
 from .corpus import read_shard
 from .corpus.plan import Shard
 from .folder import one_line
-from .parts import (
-    LOGITS_DTYPES,
-    LogitsWriter,
-    ScoresWriter,
-    TokensWriter,
-    TooManyLogits,
-    write_table,
-)
+from .kept import row_bytes
+from .parts import write_table
 from .progress import TALLY, Attempt, Count
 from .request import Job, describe
+from .rows import TooManyLogits
 from .store import Receipt, find_receipts
 from .summary import Summary
 from .versions import versions
+from .writers import Writers
 
 RETRIES = 2
 _REPORT_SECONDS = 1.0
@@ -48,7 +43,7 @@ stopped: set[str] = set()
 """Flow runs (`Job.attempt`) that were interrupted: their tasks in this process end soon."""
 
 _kept: dict[tuple[str, int], int] = {}
-"""Tokens of shards that this process has kept logits of, by flow run; receipts come a bit later."""
+"""Tokens of shards that this process has kept rows of, by flow run; receipts come a bit later."""
 
 _turn = threading.Lock()
 """Held by the task whose shard the engine is given. Others read theirs, or write it."""
@@ -160,14 +155,8 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
     loglikelihood, device_seconds = 0.0, 0.0
     summary = Summary()
     with job.folder.scratch() as scratch:
-        writers: list[ScoresWriter | TokensWriter | LogitsWriter] = []
-        logits: LogitsWriter | None = None
-        if "tokens" in job.tiers:
-            writers.append(TokensWriter(scratch / "tokens", metadata))
-        if "logits" in job.tiers:
-            logits = LogitsWriter(scratch / "logits", metadata, dtype=job.logits_dtype)
-            writers.append(logits)
-        writers.append(ScoresWriter(scratch / "scores", metadata))
+        writers = Writers(job, pipe, scratch, metadata)
+        rows = writers.rows
 
         def on_batch(tokens: int, num_bytes: int) -> None:
             nonlocal device_seconds
@@ -182,20 +171,19 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
         scores = pipe.score(
             read_shard(job.corpus, shard),
             recipe=job.recipe,
-            on_logits=None if logits is None else logits.add_rows,
-            logits_dtype=job.logits_dtype,
             on_batch=on_batch,
-            # What logits may take is known once the shard before is through.
-            on_launched=turn.pass_on if logits is None else None,
+            # What rows may take is known once the shard before is through.
+            on_launched=turn.pass_on if rows is None else None,
+            **writers.wanted,
         )
         with turn, closing(cast("Generator[DocumentScore]", scores)):
-            if logits is not None:
-                logits.room = _logits_room(job, pipe.vocab_size)
+            if rows is not None:
+                rows.room = _room(job, pipe)
             started = time.monotonic()
             for score in scores:
                 _end_if_stopped(job)
                 record = score.record
-                for writer in writers:
+                for writer in writers.all:
                     writer.add(score)
                 summary.add(score)
                 counts["documents"] += 1
@@ -205,10 +193,10 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
                 loglikelihood += record.loglikelihood or 0.0
                 attempt.add_document(scored=record.status == OK)
             seconds = _count_seconds(started)
-            if logits is not None:
+            if rows is not None:
                 _kept[job.attempt, shard.index] = counts["tokens"]
         parts = []
-        for writer in writers:
+        for writer in writers.all:
             writer.close()
             part_name = f"{writer.tier}/part-{name}.parquet"
             parts.append(job.folder.publish(scratch / writer.tier, part_name))
@@ -242,13 +230,12 @@ def _end_if_stopped(job: Job) -> None:
         raise Stopped("interrupted")
 
 
-def _logits_room(job: Job, vocab_size: int) -> int:
-    """Bytes of logits that the run may still keep: what its finished shards hold is used."""
+def _room(job: Job, pipe: Pipeline) -> int:
+    """Bytes of rows that the run may still keep: what its finished shards hold is used."""
     kept = {n: tokens for (attempt, n), tokens in _kept.items() if attempt == job.attempt}
     receipts = find_receipts(job.folder, job.num_shards)
     tokens = sum((kept | {n: receipt.tokens for n, receipt in receipts.items()}).values())
-    row_bytes = vocab_size * np.dtype(LOGITS_DTYPES[job.logits_dtype]).itemsize
-    return job.max_logits_bytes - tokens * row_bytes
+    return job.max_logits_bytes - tokens * row_bytes(job.tiers, pipe, job.logits_dtype)
 
 
 class _Turn:

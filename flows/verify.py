@@ -17,12 +17,15 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..engine.records import OK, TOKEN_DTYPES
 from .corpus.locations import is_garbled
 from .folder import Folder, Part, endpoint_options, find_live, one_line
+from .parts import BLOBS, schema_of
 from .publish import MERGES, read_table, read_tables
 from .run import Run, open_run
 from .store import MANIFEST, PLAN, REPORT, Receipt
@@ -328,9 +331,12 @@ def _hold_rows(
     if "tokens" in plan["tiers"]:
         name = f"tokens/part-{n}.parquet"
         yield from _hold_documents(name, scored, _count_tokens(folder, name, plan["run_key"]))
-    if "logits" in plan["tiers"]:
-        name = f"logits/part-{n}.parquet"
-        yield from _hold_documents(name, scored, _count_logits(folder, name, plan["run_key"]))
+    for tier in plan["tiers"]:
+        name = f"{tier}/part-{n}.parquet"
+        if tier in ("topk", "sampled"):
+            yield from _hold_documents(name, scored, _count_arrays(folder, name, plan))
+        elif tier in ("hidden", "logits"):
+            yield from _hold_documents(name, scored, _count_rows(folder, name, plan["run_key"]))
     counts = read_table(folder, f"shards/{n}.counts.parquet")
     of_status = counts.filter([panel.startswith(STATUS) for panel in counts["panel"].to_pylist()])
     for total in ("documents", "tokens"):
@@ -362,8 +368,39 @@ def _count_tokens(folder: Folder, name: str, run_key: str) -> Iterator[tuple[str
         yield from zip(rows["doc_id"].to_pylist(), lengths, strict=True)
 
 
-def _count_logits(folder: Folder, name: str, run_key: str) -> Iterator[tuple[str, int]]:
-    """(doc_id, its rows of logits), of documents whose rows follow each other."""
+def _count_arrays(folder: Folder, name: str, plan: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """(doc_id, its tokens) of every row.
+
+    Raises:
+        ArrowInvalid: if the arrays of a row are not of one length.
+    """
+    tier = name.split("/")[0]
+    columns = schema_of(tier, plan["model"]["vocab_size"]).names
+    for rows in _row_groups(folder, name, plan["run_key"], columns):
+        sizes = {
+            column: pc.binary_length(rows[column]).to_numpy() // BLOBS[column].itemsize
+            for column in columns
+            if column in BLOBS
+        }
+        count = rows["num_tokens"].to_numpy()
+        # What a row has so many of; of draws that is told by the row itself.
+        if tier == "topk":
+            most = count * plan["top_k"]
+        else:
+            most = np.array([int(_add_up(blob.as_buffer())) for blob in rows["num_ids"]])
+        for column, size in sizes.items():
+            wanted = most if column.startswith(("top_", "id_", "count")) else count
+            if (size != wanted).any():
+                raise pa.ArrowInvalid(f"{name} has arrays of {column} of another length")
+        yield from zip(rows["doc_id"].to_pylist(), count.tolist(), strict=True)
+
+
+def _add_up(blob: Any) -> int:
+    return int(np.frombuffer(blob, BLOBS["num_ids"]).sum(dtype=np.int64))
+
+
+def _count_rows(folder: Folder, name: str, run_key: str) -> Iterator[tuple[str, int]]:
+    """(doc_id, its rows of logits or states), of documents whose rows follow each other."""
     document, count = None, 0
     columns = ["doc_id", "first_row", "num_rows"]
     for rows in _row_groups(folder, name, run_key, columns):

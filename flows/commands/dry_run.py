@@ -40,7 +40,10 @@ def say_estimate(prepared: Prepared, price: float | None) -> None:
         f"{counted(expected.num_sampled, 'document')} that were tokenized"
     )
     sizes = ", ".join(f"{tier} {_size(size)}" for tier, size in expected.sizes.items())
-    packed = ", logits before compression" if "logits" in job.tiers else ""
+    packed = ""
+    for tier in ("hidden", "logits"):
+        if tier in job.tiers:
+            packed = f", {tier} before compression"
     typer.echo(f"storage about {_size(expected.num_bytes)}: {sizes} ({expected.sized_by}{packed})")
     if price is not None:
         cost = price * expected.num_bytes / 1e9

@@ -60,14 +60,17 @@ _CALLED = {
 _WORDS = (
     *("out", "recipe", "context", "overlap", "stride", "prefix", "format", "subset", "split"),
     *("limit", "device", "dtype", "quantization", "uri", "model", "tiers"),
-    *("corpus", "peer", "repeat", "keep", "workers", "deadline", "sample", "seed", "doc"),
+    *("corpus", "peer", "repeat", "keep", "workers", "deadline", "sample", "seed", "doc", "level"),
+    *("html", "from", "to", "score", "by", "weight"),
+    *("catalog", "namespace", "date", "database", "sql"),
 )
 _COMPOUNDS = (
     *("text_column", "messages_column", "ids_column", "context_column", "id_column"),
-    *("source_column", "language_column", "endpoint_url", "logits_dtype", "fp8_head"),
+    *("source_column", "language_column", "day_column", "endpoint_url", "logits_dtype"),
+    "fp8_head",
     *("trust_remote_code", "shard_bytes", "max_batch_tokens", "logits_memory"),
     *("device_memory", "residency"),
-    *("max_logits_bytes", "storage_options", "top_k", "from_disk"),
+    *("max_logits_bytes", "storage_options", "top_k", "num_draws", "draw_seed", "from_disk"),
     *("only_new", "price_per_gb_month"),
 )
 # A word is a field where it leads the message, stands alone in brackets or before a value; a

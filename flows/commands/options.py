@@ -12,6 +12,9 @@ class Tier(StrEnum):
     """What to keep besides document scores."""
 
     tokens = "tokens"
+    topk = "topk"
+    sampled = "sampled"
+    hidden = "hidden"
     logits = "logits"
 
 

@@ -46,7 +46,23 @@ def score(
     ] = "runs",
     keep: Annotated[
         list[Tier] | None,
-        typer.Option(help="Also keep a record a token, or the logits. May be given twice."),
+        typer.Option(
+            help="Also keep a record a token (tokens), the likeliest tokens of every row (topk), "
+            "draws from its distribution (sampled), the states that logits are made of (hidden), "
+            "or all log-probabilities (logits). May be given several times."
+        ),
+    ] = None,
+    top_k: Annotated[
+        int | None,
+        number("tokens", "20", help="With --keep topk: so many of a row, up to 256; default 20."),
+    ] = None,
+    num_draws: Annotated[
+        int | None,
+        number("draws", "12", help="With --keep sampled: so many of a row; default 12."),
+    ] = None,
+    draw_seed: Annotated[
+        int | None,
+        number("seed", "0", help="With --keep sampled: another one gives other draws; default 0."),
     ] = None,
     recipe: Annotated[
         str,
@@ -106,6 +122,13 @@ def score(
     language_column: Annotated[
         str | None, typer.Option(help="Column that summaries go by.", rich_help_panel=INPUT)
     ] = None,
+    day_column: Annotated[
+        str | None,
+        typer.Option(
+            help="Column of dates that summaries go by; default: a date in the input's path.",
+            rich_help_panel=INPUT,
+        ),
+    ] = None,
     format: Annotated[
         str | None,
         typer.Option(
@@ -152,7 +175,7 @@ def score(
             "GB",
             "10",
             kind=float,
-            help="Refuse to keep more logits than this.",
+            help="Refuse to keep more logits or hidden states than this.",
             rich_help_panel=ENGINE,
         ),
     ] = 10.0,
@@ -186,6 +209,14 @@ def score(
             rich_help_panel=RUN,
         ),
     ] = False,
+    catalog: Annotated[
+        str | None,
+        typer.Option(
+            help="Make the complete run part of the Iceberg tables of this catalog, as "
+            "`logitmill publish` does: a name of pyiceberg's settings, or beside.",
+            rich_help_panel=RUN,
+        ),
+    ] = None,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -274,6 +305,7 @@ def score(
                 id_column=id_column,
                 source_column=source_column,
                 language_column=language_column,
+                day_column=day_column,
                 format=format,
                 limit=limit,
                 shard_bytes=to_bytes("shard_bytes", shard_mb),
@@ -294,12 +326,16 @@ def score(
                 residency=residency,
                 trust_remote_code=trust_remote_code,
             ),
+            top_k=top_k,
+            num_draws=num_draws,
+            draw_seed=draw_seed,
             logits_dtype=logits_dtype.value,
             max_logits_bytes=to_bytes("max_logits_bytes", max_logits_gb, least=0),
             endpoint_url=endpoint_url,
             workers=workers,
             deadline=deadline,
             only_new=only_new,
+            catalog=catalog,
         )
         try:
             if dry_run:
@@ -351,7 +387,8 @@ def _say_plan(prepared: Prepared) -> None:
         f"recipe  {recipe.name}, context {recipe.context}, prefix {recipe.prefix} ({recipe.hash})"
     )
     if prepared.logits_bytes is not None:
-        typer.echo(f"logits  about {prepared.logits_bytes / 1e9:,.2f} GB, {job.logits_dtype}")
+        kind = ("hidden", facts.dtype) if "hidden" in job.tiers else ("logits", job.logits_dtype)
+        typer.echo(f"{kind[0]:7} about {prepared.logits_bytes / 1e9:,.2f} GB, {kind[1]}")
     typer.echo(f"run     {job.folder.uri}")
     for line in (prepared.other, prepared.doubt):
         if line is not None:

@@ -95,3 +95,18 @@ def show_bytes(doing: str, then: str) -> Iterator[Callable[[int, int], None]]:
             )
 
         yield show
+
+
+@contextmanager
+def show_shards(doing: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for as long as the block runs, on a terminal; told how many shards of how many."""
+    if not sys.stderr.isatty():
+        yield lambda done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"{doing} shards", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -24,6 +24,7 @@ from typing import Any, Protocol
 from ...engine.records import Document
 from ...engine.remote import nearest, redact
 from . import hub
+from .days import day_of_path
 from .documents import FILE, Columns, RowError, id_of, to_document
 from .ids import find_twin
 from .locations import CorpusError, File, Location
@@ -69,6 +70,11 @@ class CorpusSpec:
     """Column by which summaries are grouped."""
     language_column: str | None = None
     """Column by which summaries are grouped."""
+    day_column: str | None = None
+    """Column of the day that a document is of, by which summaries are grouped: dates, timestamps
+    (their day in UTC, where they have a time zone) or texts that begin with a date as in
+    2026-11-23. Where it says none, the path of the input does: `dt=2026-11-23`,
+    `2026/11/23/` or a bare 2026-11-23 in it."""
     source: str | None = None
     """Source of every document that no column gives one. Default: for text files the first folder
     below the corpus's root (or the root's own name), for tables the file's stem or the dataset."""
@@ -139,6 +145,7 @@ class CorpusSpec:
             id=self.id_column,
             source=self.source_column,
             language=self.language_column,
+            day=self.day_column,
         )
 
 
@@ -161,7 +168,7 @@ def plan_corpus(spec: CorpusSpec, leave_out: LeaveOut | None = None) -> Plan:
     corpus = _open(spec)
     num_left_out = 0
     inputs: list[Input] = []
-    sources: list[str] = []
+    labels: list[tuple[str, str]] = []
     pieces: list[Piece] = []
     remaining = spec.limit
     for input_, reader in corpus.survey(leave_out or (lambda input_: False)):
@@ -169,7 +176,8 @@ def plan_corpus(spec: CorpusSpec, leave_out: LeaveOut | None = None) -> Plan:
             num_left_out += 1
             continue
         inputs.append(input_)
-        sources.append(reader.source)
+        source = reader.source if spec.source is None else spec.source
+        labels.append((source, corpus.day(input_)))
         with corpus.plain_errors(input_):
             taken = _pieces(input_, reader, spec, remaining)
         pieces += taken
@@ -186,7 +194,7 @@ def plan_corpus(spec: CorpusSpec, leave_out: LeaveOut | None = None) -> Plan:
     return Plan(
         inputs=tuple(inputs),
         shards=tuple(group(pieces, spec.shard_bytes)),
-        fingerprint=_fingerprint(spec, inputs, sources),
+        fingerprint=_fingerprint(spec, inputs, labels),
     )
 
 
@@ -205,9 +213,10 @@ def read_shard(spec: CorpusSpec, shard: Shard) -> Iterator[Document]:
         for piece, (reader, rows) in zip(shard.pieces, fetched, strict=True):
             columns = _columns(spec, piece.input)
             source = reader.source if spec.source is None else spec.source
+            day = corpus.day(piece.input)
             with corpus.plain_errors(piece.input, OSError):
                 for position, row in rows:
-                    yield to_document(row, columns, reader.place(position), source)
+                    yield to_document(row, columns, reader.place(position), source, day)
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -248,12 +257,13 @@ def _shortened(piece: Piece, reader: Reader, limit: int) -> Piece:
     return replace(piece, stop=piece.start + limit, num_bytes=num_bytes, num_documents=limit)
 
 
-def _fingerprint(spec: CorpusSpec, inputs: list[Input], sources: list[str]) -> str:
-    # Sources come from names outside of the inputs' own: a renamed root gives other documents.
+def _fingerprint(spec: CorpusSpec, inputs: list[Input], labels: list[tuple[str, str]]) -> str:
+    # Sources and days come from names outside of the inputs' own: a renamed root gives other
+    # documents.
     decides = {
-        "rules": 1,
+        "rules": 2,
         "inputs": [[i.uri, i.format, i.size, i.etag] for i in inputs],
-        "sources": sources if spec.source is None else spec.source,
+        "labels": labels,
         "columns": spec.columns.named(),
         "subset": spec.subset,
         "split": spec.split,
@@ -316,6 +326,9 @@ class _Corpus(Protocol):
     def reader(self, input_: Input) -> Reader:
         """What reads an input of a plan."""
 
+    def day(self, input_: Input) -> str:
+        """The day that the input's path names, nothing for none."""
+
     def verify(self, input_: Input) -> None:
         """Raises CorpusError if the input is not what it was."""
 
@@ -347,6 +360,9 @@ class _Files:
 
     def reader(self, input_: Input) -> Reader:
         return READERS[input_.format](self._location, input_.uri, input_.size)
+
+    def day(self, input_: Input) -> str:
+        return day_of_path(self._location.path_of(input_.uri))
 
     def verify(self, input_: Input) -> None:
         changed = CorpusError(
@@ -400,7 +416,7 @@ class _Files:
 
 
 class _HuggingFace:
-    def __init__(self, spec: CorpusSpec, dataset: Any, name: str):
+    def __init__(self, spec: CorpusSpec, dataset: Any, name: str, path: str):
         if spec.format is not None:
             raise CorpusError(
                 f"format={spec.format!r} is for files, but uri={spec.uri!r} is a dataset."
@@ -408,6 +424,7 @@ class _HuggingFace:
         self._spec = spec
         self._dataset = dataset
         self._name = name
+        self._day = day_of_path(path)
 
     def survey(self, leave_out: LeaveOut) -> Iterator[tuple[Input, Reader | None]]:
         etag = f"datasets:{self._dataset._fingerprint}"
@@ -421,6 +438,9 @@ class _HuggingFace:
 
     def reader(self, input_: Input) -> Reader:
         return DatasetReader(self._dataset, self._name)
+
+    def day(self, input_: Input) -> str:
+        return self._day
 
     def verify(self, input_: Input) -> None:
         if input_.etag != f"datasets:{self._dataset._fingerprint}":
@@ -443,7 +463,7 @@ def _open(spec: CorpusSpec, kind: type[Exception] = CorpusError) -> _Corpus:
         dataset = hub.load_named(name, spec.subset, spec.split, spec.revision, token, kind)
         # Where on a disk a folder lies is no part of its documents' ids.
         shown = os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name
-        return _HuggingFace(spec, dataset, shown)
+        return _HuggingFace(spec, dataset, shown, name)
     for setting, value in (("subset", spec.subset), ("revision", spec.revision)):
         if value is not None:
             raise CorpusError(
@@ -453,5 +473,5 @@ def _open(spec: CorpusSpec, kind: type[Exception] = CorpusError) -> _Corpus:
     location = Location(spec.uri, spec.storage_options, kind)
     if location.is_local and not location.is_file and hub.is_saved_dataset(location.root):
         saved = hub.load_saved(location.root, spec.split)
-        return _HuggingFace(spec, saved, location.root_name)
+        return _HuggingFace(spec, saved, location.root_name, location.root)
     return _Files(spec, location)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ...engine.records import Document
+from .days import day_of_value
 
 
 class RowError(Exception):
@@ -35,6 +36,7 @@ class Columns:
     id: str | None = None
     source: str | None = None
     language: str | None = None
+    day: str | None = None
 
     def named(self) -> dict[str, str]:
         """The setting's name -> the column, for those that are set."""
@@ -54,11 +56,11 @@ FILE = Columns(text="file")
 
 
 def to_document(
-    row: Mapping[str, Any] | RowError, columns: Columns, place: str, source: str
+    row: Mapping[str, Any] | RowError, columns: Columns, place: str, source: str, day: str
 ) -> Document:
     """The document of a row. What cannot be scored gets a status and an error, never an exception.
 
-    `place` is its id and `source` its source where no column says otherwise.
+    `place` is its id, `source` its source and `day` its day where no column says otherwise.
     """
     doc_id, language = utf8_safe(place), ""
     try:
@@ -66,6 +68,7 @@ def to_document(
             raise row
         source = _label(row, columns.source) or source
         language = _label(row, columns.language)
+        day = (day_of_value(row.get(columns.day)) if columns.day else "") or day
         if columns.id:
             doc_id = id_of(row, columns.id)
         content = _content(row, columns)
@@ -75,10 +78,13 @@ def to_document(
             doc_id,
             source=utf8_safe(source),
             language=language,
+            day=day,
             status=error.status,
             error=utf8_safe(error.error),
         )
-    return Document(doc_id, context=context, source=utf8_safe(source), language=language, **content)
+    return Document(
+        doc_id, context=context, source=utf8_safe(source), language=language, day=day, **content
+    )
 
 
 def id_of(row: Mapping[str, Any], column: str) -> str:

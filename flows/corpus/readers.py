@@ -492,6 +492,9 @@ def _python_value(value: Any) -> Any:
         return RowError(
             "invalid_utf8", f"byte {error.start} of a text is not UTF-8 ({error.reason})"
         )
+    except (ValueError, OverflowError, KeyError):
+        # Dates beyond Python's years, time zones that it does not know.
+        return RowError("invalid_value", f"a value of type {value.type} that cannot be read")
 
 
 def _ids_value(value: Any) -> Any:
@@ -510,6 +513,12 @@ def _is_text(type_: Any) -> bool:
         return _is_text(type_.value_type)
     texts = (kinds.is_string, kinds.is_large_string, kinds.is_string_view)
     return any(is_(type_) for is_ in (*texts, kinds.is_binary, kinds.is_large_binary))
+
+
+def _is_day(type_: Any) -> bool:
+    import pyarrow as pa
+
+    return bool(pa.types.is_date(type_) or pa.types.is_timestamp(type_))
 
 
 def _is_list(type_: Any) -> bool:
@@ -542,6 +551,7 @@ _NEEDED: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "messages_column": ("lists of {role, content}", _is_messages),
     "ids_column": ("lists of whole numbers", _is_ids),
     "id_column": ("text or whole numbers", lambda type_: _is_text(type_) or _is_whole(type_)),
+    "day_column": ("dates, timestamps or text", lambda type_: _is_text(type_) or _is_day(type_)),
 }
 
 

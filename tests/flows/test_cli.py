@@ -172,7 +172,7 @@ def test_each_mistake_names_its_field(
 ) -> None:
     good = ("score", demo_folder, corpus, "--out", tmp_path / "runs")
     cases = [
-        (("--keep", "everything"), "'--keep': 'everything' is not one of 'tokens', 'logits'"),
+        (("--keep", "everything"), "'--keep': 'everything' is not one of 'tokens', 'topk', "),
         (("--dtype", "int3"), "--dtype: 'int3' is not one of float32"),
         (("--device", "abacus"), "--device: 'abacus'"),
         (("--device", "cuda"), "--device: 'cuda' is not there"),

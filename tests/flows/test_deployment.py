@@ -14,6 +14,7 @@ from flow_helpers import SECRET
 from logitmill.engine import PRESETS
 from logitmill.flows import CorpusSpec, open_run, score_corpus
 from logitmill.flows.backfill import backfill
+from logitmill.flows.parts import TIERS
 from prefect import Flow
 
 FIRST, LAST = date(2026, 2, 27), date(2026, 3, 2)
@@ -28,7 +29,7 @@ def test_parameters_are_typed_and_described(flow: Flow[..., Any], dates: dict[st
     schema = flow.parameters.model_dump()
     for name, field in schema["properties"].items():
         assert field["description"], name
-    assert schema["properties"]["tiers"]["items"]["enum"] == ["scores", "tokens", "logits"]
+    assert schema["properties"]["tiers"]["items"]["enum"] == list(TIERS)
     recipe = schema["properties"]["recipe"]["anyOf"][0]
     assert recipe["enum"] == list(PRESETS)
     for definition in ("CorpusSpec", "EngineSettings", "Recipe"):

@@ -158,7 +158,7 @@ def test_mistakes_are_refused_before_anything_runs(
         ({"recipe": "rolling-9999"}, "context: 9999 is more than the model's 1024"),
         ({"recipe": "conditional"}, "context_column: None"),
         ({"recipe": "strided", "corpus": spec(ids_column="body", text_column="text")}, "recipe: "),
-        ({"tiers": ["token"]}, "tiers: 'token' is not one of scores, tokens, logits"),
+        ({"tiers": ["token"]}, "tiers: 'token' is not one of scores, tokens, topk, "),
         ({"logits_dtype": "int8"}, "logits_dtype: 'int8' is not one of"),
         ({"limit": -1}, "limit=-1"),
         ({"out": "s3://key:word@bucket/x"}, r"out: 's3://\*\*\*@bucket/x' holds a credential"),

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from logitmill.flows import parts
-from logitmill.flows.parts import LogitsWriter, TooManyLogits
+from logitmill.flows import rows
+from logitmill.flows.rows import LogitsWriter, TooManyLogits
 
 VOCABULARY = 16
 
@@ -40,7 +40,7 @@ def write(path: Path, lengths: Sequence[int], cuts: Sequence[int], dtype: str) -
 def test_rows_are_stored_alike_however_they_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
-    monkeypatch.setattr(parts, "_GROUP_BYTES", 7 * VOCABULARY * np.dtype(dtype).itemsize)
+    monkeypatch.setattr(rows, "_GROUP_BYTES", 7 * VOCABULARY * np.dtype(dtype).itemsize)
     lengths = (20, 1, 7, 14, 3)
     whole = write(tmp_path / "whole", lengths, [], dtype)
     for i, cuts in enumerate(([1], [7], [5, 6, 13], range(1, 20))):
@@ -68,8 +68,8 @@ def test_no_more_than_was_allowed_is_kept(tmp_path: Path) -> None:
     row_bytes = VOCABULARY * 2
     writer = LogitsWriter(tmp_path / "part", {}, dtype="float16")
     writer.room = 10 * row_bytes
-    rows, sums = rows_of(5, "float16", 0)
-    writer.add_rows(0, "a", 0, rows, sums)
-    writer.add_rows(0, "a", 5, rows, sums)
+    values, sums = rows_of(5, "float16", 0)
+    writer.add_rows(0, "a", 0, values, sums)
+    writer.add_rows(0, "a", 5, values, sums)
     with pytest.raises(TooManyLogits, match="max_logits_bytes: it is used up within document 'b'"):
-        writer.add_rows(1, "b", 0, rows[:1], sums[:1])
+        writer.add_rows(1, "b", 0, values[:1], sums[:1])

@@ -132,9 +132,9 @@ def test_logits_of_many_windows_are_in_order_and_batches_decide_no_bytes(
     score: Score, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
 ) -> None:
     """Windows of 64, chunks of 64 rows, batches of one window and of many: rows in their place."""
-    from logitmill.flows import parts
+    from logitmill.flows import rows
 
-    monkeypatch.setattr(parts, "_GROUP_BYTES", 10 * 4096 * 4)
+    monkeypatch.setattr(rows, "_GROUP_BYTES", 10 * 4096 * 4)
     folder = tmp_path / "texts"
     folder.mkdir()
     (folder / "a.txt").write_text("for i in range(10):\n    total += values[i] * 3\n" * 40)
@@ -152,13 +152,13 @@ def test_logits_of_many_windows_are_in_order_and_batches_decide_no_bytes(
         for budget in (1, 500)
     )
     assert digests(run) == digests(other)
-    rows = run.table("logits", ["doc_id", "first_row", "num_rows"]).to_pylist()
+    stored = run.table("logits", ["doc_id", "first_row", "num_rows"]).to_pylist()
     step = 10 if dtype == "float32" else 20
     for name, least in (("a.txt", 200), ("b.txt", 1), ("c.txt", 60)):
         tokens = run.document(name)["tokens"]
         num_rows = len(tokens["token_id"])
         assert num_rows >= least
-        cut = [(row["first_row"], row["num_rows"]) for row in rows if row["doc_id"] == name]
+        cut = [(row["first_row"], row["num_rows"]) for row in stored if row["doc_id"] == name]
         starts = range(0, num_rows, step)
         assert cut == [(start, min(step, num_rows - start)) for start in starts]
         logprobs = run.logprobs(name)

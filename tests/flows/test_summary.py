@@ -6,7 +6,7 @@ import io
 import math
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 from logitmill.engine import metrics
 from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
-from logitmill.flows import publish, summary
+from logitmill.flows import counts as counts_module
+from logitmill.flows import outliers as outliers_module
+from logitmill.flows import publish
 from logitmill.flows.folder import Folder
 from logitmill.flows.store import Receipt
 from logitmill.flows.summary import (
+    ALL_LENGTHS,
     COUNTS,
-    MAX_SOURCES,
-    OTHER,
+    KEYS,
     OUTLIERS,
     Summary,
     merge_counts,
@@ -42,6 +44,7 @@ def make(
     top1: Any = 1.0,
     source: str = "",
     language: str = "",
+    day: str = "",
 ) -> DocumentScore:
     """A scored document of tokens with these surprisals (bits); by default a token is 4 bytes."""
     bits = np.asarray(bits, np.float64)
@@ -60,6 +63,7 @@ def make(
         doc_id,
         source=source,
         language=language,
+        day=day,
         loglikelihood=total,
         num_tokens=n,
         num_tokens_scored=n,
@@ -69,6 +73,7 @@ def make(
         nll_per_token=metrics.nll_per_token(total, n),
         token_perplexity=metrics.perplexity(total, n),
         bits_per_byte=metrics.bits(total, len(text.encode())),
+        min_k_plus_plus_20=metrics.nll_per_token(total, n) - 2.0,
     )
     return DocumentScore(0, record, tokens, text)
 
@@ -98,6 +103,7 @@ def make_random(rng: np.random.Generator, doc_id: str, num_tokens: int) -> Docum
         top1=rng.uniform(0.01, 1.0, num_tokens),
         source="abc"[rng.integers(3)],
         language=("en", "")[rng.integers(2)],
+        day=("", "2026-11-23")[rng.integers(2)],
     )
 
 
@@ -147,6 +153,11 @@ def test_counts_of_a_document_by_hand() -> None:
     assert {b: row["value"] for b, row in rows.items()} == {0: 1.0, 4: 2.0, 6: 3.0, 8: 4.0}
     assert all(row["tokens"] == 1 for row in rows.values())
 
+    rows = panel(counts, "entropy")
+    # 1, 2, 3, 4 nats are 1.44, 2.89, 4.33, 5.77 bits.
+    assert {b: row["value"] for b, row in rows.items()} == {5: 1.0, 11: 2.0, 17: 3.0, 23: 4.0}
+    assert rows[11]["nll"] == pytest.approx(0.3 * LN2, rel=1e-6)
+
     rows = panel(counts, "calibration")
     assert {b: (row["tokens"], row["hits"]) for b, row in rows.items()} == {
         0: (1, 0),
@@ -167,6 +178,13 @@ def test_counts_of_a_document_by_hand() -> None:
     (b,) = panel(counts, "bits_per_byte")
     assert b == 48
 
+    # 16 bytes.
+    ((b, row),) = panel(counts, "length").items()
+    assert (b, row["length"], row["documents"], row["tokens"], row["bytes"]) == (4, 4, 1, 4, 16)
+    assert row["nll"] == pytest.approx(15.4 * LN2, rel=1e-6)
+    (row,) = panel(counts, "sketch/bits_per_byte").values()
+    assert (row["length"], row["documents"], row["tokens"], row["bytes"]) == (4, 1, 4, 16)
+
 
 def test_uniform_byte_model_is_8_bits_per_byte() -> None:
     text = "x" * 100
@@ -182,15 +200,17 @@ def test_uniform_byte_model_is_8_bits_per_byte() -> None:
 def test_counts_equal_a_loop_over_tokens() -> None:
     rng = np.random.default_rng(1)
     scores = [make_random(rng, str(i), n) for i, n in enumerate([1, 2, 3, 17, 64, 1000, 4097])]
-    expected: dict[tuple[str, str, str, int], np.ndarray] = defaultdict(lambda: np.zeros(4))
+    expected: dict[tuple[Any, ...], np.ndarray] = defaultdict(lambda: np.zeros(4))
     for score in scores:
-        group, t = (score.record.source, score.record.language), score.tokens
+        record, t = score.record, score.tokens
+        group = (record.source, record.language, ALL_LENGTHS, record.day)
         for p in range(len(t)):
             nll, top1 = -float(t.logprob[p]), math.exp(float(t.top1_logprob[p]))
             hit, entropy, rank = t.rank[p] == 1, float(t.entropy[p]), int(t.rank[p])
             position = math.floor(4 * math.log2(p + 1) + 1e-12)
             for name, b, sums in (
                 ("token_nll", int(nll / LN2 / 0.25), (1, nll, 0, 0)),
+                ("entropy", int(entropy / LN2 / 0.25), (1, nll, entropy, 0)),
                 ("position", position, (1, nll, entropy, 0)),
                 ("calibration", min(19, int(20 * top1)), (1, 0, top1, hit)),
                 ("rank", rank.bit_length() - 1, (1, nll, 0, 0)),
@@ -201,7 +221,7 @@ def test_counts_equal_a_loop_over_tokens() -> None:
     assert len(rows) == len(expected)
     for r in rows:
         found = (r["tokens"], r["nll"], r["value"], r["hits"])
-        key = (r["panel"], r["source"], r["language"], r["bin"])
+        key = tuple(r[name] for name in KEYS)
         np.testing.assert_allclose(found, expected[key], rtol=1e-12, atol=1e-12)
 
 
@@ -217,19 +237,22 @@ def test_every_document_and_token_is_in_every_histogram_once() -> None:
         ]
         for name in {r["panel"] for r in rows}
     }
-    assert total.pop("bits_per_byte") == [50, num_tokens]
+    assert total.pop("sketch/min_k_plus_plus_20") == [50, num_tokens]
+    for name in ("bits_per_byte", "length", "sketch/bits_per_byte", "sketch/token_perplexity"):
+        assert total.pop(name) == [50, num_tokens]
     assert total.pop("status/ok") == [50, num_tokens]
     assert total.pop("status/empty") == [4, 0]
     assert total.pop("status/invalid_utf8") == [3, 0]
     assert total == {
-        name: [0, num_tokens] for name in ("token_nll", "position", "calibration", "rank")
+        name: [0, num_tokens]
+        for name in ("token_nll", "entropy", "position", "calibration", "rank")
     }
 
 
 def test_rows_are_in_the_order_of_their_keys() -> None:
     rng = np.random.default_rng(3)
     counts = summarize([make_random(rng, str(i), 40) for i in range(30)]).counts()
-    keys = [(r["panel"], r["source"], r["language"], r["bin"]) for r in counts.to_pylist()]
+    keys = [tuple(r[name] for name in KEYS) for r in counts.to_pylist()]
     assert keys == sorted(set(keys))
 
 
@@ -253,13 +276,6 @@ def test_extreme_values_stay_in_the_last_bins() -> None:
     assert set(panel(counts, "rank")) == {0, 30}
 
 
-def test_too_many_sources_are_counted_together() -> None:
-    made = summarize([make(str(i), [1.0], source=f"s{i}") for i in range(MAX_SOURCES + 5)])
-    rows = [r for r in made.counts().to_pylist() if r["panel"] == "status/ok"]
-    assert len(rows) == MAX_SOURCES + 1
-    assert {r["source"]: r["documents"] for r in rows}[OTHER] == 5
-
-
 def test_nothing_makes_empty_tables() -> None:
     made = Summary()
     assert made.counts().equals(COUNTS.empty_table())
@@ -276,7 +292,7 @@ def test_outliers_are_the_ends_and_keep_few_tokens() -> None:
     lowest, highest, sample = (kind(table, name) for name in ("lowest", "highest", "sample"))
     assert [row["doc_id"] for row in lowest] == [f"{i:02}" for i in range(10)]
     assert [row["doc_id"] for row in highest] == [f"{i:02}" for i in range(39, 29, -1)]
-    hashed = sorted(range(40), key=lambda i: summary._hash(f"{i:02}"))
+    hashed = sorted(range(40), key=lambda i: outliers_module._hash(f"{i:02}"))
     assert [row["doc_id"] for row in sample] == [f"{i:02}" for i in hashed[:3]]
     for rows, num_shown in ((lowest, 3), (highest, 3), (sample, 3)):
         for n, row in enumerate(rows):
@@ -284,6 +300,45 @@ def test_outliers_are_the_ends_and_keep_few_tokens() -> None:
                 row[name] and len(row[name]) for name in ("pieces", "logprob", "rank", "entropy")
             }
             assert lengths == ({300} if n < num_shown else {None})
+
+
+def test_memorized_documents_are_those_of_most_min_k_plus_plus() -> None:
+    order = np.random.default_rng(5).permutation(30)
+    made = summarize([make(f"{i:02}", [1.0 + i / 10] * 40) for i in order])
+    rows = kind(made.outliers(), "memorized")
+    assert [row["doc_id"] for row in rows] == [f"{i:02}" for i in range(29, 19, -1)]
+    assert rows[0]["score"] == pytest.approx(3.9 * LN2 - 2.0, rel=1e-6)
+    score = make("d", [1.0] * 40)
+    score.record.min_k_plus_plus_20 = None
+    assert kind(summarize([score]).outliers(), "memorized") == []
+
+
+def test_truncated_documents_are_chosen_by_chance() -> None:
+    scores = [make(f"{i:02}", [1.0] * 40) for i in range(40)]
+    for score in scores[:25]:
+        score.record.truncated, score.record.num_windows = True, 7
+    rows = kind(summarize(scores).outliers(), "truncated")
+    hashed = sorted(range(25), key=lambda i: outliers_module._hash(f"{i:02}"))
+    assert [row["doc_id"] for row in rows] == [f"{i:02}" for i in hashed[:10]]
+    assert all(row["truncated"] and row["num_windows"] == 7 for row in rows)
+
+
+def test_every_tenth_of_bits_per_byte_has_examples() -> None:
+    # A token of b bits is 4 bytes: b / 4 bits/byte.
+    bits = np.random.default_rng(6).uniform(0.1, 8.0, 300)
+    scores = [make(f"{i:03}", [b] * 40) for i, b in enumerate(bits)]
+    scores += [make("x" * 257, [400.0] * 40), make_ids("ids", [1.0] * 40), make_failed("f")]
+    expected = set()
+    for tenth in range(20):
+        inside = [i for i, b in enumerate(bits) if int(b / 4 * 10) == tenth]
+        hashed = sorted(inside, key=lambda i: outliers_module._hash(f"{i:03}"))
+        expected |= {f"{i:03}" for i in hashed[:2]}
+    assert len(expected) == 40
+    rows = kind(summarize(scores).outliers(), "example")
+    assert {row["doc_id"] for row in rows} == expected
+    assert all(row["pieces"] is None for row in rows)
+    tables = [summarize(scores[i::3]).outliers() for i in range(3)]
+    assert {row["doc_id"] for row in kind(merge_outliers(tables), "example")} == expected
 
 
 def test_short_documents_are_outliers_only_among_themselves() -> None:
@@ -301,7 +356,7 @@ def test_short_documents_are_outliers_only_among_themselves() -> None:
 def test_every_status_shows_among_the_failed() -> None:
     scores = [make_failed(f"e{i}") for i in range(30)] + [make_failed("u", "invalid_utf8")]
     failed = kind(summarize(scores).outliers(), "failed")
-    assert len(failed) == 10
+    assert len(failed) == 24
     assert [row["status"] for row in failed].count("invalid_utf8") == 1
     assert failed[0]["error"].startswith("why e")
     assert all(row["pieces"] is None and row["bits_per_byte"] is None for row in failed)
@@ -360,7 +415,12 @@ def test_counts_merge_to_those_of_one_shard() -> None:
 def test_merging_merged_outliers_is_merging_all() -> None:
     tables = [shard.outliers() for shard in shards(7, 9)]
     whole = merge_outliers(tables)
-    assert whole.num_rows == 33
+    assert Counter(whole["kind"].to_pylist()) == {
+        **dict.fromkeys(("lowest", "highest", "memorized"), 10),
+        "sample": 3,
+        "failed": 24,
+        "example": whole["kind"].to_pylist().count("example"),
+    }
     assert whole.equals(merge_outliers([merge_outliers(tables[:4]), merge_outliers(tables[4:])]))
     assert whole.equals(merge_outliers([whole]))
 
@@ -376,7 +436,7 @@ def test_many_tables_are_added_in_the_order_of_few(monkeypatch: pytest.MonkeyPat
     made = shards(9, 10)
     counts, outliers = ([s.counts() for s in made], [s.outliers() for s in made])
     whole = as_bytes(merge_counts(counts)), as_bytes(merge_outliers(outliers))
-    monkeypatch.setattr(summary, "_FOLD", 2)
+    monkeypatch.setattr(counts_module, "_FOLD", 2)
     assert (as_bytes(merge_counts(iter(counts))), as_bytes(merge_outliers(iter(outliers)))) == whole
 
 

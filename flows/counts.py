@@ -1,0 +1,178 @@
+"""The additive counts of a shard or a run: their schema, and how they are merged and kept small."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+COUNTS = pa.schema(
+    {
+        "panel": pa.string(),
+        "source": pa.string(),
+        "language": pa.string(),
+        "length": pa.int8(),
+        "day": pa.string(),
+        "bin": pa.int32(),
+        "documents": pa.int64(),
+        "tokens": pa.int64(),
+        "bytes": pa.int64(),
+        "nll": pa.float64(),
+        "value": pa.float64(),
+        "hits": pa.int64(),
+    }
+)
+"""One row a (panel, source, language, length, day, bin). `nll` is a sum in nats. Sums that a panel
+lacks are 0.
+
+    panel            bin                                    value             hits
+    bits_per_byte    floor(bits/byte / 0.02), of a document
+    length           `length` of a document
+    sketch/<score>   `sketches.sketch_bin`, of a document
+    status/<status>  0; each document is in exactly one     sum of entropy    tokens of rank 1
+    token_nll        floor(bits / 0.25), of a token
+    entropy          floor(bits / 0.25), of a token         sum of entropy
+    position         floor(4 log2(p + 1)), p from 0         sum of entropy
+    calibration      min(19, floor(20 p)), p of the top 1   sum of p          tokens of rank 1
+    rank             floor(log2(rank))
+
+The last bin of bits/byte, of token_nll and of entropy takes all from 100 bits up. The first four
+count documents and know documents, tokens and bytes (the sketches nothing else), the others tokens
+and know no documents or bytes.
+
+`length` is floor(log2(bytes)) of a document, floor(log2(tokens)) where it is ids, 0 of nothing;
+`ALL_LENGTHS` where lengths are not told apart, as in all counts of tokens: with them a shard of one
+source, 3 kB of these, would have 20 kB. `day` is that of documents, `OTHER` where days are not told
+apart. Of more rows than `MAX_SHARD_ROWS`, or a run's `MAX_RUN_ROWS`, the smallest groups are told
+apart no longer: by length, then by day, then by source and language. No sum is ever lost.
+"""
+KEYS, SUMS = COUNTS.names[:6], COUNTS.names[6:]
+"""What rows are told apart by, and what is added."""
+GROUP = KEYS[1:5]
+"""What documents are told apart by."""
+
+BITS_PER_BYTE, LENGTH, SKETCH, STATUS = "bits_per_byte", "length", "sketch/", "status/"
+TOKEN_NLL, ENTROPY, POSITION = "token_nll", "entropy", "position"
+CALIBRATION, RANK = "calibration", "rank"
+TOKEN_PANELS = (TOKEN_NLL, ENTROPY, POSITION, CALIBRATION, RANK)
+
+OTHER = "(other)"
+"""The source, or the day, of what is not told apart."""
+ALL_LENGTHS = -1
+
+MAX_SHARD_ROWS = 7000
+"""Rows of a shard in histograms of documents, and as many in sketches and in histograms of tokens.
+A column of addresses given as `source` must not make the summary as large as the scores."""
+MAX_RUN_ROWS = 1 << 20
+"""The same of a run, for any corpus: tables of 300 MB, and a GB at most while they are merged."""
+
+# How groups are told apart no longer, step by step.
+_STEPS: tuple[dict[str, str | int], ...] = (
+    {"length": ALL_LENGTHS},
+    {"day": OTHER},
+    {"source": OTHER, "language": ""},
+)
+# Tables added up at a time: memory stays bounded however many shards there are.
+_FOLD = 64
+
+
+def merge_counts(tables: Iterable[pa.Table], max_rows: int = MAX_RUN_ROWS) -> pa.Table:
+    """Add tables of schema `COUNTS` up, in their order.
+
+    Merging merged tables gives the same, as long as there are no more than `max_rows` rows of
+    documents or of tokens. Beyond, what is added up stays, and groups are told apart less.
+    """
+    return fold(tables, COUNTS, lambda table: _bound(_add_up(table), max_rows)).combine_chunks()
+
+
+def fold(
+    tables: Iterable[pa.Table], schema: pa.Schema, reduce: Callable[[pa.Table], pa.Table]
+) -> pa.Table:
+    """`reduce` over all tables. What is reduced stays in front, so sums run in one order."""
+    held = [schema.empty_table()]
+    for table in tables:
+        held.append(table.select(schema.names).cast(schema))
+        if len(held) > _FOLD:
+            held = [reduce(pa.concat_tables(held))]
+    return reduce(pa.concat_tables(held))
+
+
+def _add_up(table: pa.Table) -> pa.Table:
+    """Rows of equal keys added in the order they stand in; rows come in the order of their keys."""
+    if table.num_rows == 0:
+        return table
+    # Numbers that are ordered as keys are: on these, numpy takes a tenth of Arrow's time on texts.
+    keys = [_ordinals(table[name].combine_chunks()) for name in KEYS]
+    order = np.lexsort(keys[::-1])
+    is_first = np.zeros(len(order), bool)
+    is_first[0] = True
+    for key in keys:
+        ordered = key[order]
+        is_first[1:] |= ordered[1:] != ordered[:-1]
+    starts, row = np.flatnonzero(is_first), np.cumsum(is_first) - 1
+    columns = table.select(KEYS).take(pa.array(order[starts])).columns
+    for name in SUMS:
+        values = table[name].to_numpy()[order]
+        is_whole = pa.types.is_integer(COUNTS.field(name).type)
+        columns.append(
+            pa.array(np.add.reduceat(values, starts) if is_whole else np.bincount(row, values))
+        )
+    return pa.Table.from_arrays(columns, schema=COUNTS)
+
+
+def _ordinals(column: pa.Array) -> np.ndarray:
+    """Whole numbers that are equal and ordered as the values of a column are."""
+    if not pa.types.is_string(column.type):
+        return column.to_numpy()
+    encoded = column.dictionary_encode()
+    places = np.empty(len(encoded.dictionary), np.int32)
+    places[pc.sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(places))
+    return places[encoded.indices.to_numpy()]
+
+
+def _bound(table: pa.Table, max_rows: int) -> pa.Table:
+    """At most about `max_rows` rows of histograms of documents, of sketches, and of tokens."""
+    if table.num_rows <= max_rows:
+        return table
+    of_tokens = pc.is_in(table["panel"], pa.array(TOKEN_PANELS))
+    of_sketches = pc.starts_with(table["panel"], SKETCH)
+    masks = (of_tokens, of_sketches, pc.invert(pc.or_(of_tokens, of_sketches)))
+    return _add_up(pa.concat_tables([_coarsen(table.filter(mask), max_rows) for mask in masks]))
+
+
+def _coarsen(table: pa.Table, max_rows: int) -> pa.Table:
+    """The largest groups as they are, the others told apart less and less until they fit."""
+    kept = []
+    for step in _STEPS:
+        if table.num_rows <= max_rows:
+            break
+        # Sources are told apart before days, and these before lengths: they have most of the room.
+        mask = _largest(table, max_rows if "source" in step else max_rows // 4)
+        kept.append(table.filter(mask))
+        max_rows -= kept[-1].num_rows
+        table = table.filter(pc.invert(mask))
+        for name, value in step.items():
+            place, type_ = KEYS.index(name), COUNTS.field(name).type
+            same = pa.repeat(pa.scalar(value, type_), table.num_rows)
+            table = table.set_column(place, COUNTS.field(name), same)
+        table = _add_up(table)
+    return pa.concat_tables([*kept, table])
+
+
+def _largest(table: pa.Table, max_rows: int) -> pa.Array:
+    """Which rows are of the groups with most tokens, as many groups as have that many rows."""
+    measures = [("tokens", "sum"), ("documents", "sum"), ("bin", "count")]
+    sizes = table.group_by(GROUP, use_threads=False).aggregate(measures)
+    most = [("tokens_sum", "descending"), ("documents_sum", "descending")]
+    sizes = sizes.sort_by([*most, *((key, "ascending") for key in GROUP)])
+    num_kept = np.searchsorted(np.cumsum(sizes["bin_count"].to_numpy()), max_rows, side="right")
+    largest = sizes.select(GROUP).append_column("kept", pa.repeat(True, len(sizes)))
+    rows = table.select(GROUP).append_column("row", pa.array(np.arange(table.num_rows)))
+    found = rows.join(largest.slice(0, int(num_kept)), GROUP, join_type="inner", use_threads=False)[
+        "row"
+    ]
+    mask = np.zeros(table.num_rows, bool)
+    mask[found.to_numpy()] = True
+    return pa.array(mask)

@@ -1,0 +1,175 @@
+"""The parts that hold a little of every row's distribution: its likeliest tokens, or draws of it.
+
+Legend: n tokens of a document, k candidates, m draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine.records import DocumentScore
+from .parts import BLOBS, DocumentsWriter, schema_of
+
+# Of a token's id, spans, log-probability; of the mass of a tail; of an id and what goes with it.
+_OWN_BYTES, _TAIL_BYTES, _TOP_BYTES, _PAIR_BYTES = 16, 4, 5, 4
+
+
+class TopKWriter(DocumentsWriter):
+    """The `topk` part: the k likeliest tokens of every row, and the mass of all others."""
+
+    tier = "topk"
+
+    def __init__(
+        self, path: Path, metadata: Mapping[str, str], *, top_k: int, vocab_size: int
+    ) -> None:
+        about = {"top_k": str(top_k), "vocab_size": str(vocab_size)}
+        schema = schema_of(self.tier, vocab_size)
+        token_bytes = _OWN_BYTES + _TAIL_BYTES + top_k * _TOP_BYTES
+        super().__init__(path, schema, {**metadata, **about}, token_bytes)
+
+    def make_columns(self, scores: Sequence[DocumentScore]) -> dict[str, Any]:
+        """Arrays as bytes, one value a document."""
+        return _top_k_columns(scores)
+
+
+class SampledWriter(DocumentsWriter):
+    """The `sampled` part: tokens drawn from every row's distribution, and how often each was."""
+
+    tier = "sampled"
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, str],
+        *,
+        num_draws: int,
+        draw_seed: int,
+        vocab_size: int,
+    ) -> None:
+        about = {
+            "num_draws": str(num_draws),
+            "draw_seed": str(draw_seed),
+            "vocab_size": str(vocab_size),
+        }
+        schema = schema_of(self.tier, vocab_size)
+        token_bytes = _OWN_BYTES + 1 + num_draws * _PAIR_BYTES
+        super().__init__(path, schema, {**metadata, **about}, token_bytes)
+
+    def make_columns(self, scores: Sequence[DocumentScore]) -> dict[str, Any]:
+        """Arrays as bytes, one value a document."""
+        return _draws_columns(scores)
+
+
+def read_top_k(row: Mapping[str, Any], top_k: int) -> dict[str, np.ndarray]:
+    """The arrays of a row of the tier `topk`, by their names there; ids as one.
+
+    `top_ids` int32 and `top_logprobs` float16 are [n, k], `log_tail_mass`, `token_id`, `logprob`,
+    `byte_start` and `byte_end` [n], as far as the row has these columns. What needs no joining is a
+    view of the row's bytes.
+    """
+    return {
+        "top_ids": _join(row, "top_id").reshape(-1, top_k),
+        "top_logprobs": _unpack("top_logprob", row["top_logprob"]).reshape(-1, top_k),
+        **_read_own(row, "log_tail_mass"),
+    }
+
+
+def read_draws(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The arrays of a row of the tier `sampled`.
+
+    `num_ids` [n] are how many of the pairs `ids` int32 and `counts`, end to end, each row has;
+    `token_id`, `logprob`, `byte_start` and `byte_end` are [n].
+    """
+    return {
+        "ids": _join(row, "id"),
+        "counts": _unpack("count", row["count"]),
+        **_read_own(row, "num_ids"),
+    }
+
+
+def _read_own(row: Mapping[str, Any], *names: str) -> dict[str, np.ndarray]:
+    """What is told of the tokens themselves, as far as it was read."""
+    names = (*names, "token_id", "logprob", "byte_start", "byte_end")
+    return {name: _unpack(name, row[name]) for name in names if name in row}
+
+
+def _top_k_columns(scores: Sequence[DocumentScore]) -> dict[str, Any]:
+    columns = _own_columns(scores)
+    low, high = _split([_need(s.tokens.top_ids) for s in scores])
+    columns |= {"top_id_low": low, "top_id_high": high}
+    for name, field in (("top_logprob", "top_logprobs"), ("log_tail_mass", "log_tail_mass")):
+        columns[name] = [_pack(name, _need(getattr(s.tokens, field))) for s in scores]
+    return columns
+
+
+def _draws_columns(scores: Sequence[DocumentScore]) -> dict[str, Any]:
+    counted = [_count(_need(s.tokens.drawn_ids)) for s in scores]
+    low, high = _split([ids for _, ids, _ in counted])
+    return {
+        **_own_columns(scores),
+        "num_ids": [_pack("num_ids", number) for number, _, _ in counted],
+        "id_low": low,
+        "id_high": high,
+        "count": [_pack("count", count) for _, _, count in counted],
+    }
+
+
+COLUMNS: dict[str, Callable[[Sequence[DocumentScore]], dict[str, Any]]] = {
+    "topk": _top_k_columns,
+    "sampled": _draws_columns,
+}
+"""What the tiers' columns are, of documents: a list with one value a document each, arrays as
+bytes. High parts of ids are among them even where the schema leaves them out."""
+
+
+def _own_columns(scores: Sequence[DocumentScore]) -> dict[str, Any]:
+    """What is told of the scored tokens themselves."""
+    columns: dict[str, Any] = {
+        "doc_id": [s.record.doc_id for s in scores],
+        "num_tokens": [len(s.tokens) for s in scores],
+        "first_input": [s.first_input for s in scores],
+    }
+    for name in ("token_id", "byte_start", "byte_end", "logprob"):
+        columns[name] = [_pack(name, getattr(s.tokens, name)) for s in scores]
+    return columns
+
+
+def _pack(name: str, values: np.ndarray) -> bytes:
+    with np.errstate(over="ignore"):
+        # What is less likely than e^-65504 is impossible in float16.
+        packed = values.astype(BLOBS[name])
+    assert packed.dtype.kind == "f" or (packed == values).all(), f"{name} does not fit"
+    return packed.tobytes()
+
+
+def _unpack(name: str, blob: Any) -> np.ndarray:
+    return np.frombuffer(blob, BLOBS[name])
+
+
+def _split(ids: Sequence[np.ndarray]) -> tuple[list[bytes], list[bytes]]:
+    low = [(one & 0xFFFF).astype("<u2").tobytes() for one in ids]
+    return low, [(one >> 16).astype("u1").tobytes() for one in ids]
+
+
+def _join(row: Mapping[str, Any], name: str) -> np.ndarray:
+    ids = _unpack(f"{name}_low", row[f"{name}_low"]).astype(np.int32)
+    if f"{name}_high" in row:
+        ids += _unpack(f"{name}_high", row[f"{name}_high"]).astype(np.int32) << 16
+    return ids
+
+
+def _count(drawn_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(distinct ids of each row, these ids end to end, draws of each) of ascending draws."""
+    is_first = np.ones(drawn_NM.shape, bool)
+    is_first[:, 1:] = drawn_NM[:, 1:] != drawn_NM[:, :-1]
+    starts = np.flatnonzero(is_first)
+    return is_first.sum(1), drawn_NM.ravel()[starts], np.diff(starts, append=drawn_NM.size)
+
+
+def _need(values: np.ndarray | None) -> np.ndarray:
+    assert values is not None, "the engine was asked for it"
+    return values

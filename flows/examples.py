@@ -1,0 +1,245 @@
+"""Reads parts that hold distributions as examples to train on: inputs, and what follows each.
+
+    inputs     P  a  b  c        row i is the teacher's distribution of what follows input i,
+    targets    a  b  c  d        and target i what did
+
+P is the prefix, or the document's first token where the recipe puts none in front.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from .distributions import read_draws, read_top_k
+from .folder import StoreError
+from .parts import LOGITS_DTYPES
+from .rows import read_states
+
+if TYPE_CHECKING:
+    from ..engine import Pipeline
+    from .run import Run
+
+Example = dict[str, Any]
+"""`doc_id`, `first_row` and tensors that have a row for each input."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What examples are made of: some rows of a document, read and not looked at yet."""
+
+    doc_id: str
+    first_row: int
+    make: Callable[[], Example]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads parts of a run's tier."""
+
+    run: Run
+    tier: str
+    vocab_size: int
+    """Of the student."""
+    pipe: Pipeline | None
+    """What makes log-probabilities of states, if anything is to."""
+    context: int | None
+    """Most inputs of an example."""
+    spans: bool
+    """Whether the targets' bytes are among what is read."""
+    keeps: bool
+    """Whether sources outlive the row group that they come from."""
+
+    def read(self, name: str) -> Iterator[Source]:
+        """What examples of a part are made of, in order.
+
+        Raises:
+            StoreError: for a part of another run.
+        """
+        with self.run.open_part(name) as parquet:
+            about = parquet.schema_arrow.metadata or {}
+            stated = about.get(b"logitmill.run_key", b"").decode()
+            if stated != self.run.plan["run_key"]:
+                raise StoreError(
+                    f"run: {name} is of run {stated!r}, and its manifest is of "
+                    f"{self.run.plan['run_key']!r}; take a whole copy of one of them"
+                )
+            if self.tier in ("hidden", "logits"):
+                yield from self._read_rows(parquet, name)
+            else:
+                yield from self._read_documents(parquet)
+
+    @property
+    def _model_size(self) -> int:
+        return self.run.plan["model"]["vocab_size"]
+
+    # ---- a row a document
+
+    def _read_documents(self, parquet: pq.ParquetFile) -> Iterator[Source]:
+        leave: tuple[str, ...] = () if self.spans else ("byte_start", "byte_end")
+        leave += ("logprob",) if self.tier == "sampled" else ()
+        names = [name for name in parquet.schema_arrow.names if name not in leave]
+        for group in range(parquet.num_row_groups):
+            table = parquet.read_row_group(group, columns=names, use_threads=False)
+            columns = {name: table.column(name).combine_chunks() for name in names}
+            own = (columns.pop(n).to_pylist() for n in ("doc_id", "num_tokens", "first_input"))
+            for i, (doc_id, num_tokens, first_input) in enumerate(zip(*own, strict=True)):
+                row = {name: column[i].as_buffer() for name, column in columns.items()}
+                if self.keeps:
+                    # A view of a row would hold all of its row group.
+                    row = {name: blob.to_pybytes() for name, blob in row.items()}
+                document = _Document(self, doc_id, first_input, row)
+                for start, stop in _pieces(num_tokens, self.context):
+                    yield Source(doc_id, start, document.piece(start, stop))
+
+    def unpack(self, doc_id: str, first_input: int, row: Mapping[str, Any]) -> Example:
+        """A whole document's arrays as an example."""
+        if self.tier == "topk":
+            arrays = read_top_k(row, self.run.plan["top_k"])
+            self._check_ids(doc_id, arrays["top_ids"])
+        else:
+            arrays = read_draws(row)
+            self._check_ids(doc_id, arrays["ids"])
+            ids = np.repeat(arrays.pop("ids"), arrays.pop("counts"))
+            del arrays["num_ids"]
+            arrays["sample_ids"] = ids.reshape(-1, self.run.plan["num_draws"])
+        token_id = arrays.pop("token_id").astype(np.int64)
+        self._check_ids(doc_id, token_id)
+        example: Example = {
+            "input_ids": torch.from_numpy(np.concatenate([[first_input], token_id[:-1]])),
+            "target_ids": torch.from_numpy(token_id),
+        }
+        for name, values in arrays.items():
+            kept = values.astype(np.int64) if name.startswith("byte_") else values
+            example[name] = torch.from_numpy(kept if kept.flags.writeable else kept.copy())
+        return example
+
+    def _check_ids(self, doc_id: str, ids: np.ndarray) -> None:
+        if self.vocab_size < self._model_size and len(ids) and ids.max() >= self.vocab_size:
+            raise ValueError(
+                f"vocab_size: document {doc_id!r} has token {ids.max()}, which a student of "
+                f"{self.vocab_size} tokens does not have; the run's model has {self._model_size}"
+            )
+
+    # ---- rows of whole distributions
+
+    def _read_rows(self, parquet: pq.ParquetFile, name: str) -> Iterator[Source]:
+        column = "states" if self.tier == "hidden" else "logprobs"
+        about = {k.decode(): v.decode() for k, v in (parquet.schema_arrow.metadata or {}).items()}
+        tokens = self._read_tokens(name.replace(f"{self.tier}/", "tokens/"))
+        document: _Tokens | None = None
+        held: list[torch.Tensor] = []
+        num_held = first = 0
+        for group in range(parquet.num_row_groups):
+            rows = parquet.read_row_group(group, columns=["doc_id", "first_row", column])
+            for row in rows.to_pylist():
+                if row["first_row"] == 0:
+                    document, held, num_held, first = next(tokens), [], 0, 0
+                assert document is not None and document.doc_id == row["doc_id"]
+                held.append(self._make_rows(row[column], about))
+                num_held += len(held[-1])
+                left = len(document.token_id) - first
+                while left and num_held >= (size := min(left, self.context or left)):
+                    together = torch.cat(held)
+                    yield Source(
+                        document.doc_id,
+                        first,
+                        self._whole_piece(document, first, together[:size]),
+                    )
+                    held, num_held = [together[size:]], num_held - size
+                    first, left = first + size, left - size
+
+    def _make_rows(self, blob: bytes, about: Mapping[str, str]) -> torch.Tensor:
+        if self.tier == "hidden":
+            size = int(about["logitmill.hidden_size"])
+            states = read_states(blob, about["logitmill.hidden_dtype"], size)
+            if self.pipe is None:
+                return states
+            check_head(about["logitmill.head_digest"], self.pipe)
+            return torch.cat([z.log_softmax(-1) for _, z in self.pipe.replay(states)])
+        dtype = np.dtype(LOGITS_DTYPES[self.run.plan["logits_dtype"]]).newbyteorder("<")
+        return torch.from_numpy(np.frombuffer(bytearray(blob), dtype)).view(-1, self._model_size)
+
+    def _whole_piece(
+        self, document: _Tokens, first: int, rows: torch.Tensor
+    ) -> Callable[[], Example]:
+        def make() -> Example:
+            stop = first + len(rows)
+            inputs = np.concatenate([[self.run.plan["prefix_token"]], document.token_id[:-1]])
+            example = {
+                "doc_id": document.doc_id,
+                "first_row": first,
+                "input_ids": torch.from_numpy(inputs[first:stop].astype(np.int64)),
+                "target_ids": torch.from_numpy(document.token_id[first:stop].astype(np.int64)),
+                "states" if self.tier == "hidden" and self.pipe is None else "logprobs": rows,
+            }
+            for name, span in document.spans.items():
+                example[name] = torch.from_numpy(span[first:stop].copy())
+            return example
+
+        return make
+
+    def _read_tokens(self, name: str) -> Iterator[_Tokens]:
+        names = ["doc_id", "token_id", *(("byte_start", "byte_end") if self.spans else ())]
+        with self.run.open_part(name) as parquet:
+            for group in range(parquet.num_row_groups):
+                table = parquet.read_row_group(group, columns=names)
+                columns = {n: table.column(n).combine_chunks() for n in names}
+                for i, doc_id in enumerate(columns.pop("doc_id").to_pylist()):
+                    values = {n: column[i].values.to_numpy() for n, column in columns.items()}
+                    yield _Tokens(doc_id, values.pop("token_id"), values)
+
+
+@dataclass(frozen=True)
+class _Tokens:
+    """A document of the tier `tokens`."""
+
+    doc_id: str
+    token_id: np.ndarray
+    spans: Mapping[str, np.ndarray]
+
+
+class _Document:
+    """A row of `topk` or `sampled`, unpacked once where it is cut into several examples."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        doc_id: str,
+        first_input: int,
+        row: Mapping[str, Any],
+    ) -> None:
+        self._unpack = lambda: reader.unpack(doc_id, first_input, row)
+        self._doc_id = doc_id
+        self._whole: Example | None = None
+
+    def piece(self, start: int, stop: int) -> Callable[[], Example]:
+        """What makes the example of some of its rows."""
+
+        def make() -> Example:
+            if self._whole is None:
+                self._whole = self._unpack()
+            rows = {name: values[start:stop] for name, values in self._whole.items()}
+            return {"doc_id": self._doc_id, "first_row": start, **rows}
+
+        return make
+
+
+def _pieces(num_rows: int, context: int | None) -> Iterator[tuple[int, int]]:
+    step = context or max(1, num_rows)
+    for start in range(0, num_rows, step):
+        yield start, min(num_rows, start + step)
+
+
+def check_head(stored: str, pipe: Pipeline) -> None:
+    """ValueError for a model whose head is not the one that states were kept for, by digests."""
+    if stored != pipe.head_digest:
+        raise StoreError(
+            f"pipe: its head is {str(pipe.head_digest)[:16]}..., and the states are for "
+            f"{stored[:16]}...; load the run's model with the run's settings"
+        )

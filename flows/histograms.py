@@ -1,0 +1,193 @@
+"""Documents as rows of `COUNTS`: which bins they and their tokens fall into."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from ..engine.records import OK, DocumentRecord, DocumentScore
+from .counts import (
+    ALL_LENGTHS,
+    BITS_PER_BYTE,
+    CALIBRATION,
+    COUNTS,
+    ENTROPY,
+    LENGTH,
+    POSITION,
+    RANK,
+    SKETCH,
+    STATUS,
+    SUMS,
+    TOKEN_NLL,
+)
+from .sketches import SKETCHES, sketch_bin
+
+BIN_BITS_PER_BYTE = 0.02
+BIN_TOKEN_BITS = 0.25
+BINS_PER_OCTAVE = 4
+CALIBRATION_BINS = 20
+
+# The last bin of an open scale takes all that is beyond: 100 bits.
+_LAST_BITS_PER_BYTE = int(100 / BIN_BITS_PER_BYTE) - 1
+_LAST_TOKEN_BITS = int(100 / BIN_TOKEN_BITS) - 1
+
+
+def _position_starts() -> tuple[np.ndarray, np.ndarray]:
+    """First position of every bin that holds one: 2^(b/4) <= p + 1 < 2^((b+1)/4)."""
+    edges = np.ceil(np.exp2(np.arange(160) / BINS_PER_OCTAVE)).astype(np.int64) - 1
+    bins = np.flatnonzero(np.diff(edges))
+    return bins, edges[bins]
+
+
+_POSITION_BINS, _POSITION_STARTS = _position_starts()
+
+
+def length_of(record: DocumentRecord) -> int:
+    """floor(log2(bytes)), of tokens where a document is ids, 0 of nothing."""
+    return max(0, (record.num_bytes or record.num_tokens_scored).bit_length() - 1)
+
+
+def count_documents(records: Sequence[DocumentRecord]) -> pa.Table:
+    """Every panel of documents, a row for each document in it: not added up."""
+    length = np.array([length_of(record) for record in records], np.int8)
+    groups = {
+        "source": pa.array([record.source for record in records], pa.string()),
+        "language": pa.array([record.language for record in records], pa.string()),
+        "length": pa.array(length),
+        "day": pa.array([record.day for record in records], pa.string()),
+    }
+    sums = {
+        "documents": np.ones(len(records), np.int64),
+        "tokens": np.array([record.num_tokens_scored for record in records], np.int64),
+        "bytes": np.array([record.num_bytes for record in records], np.int64),
+    }
+    nll = {"nll": np.array([-(record.loglikelihood or 0.0) for record in records])}
+    others = {
+        "value": np.array([record.sum_entropy or 0.0 for record in records]),
+        "hits": np.array([record.num_top1 for record in records], np.int64),
+    }
+    status = pa.array([STATUS + record.status for record in records], pa.string())
+    is_scored = np.array([record.status == OK for record in records])
+    every = np.arange(len(records))
+    tables = [
+        _rows(status, groups, every, np.zeros(len(records), np.int32), sums | nll | others),
+        _rows(LENGTH, groups, every[is_scored], length, sums | nll),
+    ]
+    for score in SKETCHES:
+        values = np.array([getattr(record, score) for record in records], np.float64)
+        known = np.flatnonzero(~np.isnan(values))
+        bins = np.zeros(len(records), np.int32)
+        bins[known] = sketch_bin(values[known])
+        tables.append(_rows(SKETCH + score, groups, known, bins, sums))
+        if score == BITS_PER_BYTE:
+            bins[known] = _clamp(values[known] / BIN_BITS_PER_BYTE, _LAST_BITS_PER_BYTE)
+            tables.append(_rows(BITS_PER_BYTE, groups, known, bins, sums | nll))
+    return pa.concat_tables(tables)
+
+
+class Tokens(NamedTuple):
+    """What is counted of a document's tokens, and under which group."""
+
+    group: tuple[str, str, str]
+    """Source, language, day."""
+    logprob: np.ndarray
+    entropy: np.ndarray
+    top1_logprob: np.ndarray
+    rank: np.ndarray
+
+    @classmethod
+    def of(cls, score: DocumentScore) -> Tokens:
+        """Those of a document. Holds none of the other columns, which may be far larger."""
+        record, tokens = score.record, score.tokens
+        group = record.source, record.language, record.day
+        return cls(group, tokens.logprob, tokens.entropy, tokens.top1_logprob, tokens.rank)
+
+
+def count_tokens(documents: Sequence[Tokens]) -> pa.Table:
+    """Every panel of tokens, added up: one row for each bin that holds any, of every group."""
+    groups: dict[tuple[str, str, str], int] = {}
+    of_document = [groups.setdefault(tokens.group, len(groups)) for tokens in documents]
+    num_tokens = np.array([len(tokens.logprob) for tokens in documents])
+    group = np.repeat(np.array(of_document, np.int64), num_tokens)
+    nll = -_joined(tokens.logprob for tokens in documents)
+    entropy = _joined(tokens.entropy for tokens in documents)
+    top1 = np.exp(_joined(tokens.top1_logprob for tokens in documents))
+    rank = _joined(tokens.rank for tokens in documents)
+    is_first = rank == 1.0
+    per_bin = 1.0 / (BIN_TOKEN_BITS * math.log(2.0))
+    binned: list[tuple[str, np.ndarray, dict[str, np.ndarray]]] = [
+        (TOKEN_NLL, _clamp(nll * per_bin, _LAST_TOKEN_BITS), {"nll": nll}),
+        (
+            ENTROPY,
+            _clamp(entropy * per_bin, _LAST_TOKEN_BITS),
+            {"nll": nll, "value": entropy},
+        ),
+        (POSITION, _position_bins(num_tokens), {"nll": nll, "value": entropy}),
+        (
+            CALIBRATION,
+            _clamp(top1 * CALIBRATION_BINS, CALIBRATION_BINS - 1),
+            {"value": top1, "hits": is_first},
+        ),
+        # The exponent of x = m 2^e with m in [0.5, 1): exact where a logarithm would round.
+        (RANK, np.frexp(rank)[1].astype(np.int64) - 1, {"nll": nll}),
+    ]
+    names = [pa.array(column, pa.string()) for column in zip(*groups, strict=True)]
+    tables = []
+    for panel, bins, sums in binned:
+        num_bins = int(bins.max()) + 1
+        place = group * num_bins + bins
+        count = np.bincount(place, minlength=len(groups) * num_bins)
+        held = np.flatnonzero(count)
+        owner = pa.array(held // num_bins)
+        columns = {"tokens": count[held]}
+        for name, values in sums.items():
+            added = np.bincount(place, values, minlength=len(count))[held]
+            columns[name] = added.astype(np.int64) if name == "hits" else added
+        keys = dict(zip(("source", "language", "day"), (n.take(owner) for n in names), strict=True))
+        keys["length"] = pa.array(np.full(len(held), ALL_LENGTHS, np.int8))
+        tables.append(_rows(panel, keys, np.arange(len(held)), held % num_bins, columns))
+    return pa.concat_tables(tables)
+
+
+def _rows(
+    panel: str | pa.Array,
+    groups: Mapping[str, pa.Array],
+    chosen: np.ndarray,
+    bins: np.ndarray,
+    sums: Mapping[str, np.ndarray],
+) -> pa.Table:
+    """The chosen rows as a table of schema `COUNTS`."""
+    place = pa.array(chosen)
+    if isinstance(panel, str):
+        columns = {"panel": pa.repeat(pa.scalar(panel), len(chosen))}
+    else:
+        columns = {"panel": panel.take(place)}
+    columns |= {name: column.take(place) for name, column in groups.items()}
+    columns["bin"] = pa.array(bins[chosen].astype(np.int32))
+    for name in SUMS:
+        dtype = COUNTS.field(name).type.to_pandas_dtype()
+        column = sums[name][chosen] if name in sums else np.zeros(len(chosen), dtype)
+        columns[name] = pa.array(column)
+    return pa.Table.from_arrays([columns[name] for name in COUNTS.names], schema=COUNTS)
+
+
+def _joined(columns: Iterable[np.ndarray]) -> np.ndarray:
+    return np.concatenate(list(columns), dtype=np.float64)
+
+
+def _position_bins(num_tokens: np.ndarray) -> np.ndarray:
+    """The bins of positions 0, 1, ... of documents with so many tokens, one after another."""
+    longest = int(num_tokens.max())
+    num_bins = int(np.searchsorted(_POSITION_STARTS, longest))
+    widths = np.diff(_POSITION_STARTS[:num_bins], append=longest)
+    of_position = np.repeat(_POSITION_BINS[:num_bins], widths)
+    return np.concatenate([of_position[:n] for n in num_tokens])
+
+
+def _clamp(scaled: np.ndarray, last: int) -> np.ndarray:
+    """Bins of values already divided by the bin's width, from 0 to `last`; `last` for NaN."""
+    return np.fmax(np.fmin(scaled, last), 0.0).astype(np.int64)

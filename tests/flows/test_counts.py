@@ -1,0 +1,205 @@
+"""What is told apart where there are too many groups, and that nothing of it is lost."""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import pytest
+from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
+from logitmill.flows import summary
+from logitmill.flows.counts import (
+    ALL_LENGTHS,
+    COUNTS,
+    GROUP,
+    KEYS,
+    MAX_SHARD_ROWS,
+    OTHER,
+    SKETCH,
+    SUMS,
+    TOKEN_PANELS,
+    merge_counts,
+)
+from logitmill.flows.histograms import length_of
+from logitmill.flows.summary import Summary
+
+# Beyond the bound goes what cannot be told apart any less: the bins of one group.
+ONE_GROUP = 1500
+
+
+def make(rng: np.random.Generator, doc_id: str, num_tokens: int, **labels: str) -> DocumentScore:
+    """A document of random tokens, three bytes each."""
+    tokens = TokenRecords.empty(num_tokens)
+    tokens.logprob[:] = -rng.exponential(2.0, num_tokens)
+    tokens.entropy[:] = rng.exponential(1.0, num_tokens)
+    tokens.top1_logprob[:] = -rng.exponential(0.5, num_tokens)
+    tokens.rank[:] = rng.geometric(0.2, num_tokens)
+    record = DocumentRecord(
+        doc_id,
+        loglikelihood=float(tokens.logprob.sum(dtype=np.float64)),
+        num_tokens_scored=num_tokens,
+        num_bytes=3 * num_tokens,
+        sum_entropy=float(tokens.entropy.sum(dtype=np.float64)),
+        num_top1=int((tokens.rank == 1).sum()),
+        nll_per_token=1.0,
+        bits_per_byte=float(rng.lognormal(0.0, 0.3)),
+        token_perplexity=float(np.exp(rng.uniform(1.0, 4.0))),
+        min_k_plus_plus_20=float(rng.normal()),
+        **labels,
+    )
+    return DocumentScore(0, record, tokens)
+
+
+def summarize(scores: list[DocumentScore]) -> Summary:
+    """The summary of one shard."""
+    made = Summary()
+    for score in scores:
+        made.add(score)
+    return made
+
+
+def totals(counts: pa.Table, by: list[str]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    """Sums of the rows by some of their keys."""
+    table = counts.group_by(by).aggregate([(name, "sum") for name in SUMS])
+    return {
+        tuple(row[key] for key in by): {name: row[f"{name}_sum"] for name in SUMS}
+        for row in table.to_pylist()
+    }
+
+
+def assert_equal(found: dict[Any, dict[str, Any]], expected: dict[Any, dict[str, Any]]) -> None:
+    assert found.keys() == expected.keys()
+    for key, sums in expected.items():
+        assert found[key] == pytest.approx(sums, rel=1e-12), key
+
+
+def rows_of(counts: pa.Table) -> list[int]:
+    """Numbers of rows of tokens, of sketches, and of histograms of documents."""
+    panels = counts["panel"].to_pylist()
+    tokens = sum(panel in TOKEN_PANELS for panel in panels)
+    sketches = sum(panel.startswith(SKETCH) for panel in panels)
+    return [tokens, sketches, len(panels) - tokens - sketches]
+
+
+def many(seed: int, count: int) -> list[DocumentScore]:
+    """Documents of few sources on many days, the first source's larger."""
+    rng = np.random.default_rng(seed)
+    days = [f"2026-{m:02d}-{d:02d}" for m in range(1, 13) for d in range(1, 29)]
+    scores = []
+    for i in range(count):
+        source = int(rng.integers(4))
+        num_tokens = int(rng.integers(1, 120)) * (4 if source == 0 else 1)
+        day = days[0] if rng.random() < 0.3 else days[rng.integers(len(days))]
+        scores.append(make(rng, str(i), num_tokens, source=f"s{source}", language="en", day=day))
+    return scores
+
+
+def test_what_fits_is_told_apart() -> None:
+    counts = summarize(many(1, 40)).counts()
+    assert max(rows_of(counts)) < MAX_SHARD_ROWS
+    assert merge_counts([counts], counts.num_rows).equals(counts)
+    assert ALL_LENGTHS not in counts.filter(pc.equal(counts["panel"], "length"))["length"]
+    assert OTHER not in counts["day"].to_pylist()
+
+
+@pytest.mark.parametrize("max_rows", [1500, 700, 400, 1])
+def test_what_does_not_fit_is_counted_under_other_and_never_lost(max_rows: int) -> None:
+    counts = summarize(many(2, 900)).counts()
+    assert min(rows_of(counts)) > 1500
+    small = merge_counts([counts], max_rows)
+    assert small.schema == COUNTS
+    assert all(n <= max_rows + ONE_GROUP for n in rows_of(small))
+    # Bins are those they were: of a panel, and so of the lengths of documents.
+    assert_equal(totals(small, ["panel", "bin"]), totals(counts, ["panel", "bin"]))
+    keys = [tuple(row[name] for name in KEYS) for row in small.to_pylist()]
+    assert keys == sorted(set(keys))
+    assert merge_counts([counts], max_rows).equals(small)
+    if max_rows > 1:
+        assert merge_counts([small], max(rows_of(small))).equals(small)
+
+
+def test_sources_stay_longest_then_days_and_the_largest_groups_whole() -> None:
+    counts = summarize(many(3, 900)).counts()
+    # Sketches hold a row for nearly every document, which no folding makes fewer.
+    counts = counts.filter(pc.invert(pc.starts_with(counts["panel"], SKETCH)))
+    small = merge_counts([counts], 1500)
+    by_source = ["panel", "source", "language", "bin"]
+    assert_equal(totals(small, by_source), totals(counts, by_source))
+    assert {OTHER, "2026-01-01"} < set(small["day"].to_pylist())
+    of_documents = pc.invert(pc.is_in(counts["panel"], pa.array(TOKEN_PANELS)))
+    tokens = {
+        group: sums["tokens"] for group, sums in totals(counts.filter(of_documents), GROUP).items()
+    }
+    largest = max(tokens, key=lambda group: tokens[group])
+    before, after = (
+        [row for row in table.to_pylist() if tuple(row[key] for key in GROUP) == largest]
+        for table in (counts, small)
+    )
+    assert before == after
+
+
+def test_a_shard_of_addresses_stays_small() -> None:
+    rng = np.random.default_rng(4)
+    scores = [
+        make(rng, str(i), 6, source=f"https://example.org/{rng.integers(1 << 40):x}", day=day)
+        for i in range(6000)
+        for day in [f"2026-{i % 12 + 1:02d}-{i % 28 + 1:02d}"]
+    ]
+    counts = summarize(scores).counts()
+    assert all(n <= MAX_SHARD_ROWS + ONE_GROUP for n in rows_of(counts))
+    file = io.BytesIO()
+    pq.write_table(counts, file, compression="zstd")
+    assert file.tell() < 300_000
+    status = counts.filter(pc.equal(counts["panel"], "status/ok"))
+    assert sum(status["documents"].to_pylist()) == 6000
+    assert sum(status["tokens"].to_pylist()) == 36_000
+    assert OTHER in status["source"].to_pylist()
+
+
+def test_when_documents_are_counted_changes_no_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = many(5, 60)
+    whole = summarize(scores).counts()
+    monkeypatch.setattr(summary, "_BATCH_DOCUMENTS", 7)
+    monkeypatch.setattr(summary, "_WAITING_ROWS", 500)
+    pieces = summarize(scores).counts()
+    assert pieces.select([*KEYS, "documents", "tokens", "bytes", "hits"]).equals(
+        whole.select([*KEYS, "documents", "tokens", "bytes", "hits"])
+    )
+    assert_equal(totals(pieces, KEYS), totals(whole, KEYS))
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "num_tokens", "length"),
+    [(0, 0, 0), (1, 1, 0), (2, 1, 1), (1023, 9, 9), (1024, 9, 10), (0, 17, 4), (1 << 40, 1, 40)],
+)
+def test_length_is_the_octave_of_bytes_or_of_ids(
+    num_bytes: int, num_tokens: int, length: int
+) -> None:
+    record = DocumentRecord("d", num_bytes=num_bytes, num_tokens_scored=num_tokens)
+    assert length_of(record) == length
+
+
+def test_documents_are_counted_by_length_and_day_and_tokens_by_day() -> None:
+    rng = np.random.default_rng(6)
+    scores = [make(rng, str(i), 10 << i % 2, day=f"2026-11-2{i % 3}") for i in range(12)]
+    scores.append(DocumentScore(0, DocumentRecord("f", status="empty", day="2026-11-20")))
+    rows = summarize(scores).counts().to_pylist()
+    for panel in ("status/ok", "length"):
+        counted = Counter(
+            {(r["length"], r["day"]): r["documents"] for r in rows if r["panel"] == panel}
+        )
+        assert counted == {(n, f"2026-11-2{d}"): 2 for n in (4, 5) for d in range(3)}
+    (failed,) = [r for r in rows if r["panel"] == "status/empty"]
+    assert (failed["length"], failed["day"], failed["documents"]) == (0, "2026-11-20", 1)
+    for panel in TOKEN_PANELS:
+        of_panel = [r for r in rows if r["panel"] == panel]
+        assert {r["length"] for r in of_panel} == {ALL_LENGTHS}
+        by_day = Counter[str]()
+        for r in of_panel:
+            by_day[r["day"]] += r["tokens"]
+        assert by_day == {f"2026-11-2{d}": 60 for d in range(3)}
