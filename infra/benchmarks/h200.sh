@@ -21,6 +21,7 @@ bench llama8b-mixed --repeat 1 --top-k 20 --top-k 128 \
     --quantization int4_fp8 --quantization int4_fp8_exact --quantization int4 \
     --quantization fp8_block
 bench llama8b-long --quantization fp8 --repeat 1
+bench llama8b-choices --quantization fp8
 bench qwen0.5b-mixed --top-k 20 --top-k 128 --repeat 2
 # 114 GB of logits in host memory, some at a time; a virtual machine gives memory that it has never
 # touched at half the speed.

@@ -123,7 +123,8 @@ def _attend(
     if WINDOW:
         masked_from = tl.maximum(start - window + 1, 0) // BN * BN
     else:
-        masked_from = (start + 1) // BN * BN
+        # The same for a position in whatever tile it is: the two ways may round otherwise.
+        masked_from = start // BM * BM
         for n in tl.range(0, masked_from, BN):
             acc, total, top = _fold(
                 acc, total, top, q, keys, values, first_key, n, column, position, num_keys,
@@ -143,19 +144,22 @@ def _attend(
 def lay_out_tiles(num_queries: Sequence[int], num_keys: Sequence[int], block: int) -> np.ndarray:
     """int32 [tiles, 4]: first query, queries, first key, the first query's place among the keys.
 
-    The last queries of a sequence face its last keys. Long tiles come first, so that short ones
-    fill the end.
+    The last queries of a sequence face its last keys, and tiles end at multiples of `block` among
+    the keys. Long tiles come first, so that short ones fill the end.
     """
     queries, keys = np.asarray(num_queries, np.int64), np.asarray(num_keys, np.int64)
-    counts = -(-queries // block)
+    places = keys - queries
+    counts = np.where(queries > 0, -(-keys // block) - places // block, 0)
     sequence = np.repeat(np.arange(len(queries)), counts)
-    first = (np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)) * block
+    nth = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
+    begin = ((places // block)[sequence] + nth) * block
+    first = np.maximum(begin, places[sequence])
     tiles = np.stack(
         [
-            (np.cumsum(queries) - queries)[sequence] + first,
-            np.minimum(block, queries[sequence] - first),
+            (np.cumsum(queries) - queries - places)[sequence] + first,
+            np.minimum(begin + block, keys[sequence]) - first,
             (np.cumsum(keys) - keys)[sequence],
-            (keys - queries)[sequence] + first,
+            first,
         ],
         axis=1,
     )
