@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from .prefixes import count_shared
+from .prefixes import count_saved
 
 _T = TypeVar("_T")
 
@@ -40,8 +40,8 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
 def pack_alike(sequences: Iterable[np.ndarray], budget: int) -> list[list[int]]:
     """Indices of sequences grouped so that those that begin alike are neighbours.
 
-    A group's tokens fit `budget`, where what a sequence shares with the one before it counts once,
-    but for a sequence that is longer by itself.
+    A group's tokens fit `budget`, where what is computed once for a sequence and the one before it
+    counts once, but for a sequence that is longer by itself.
     """
     sequences = list(sequences)
     # Big-endian bytes of what is not negative compare as the numbers do.
@@ -51,7 +51,7 @@ def pack_alike(sequences: Iterable[np.ndarray], budget: int) -> list[list[int]]:
     for i in sorted(range(len(sequences)), key=keys.__getitem__):
         own = len(sequences[i])
         if batches:
-            own -= count_shared(sequences[batches[-1][-1]], sequences[i])
+            own -= count_saved(sequences[batches[-1][-1]], sequences[i])
         if total + own > budget:
             batches.append([])
             own, total = len(sequences[i]), 0

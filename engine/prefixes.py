@@ -45,8 +45,7 @@ def fold(sequences: Sequence[np.ndarray]) -> Tree:
     """
     shared = [0] * min(1, len(sequences))
     for before, ids in pairwise(sequences):
-        count = count_shared(before, ids)
-        shared.append(count if count >= LEAST_SHARED else 0)
+        shared.append(count_saved(before, ids))
     paths: list[np.ndarray] = []
     positions, first = [], 0
     for ids, count in zip(sequences, shared, strict=True):
@@ -56,6 +55,12 @@ def fold(sequences: Sequence[np.ndarray]) -> Tree:
         first += len(own)
     own_ids = [ids[count:] for ids, count in zip(sequences, shared, strict=True)]
     return Tree(np.concatenate(own_ids).astype(np.int64), np.concatenate(positions), paths, shared)
+
+
+def count_saved(before: np.ndarray, ids: np.ndarray) -> int:
+    """How many tokens of a sequence are not computed again after the one before it."""
+    count = count_shared(before, ids)
+    return count if count >= LEAST_SHARED else 0
 
 
 def count_shared(one: np.ndarray, other: np.ndarray) -> int:

@@ -17,7 +17,7 @@ from .ahead import run_ahead
 from .head import BARE, Columns, Extras, Model
 from .intake import Intake, Work
 from .packing import pack, pack_alike, rounds
-from .prefixes import count_shared
+from .prefixes import count_saved
 from .recipes import Recipe, Window
 from .records import Document, DocumentRecord, DocumentScore, TokenRecords
 from .runner import Request, Runner, StreamedRows
@@ -269,7 +269,7 @@ class Scorer:
                 piece = _Piece(item, window, first, key, shares)
                 if shares:
                     inputs = self._inputs(piece)
-                    weight = max(1, weight - count_shared(before, inputs))
+                    weight = max(1, weight - count_saved(before, inputs))
                     before = inputs
                 yield piece, weight
                 first += window.num_targets

@@ -16,7 +16,7 @@ from ...engine.families import FAMILIES
 from ...engine.packing import pack_alike, rounds
 from ...engine.pipeline import BLOCK_ROWS, DTYPES, EngineSettings
 from ...engine.placement import free_host_memory
-from ...engine.prefixes import count_shared
+from ...engine.prefixes import count_saved
 from ...engine.records import Document
 from .breakdown import Breakdown, break_down
 from .ceilings import Ceilings, measure_ceilings, name_unit, wait
@@ -157,7 +157,7 @@ class Loaded:
         if self.subject.recipe.name == "conditional":
             (order,) = pack_alike(inputs, sum(map(len, inputs)))
             inputs = [inputs[i] for i in order]
-            shared = [0, *(count_shared(one, other) for one, other in pairwise(inputs))]
+            shared = [0, *(count_saved(one, other) for one, other in pairwise(inputs))]
         return count_costs(
             self.spec,
             [len(ids) for ids in inputs],

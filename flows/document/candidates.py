@@ -37,7 +37,10 @@ def find_candidates(run: Run, record: Mapping[str, Any], rows: slice) -> Candida
     """
     if "topk" in record:
         topk = record["topk"]
-        return _candidates(topk["top_ids"][rows], topk["top_logprobs"][rows])
+        logprobs, rest = topk["top_logprobs"][rows], topk["log_tail_mass"][rows]
+        # Not 1 less what is shown: of rounded probabilities that would be rounding alone.
+        tail = np.exp(rest.astype(np.float64)) + _mass(logprobs[:, MOST:])
+        return Candidates(topk["top_ids"][rows, :MOST], logprobs[:, :MOST].astype(float), tail)
     if "logits" in run.tiers:
         return _of_logits(run, record["doc_id"], rows)
     if "tokens" in record:
@@ -47,9 +50,12 @@ def find_candidates(run: Run, record: Mapping[str, Any], rows: slice) -> Candida
 
 
 def _candidates(ids: np.ndarray, logprobs: np.ndarray) -> Candidates:
-    logprobs = logprobs[:, :MOST].astype(np.float64)
-    tail = np.maximum(0.0, 1.0 - np.exp(logprobs).sum(1))
-    return Candidates(ids[:, :MOST], logprobs, tail)
+    """Of likeliest tokens alone, at most `MOST` a row."""
+    return Candidates(ids, logprobs.astype(np.float64), np.maximum(0.0, 1.0 - _mass(logprobs)))
+
+
+def _mass(logprobs: np.ndarray) -> np.ndarray:
+    return np.exp(logprobs.astype(np.float64)).sum(1)
 
 
 def _of_logits(run: Run, doc_id: str, rows: slice) -> Candidates:

@@ -78,7 +78,7 @@ def render_page(view: View) -> str:
         command=_command(view),
         levels=name_levels(view),
         badge=_BADGE,
-        has_ranks=bool(view.tokens["rank"].any()),
+        has_ranks="rank" in view.tokens,
         tokens=_mark_tokens(view, {line.token for line in surprising}),
         candidates=_candidates(view),
         columns=COLUMNS,
@@ -134,12 +134,13 @@ def _mark_tokens(view: View, linked: set[int]) -> Markup:
     places = range(view.rows.start, view.rows.stop)
     spans = []
     for line, level, piece in zip(lines(view, places), levels, view.pieces, strict=True):
-        rank, token = int(view.tokens["rank"][line.token]), line.token
+        token = line.token
+        rank = int(view.tokens["rank"][token]) if "rank" in view.tokens else 1
         more = f' id="token-{token}"' if token in linked else ""
         if token in marks:
             more += f' data-mark="{escape(marks[token])}"'
-        if rank >= _BADGE:
-            more += f' data-rank="{rank:,}"'
+        if rank >= _BADGE or not rank:
+            more += f' data-rank="{line.rank}"'
         title = f"place {token:,}, {line.bits} bits, rank {line.rank}, entropy {line.entropy} bits"
         if view.borders is not None and len(view.borders) > 1:
             title += f", window {line.window}"

@@ -10,32 +10,34 @@ import numpy as np
 LEVELS = 8
 """Steps of the scale; page.css calls them `s0` to `s7`."""
 _SPREAD = 2.5
-# Below this many bits tokens are equally certain; a logarithm needs an end.
-_LEAST = 1e-3
 
 
 @dataclass(frozen=True)
 class Scale:
-    """A scale from `low` to `high`, logarithms of bits; what is beyond counts as its ends."""
+    """A scale from `low` to `high`, logarithms of 1 + bits; what is beyond counts as its ends.
+
+    Of 1 + bits, since all tokens far below a bit are equally certain: by the logarithm of bits
+    itself, most steps would tell 0.001 bits from 0.01.
+    """
 
     low: float
     high: float
 
     @classmethod
     def of(cls, bits: np.ndarray) -> Scale:
-        """Mean -+ 2.5 standard deviations of log bits [n]; of what is finite."""
-        logs = np.log(np.maximum(bits[np.isfinite(bits)], _LEAST))
+        """Mean -+ 2.5 standard deviations, from 0 on, of bits [n]; of what is finite."""
+        logs = np.log1p(np.maximum(bits[np.isfinite(bits)], 0.0))
         if not len(logs):
             return cls(0.0, 0.0)
         mean, spread = float(logs.mean()), _SPREAD * float(logs.std())
-        return cls(mean - spread, mean + spread)
+        return cls(max(0.0, mean - spread), mean + spread)
 
     def levels(self, bits: np.ndarray) -> np.ndarray:
         """Level of each, int [n] from 0 to 7: equal steps of the logarithm.
 
         The middle one where all are equally surprising; the last for what is not finite.
         """
-        logs = np.log(np.maximum(bits, _LEAST))
+        logs = np.log1p(np.maximum(bits, 0.0))
         if self.high <= self.low:
             return np.full(len(bits), LEVELS // 2)
         steps = (logs - self.low) / (self.high - self.low) * LEVELS
@@ -46,4 +48,4 @@ class Scale:
         if self.high <= self.low:
             return []
         step = (self.high - self.low) / LEVELS
-        return [math.exp(self.low + step * i) for i in range(1, LEVELS)]
+        return [math.expm1(self.low + step * i) for i in range(1, LEVELS)]

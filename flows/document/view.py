@@ -76,7 +76,12 @@ class Stretch:
             last = self.last
             if last is not None:
                 last = int(np.searchsorted(tokens["byte_start"], last, side="left"))
-        return slice(first, min(count, first + self.most if last is None else last))
+        rows = slice(first, min(count, first + self.most if last is None else last))
+        if rows.stop <= rows.start:
+            raise ValueError(
+                f"from: no scored token is in {self.unit} {self.first:,} to {self.last:,}"
+            )
+        return rows
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,8 @@ class View:
     record: dict[str, Any]
     """Its row of the scores."""
     tokens: Mapping[str, np.ndarray]
-    """Records of all its tokens, [n] each; `entropy` may be missing, and `rank` 0."""
+    """Records of all its tokens, [n] each; `entropy` and `rank` may be missing, and a rank may be 0:
+    beyond the kept candidates."""
     rows: slice
     """Those that are looked at."""
     pieces: list[str]
@@ -189,14 +195,13 @@ def _tokens(
 
 
 def _of_arrays(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Of the tiers `topk` and `sampled`. Rank is known of what is among the candidates, else 0."""
+    """Of the tiers `topk` and `sampled`. Of draws, which tell no rank, there is none."""
     names = ("token_id", "byte_start", "byte_end", "logprob")
     tokens = {name: arrays[name] for name in names}
-    rank = np.zeros(len(tokens["token_id"]), np.int64)
     if "top_ids" in arrays:
         places = arrays["top_ids"] == tokens["token_id"][:, None]
-        rank = np.where(places.any(1), places.argmax(1) + 1, 0)
-    return {**tokens, "rank": rank}
+        tokens["rank"] = np.where(places.any(1), places.argmax(1) + 1, 0)
+    return tokens
 
 
 def _of_logits(

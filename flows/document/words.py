@@ -87,7 +87,7 @@ def lines(view: View, places: Sequence[int]) -> list[Line]:
                 token=token,
                 piece=show_piece(view.pieces[i]),
                 bits=number(float(bits[token]), 2),
-                rank=_rank(tokens["rank"][token]),
+                rank=rank_name(view, token),
                 entropy=_entropy(view, token),
                 first_choice=choice,
                 window=f"{window:,}" if window is not None else NOTHING,
@@ -125,7 +125,11 @@ def find_marks(view: View) -> dict[int, str]:
     return marks
 
 
-def _rank(rank: int) -> str:
+def rank_name(view: View, token: int) -> str:
+    """A token's rank; `beyond` where it is not among the candidates that were kept."""
+    if "rank" not in view.tokens:
+        return NOTHING
+    rank = int(view.tokens["rank"][token])
     return f"{rank:,}" if rank else "beyond"
 
 

@@ -1,5 +1,6 @@
 -- Which documents are the head (below the 30th percentile of bits/byte of their language in a
--- corpus), the middle (up to the 60th) and the tail? CCNet's cut (arXiv 1911.00359).
+-- corpus), the middle (up to the 60th) and the tail? CCNet's cut (arXiv 1911.00359); a percentile is
+-- the score of a document, as for `logitmill filter`.
 
 CREATE OR REPLACE VIEW buckets AS
 WITH cuts AS (
@@ -9,8 +10,8 @@ WITH cuts AS (
         recipe_hash,
         corpus,
         language,
-        quantile_cont(bits_per_byte, 0.3) AS cut_30,
-        quantile_cont(bits_per_byte, 0.6) AS cut_60
+        quantile_disc(bits_per_byte, 0.3) AS cut_30,
+        quantile_disc(bits_per_byte, 0.6) AS cut_60
     FROM documents
     GROUP BY ALL
 )

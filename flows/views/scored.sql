@@ -1,11 +1,12 @@
--- What the questions are asked of: of runs that scored the same in the same way, the latest.
+-- What the questions are asked of: of runs that scored the same in the same way, the latest. Answers
+-- tell models apart by their names, so that a checkpoint stands in for the last one of its name.
 
 CREATE OR REPLACE VIEW current_runs AS
 SELECT *
 FROM runs
 QUALIFY
     row_number() OVER (
-        PARTITION BY model_digest, corpus, quantization, dtype, recipe_hash, corpus_fingerprint
+        PARTITION BY model, corpus, quantization, dtype, recipe_hash, corpus_fingerprint
         ORDER BY date DESC, run_key ASC
     ) = 1;
 
