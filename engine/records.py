@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-OK = "ok"
+OK, NONFINITE = "ok", "nonfinite"
 
 
 @dataclass(frozen=True)

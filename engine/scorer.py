@@ -19,7 +19,7 @@ from .intake import Intake, Work
 from .packing import pack, pack_alike, rounds
 from .prefixes import count_saved
 from .recipes import Recipe, Window
-from .records import Document, DocumentRecord, DocumentScore, TokenRecords
+from .records import NONFINITE, Document, DocumentRecord, DocumentScore, TokenRecords
 from .runner import Request, Runner, StreamedRows
 from .tokenization import Tokenizer
 from .transfer import Arrival
@@ -295,7 +295,7 @@ class Scorer:
         record.num_windows = len(work.windows)
         bad = np.flatnonzero(~np.isfinite(tokens.logprob + tokens.entropy + tokens.varentropy))
         if len(bad):
-            record.status = "nonfinite"
+            record.status = NONFINITE
             record.error = (
                 f"token {bad[0]} has a log-probability of {tokens.logprob[bad[0]]} in a "
                 f"distribution of entropy {tokens.entropy[bad[0]]}"

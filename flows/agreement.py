@@ -7,15 +7,13 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
 from ..engine.records import DocumentScore
 from .distributions import COLUMNS, read_top_k
 from .folder import Folder
-from .parts import BLOBS
+from .parts import BLOBS, rows_of
 
 
 class Distributions:
@@ -73,12 +71,8 @@ class Distributions:
     def _rows(self, name: str, doc_id: str) -> Iterator[dict[str, Any]]:
         """The rows of a document, a row group at a time."""
         with self._folder.filesystem.open(self._folder.path(name), "rb") as file:
-            parquet = pq.ParquetFile(file)
-            for group in range(parquet.num_row_groups):
-                ids = parquet.read_row_group(group, columns=["doc_id"])["doc_id"]
-                if pc.any(pc.equal(ids, doc_id)).as_py():
-                    rows: pa.Table = parquet.read_row_group(group)
-                    yield from rows.filter(pc.field("doc_id") == doc_id).to_pylist()
+            for rows in rows_of(pq.ParquetFile(file), doc_id):
+                yield from rows.to_pylist()
 
 
 def _compare_bytes(tier: str, row: Mapping[str, Any], score: DocumentScore) -> Iterator[str]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .examples import Example, Reader, Source
-from .folder import StoreError
+from .examples import Example, Reader, Source, check_head
+from .folder import Folder, StoreError
 
 if TYPE_CHECKING:
     from ..engine import Pipeline
@@ -70,9 +72,14 @@ class DistillationDataset(IterableDataset):
             keeps=shuffle_buffer > 0,
         )
         _check_tier(run, tier)
-        _check_vocabulary(tier, vocab_size, run.plan["model"]["vocab_size"])
+        is_whole = tier == "logits" or (tier == "hidden" and pipe is not None)
+        _check_vocabulary(vocab_size, run.plan["model"]["vocab_size"], is_whole=is_whole)
         if tokenizer is not None:
             _check_tokenizer(run, Path(tokenizer))
+        if pipe is not None:
+            if tier != "hidden":
+                raise ValueError(f"pipe: {tier!r} holds probabilities already; leave it out")
+            check_head(run, pipe)
         for name, value, least in (("context", context, 1), ("shuffle_buffer", shuffle_buffer, 0)):
             if value is not None and value < least:
                 raise ValueError(f"{name}: {value} is not at least {least}")
@@ -101,14 +108,15 @@ class DistillationDataset(IterableDataset):
 
         What lies before is read and not unpacked. The other settings must be the same.
         """
-        self._epoch, self._skipped = state["epoch"], state["given"]
+        self._epoch = state["epoch"]
+        self._given = self._skipped = state["given"]
 
     def __iter__(self) -> Iterator[Example]:
         skipped, self._skipped, self._given = self._skipped, 0, 0
         for source in self._shuffled():
             self._given += 1
             if self._given > skipped:
-                yield source.make()
+                yield source()
 
     def _shuffled(self) -> Iterator[Source]:
         """Sources of this worker: shards in a random order, documents out of a buffer."""
@@ -118,6 +126,8 @@ class DistillationDataset(IterableDataset):
             order.shuffle(parts)
         worker = get_worker_info()
         number, count = (worker.id, worker.num_workers) if worker is not None else (0, 1)
+        if worker is not None:
+            self._reopen()
         own = parts[self._rank :: self._world_size][number::count]
         sources = (source for part in own for source in self._read(part))
         if not self._buffer:
@@ -134,6 +144,13 @@ class DistillationDataset(IterableDataset):
             yield source
         order.shuffle(held)
         yield from held
+
+    def _reopen(self) -> None:
+        """Read by a file system of this process: an object store's does not survive a fork."""
+        folder = self._run.folder
+        self._run = copy(self._run)
+        self._run.folder = Folder(folder.uri, folder.options)
+        self._reader = replace(self._reader, run=self._run)
 
     def _read(self, name: str) -> Iterator[Source]:
         self._check_part(name)
@@ -186,10 +203,11 @@ def _check_tier(run: Run, tier: str) -> None:
             )
 
 
-def _check_vocabulary(tier: str, vocab_size: int, model_size: int) -> None:
+def _check_vocabulary(vocab_size: int, model_size: int, *, is_whole: bool) -> None:
+    """ValueError for a student whose columns are not those of whole distributions."""
     if vocab_size < 1:
         raise ValueError(f"vocab_size: {vocab_size} is not at least 1")
-    if tier == "logits" and vocab_size != model_size:
+    if is_whole and vocab_size != model_size:
         raise ValueError(
             f"vocab_size: {vocab_size} columns of a student do not go with the {model_size} that "
             "logits have; use topk, whose ids are checked one by one"

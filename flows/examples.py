@@ -29,13 +29,8 @@ Example = dict[str, Any]
 """`doc_id`, `first_row` and tensors that have a row for each input."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """What examples are made of: some rows of a document, read and not looked at yet."""
-
-    doc_id: str
-    first_row: int
-    make: Callable[[], Example]
+Source = Callable[[], Example]
+"""Makes an example of some rows of a document, which are read and not looked at yet."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +90,7 @@ class Reader:
                     row = {name: blob.to_pybytes() for name, blob in row.items()}
                 document = _Document(self, doc_id, first_input, row)
                 for start, stop in _pieces(num_tokens, self.context):
-                    yield Source(doc_id, start, document.piece(start, stop))
+                    yield document.piece(start, stop)
 
     def unpack(self, doc_id: str, first_input: int, row: Mapping[str, Any]) -> Example:
         """A whole document's arrays as an example."""
@@ -108,16 +103,19 @@ class Reader:
             ids = np.repeat(arrays.pop("ids"), arrays.pop("counts"))
             del arrays["num_ids"]
             arrays["sample_ids"] = ids.reshape(-1, self.run.plan["num_draws"])
-        token_id = arrays.pop("token_id").astype(np.int64)
-        self._check_ids(doc_id, token_id)
-        example: Example = {
-            "input_ids": torch.from_numpy(np.concatenate([[first_input], token_id[:-1]])),
-            "target_ids": torch.from_numpy(token_id),
-        }
+        example = self._make_ids(doc_id, first_input, arrays.pop("token_id"))
         for name, values in arrays.items():
             kept = values.astype(np.int64) if name.startswith("byte_") else values
             example[name] = torch.from_numpy(kept if kept.flags.writeable else kept.copy())
         return example
+
+    def _make_ids(self, doc_id: str, first_input: int, token_id: np.ndarray) -> Example:
+        """Inputs and targets of rows that follow `first_input`."""
+        inputs = np.concatenate([[first_input], token_id[:-1]], dtype=np.int64)
+        targets = token_id.astype(np.int64)
+        for ids in (inputs, targets):
+            self._check_ids(doc_id, ids)
+        return {"input_ids": torch.from_numpy(inputs), "target_ids": torch.from_numpy(targets)}
 
     def _check_ids(self, doc_id: str, ids: np.ndarray) -> None:
         if self.vocab_size < self._model_size and len(ids) and ids.max() >= self.vocab_size:
@@ -132,6 +130,7 @@ class Reader:
         column = "states" if self.tier == "hidden" else "logprobs"
         about = {k.decode(): v.decode() for k, v in (parquet.schema_arrow.metadata or {}).items()}
         tokens = self._read_tokens(name.replace(f"{self.tier}/", "tokens/"))
+        following = next(tokens, None)
         document: _Tokens | None = None
         held: list[torch.Tensor] = []
         num_held = first = 0
@@ -139,20 +138,27 @@ class Reader:
             rows = parquet.read_row_group(group, columns=["doc_id", "first_row", column])
             for row in rows.to_pylist():
                 if row["first_row"] == 0:
-                    document, held, num_held, first = next(tokens), [], 0, 0
-                assert document is not None and document.doc_id == row["doc_id"]
+                    document, held, num_held, first = None, [], 0, 0
+                    if following is not None and following.doc_id == row["doc_id"]:
+                        document, following = following, next(tokens, None)
+                if document is None:
+                    # Its numbers are not finite, which was not known yet when its rows were kept.
+                    continue
                 held.append(self._make_rows(row[column], about))
                 num_held += len(held[-1])
                 left = len(document.token_id) - first
                 while left and num_held >= (size := min(left, self.context or left)):
-                    together = torch.cat(held)
-                    yield Source(
-                        document.doc_id,
-                        first,
-                        self._whole_piece(document, first, together[:size]),
-                    )
+                    together = torch.cat(held) if len(held) > 1 else held[0]
+                    # A view would hold all that was read with it.
+                    rows_of_piece = together[:size].clone() if self.keeps else together[:size]
+                    yield self._whole_piece(document, first, rows_of_piece)
                     held, num_held = [together[size:]], num_held - size
                     first, left = first + size, left - size
+        if following is not None:
+            raise StoreError(
+                f"run: {name} has no rows of document {following.doc_id!r}, or in another order "
+                "than its tokens; take a whole copy of the run"
+            )
 
     def _make_rows(self, blob: bytes, about: Mapping[str, str]) -> torch.Tensor:
         if self.tier == "hidden":
@@ -160,7 +166,6 @@ class Reader:
             states = read_states(blob, about["logitmill.hidden_dtype"], size)
             if self.pipe is None:
                 return states
-            check_head(about["logitmill.head_digest"], self.pipe)
             return torch.cat([z.log_softmax(-1) for _, z in self.pipe.replay(states)])
         dtype = np.dtype(LOGITS_DTYPES[self.run.plan["logits_dtype"]]).newbyteorder("<")
         return torch.from_numpy(np.frombuffer(bytearray(blob), dtype)).view(-1, self._model_size)
@@ -169,13 +174,12 @@ class Reader:
         self, document: _Tokens, first: int, rows: torch.Tensor
     ) -> Callable[[], Example]:
         def make() -> Example:
-            stop = first + len(rows)
-            inputs = np.concatenate([[self.run.plan["prefix_token"]], document.token_id[:-1]])
+            stop, token_id = first + len(rows), document.token_id
+            before = token_id[first - 1] if first else self.run.plan["prefix_token"]
             example = {
                 "doc_id": document.doc_id,
                 "first_row": first,
-                "input_ids": torch.from_numpy(inputs[first:stop].astype(np.int64)),
-                "target_ids": torch.from_numpy(document.token_id[first:stop].astype(np.int64)),
+                **self._make_ids(document.doc_id, before, token_id[first:stop]),
                 "states" if self.tier == "hidden" and self.pipe is None else "logprobs": rows,
             }
             for name, span in document.spans.items():
@@ -192,6 +196,8 @@ class Reader:
                 columns = {n: table.column(n).combine_chunks() for n in names}
                 for i, doc_id in enumerate(columns.pop("doc_id").to_pylist()):
                     values = {n: column[i].values.to_numpy() for n, column in columns.items()}
+                    if self.keeps:
+                        values = {n: value.copy() for n, value in values.items()}
                     yield _Tokens(doc_id, values.pop("token_id"), values)
 
 
@@ -236,10 +242,13 @@ def _pieces(num_rows: int, context: int | None) -> Iterator[tuple[int, int]]:
         yield start, min(num_rows, start + step)
 
 
-def check_head(stored: str, pipe: Pipeline) -> None:
-    """ValueError for a model whose head is not the one that states were kept for, by digests."""
-    if stored != pipe.head_digest:
-        raise StoreError(
-            f"pipe: its head is {str(pipe.head_digest)[:16]}..., and the states are for "
-            f"{stored[:16]}...; load the run's model with the run's settings"
-        )
+def check_head(run: Run, pipe: Pipeline) -> None:
+    """ValueError for a model whose head is not the one that a run's states are for, by digests."""
+    for name in run.parts("hidden")[:1]:
+        with run.open_part(name) as parquet:
+            stored = parquet.schema_arrow.metadata[b"logitmill.head_digest"].decode()
+        if stored != pipe.head_digest:
+            raise StoreError(
+                f"pipe: its head is {str(pipe.head_digest)[:16]}..., and the states are for "
+                f"{stored[:16]}...; load the run's model with the run's settings"
+            )

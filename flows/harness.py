@@ -30,7 +30,7 @@ from tqdm import tqdm
 from ..engine import Document, DocumentScore, EngineSettings, find_recipe
 from ..engine.checkpoint import find_model
 from ..engine.pipeline import inspect_model, load_pipeline
-from ..engine.records import OK
+from ..engine.records import NONFINITE, OK
 from .plugin import register
 from .versions import versions
 
@@ -384,7 +384,7 @@ def _load_tokenizer(
 def _read_answer(score: DocumentScore) -> Answer:
     """The log-likelihood is NaN where the model's numbers are."""
     record, tokens = score.record, score.tokens
-    if record.status == "nonfinite":
+    if record.status == NONFINITE:
         log.warning("request %s: %s", record.doc_id, record.error)
         return float("nan"), False
     if record.status != OK or tokens is None or record.loglikelihood is None:

@@ -41,12 +41,16 @@ def check_kept(request: Request, tiers: Sequence[str], facts: ModelFacts) -> Kep
             setting that is out of range, or of a tier that is not kept.
     """
     if "logits" in tiers:
-        for tier in ("topk", "sampled", "hidden"):
+        for tier in ("topk", "sampled"):
             if tier in tiers:
                 raise ValueError(
                     f"tiers: {tier!r} can be made of 'logits', which hold the whole distribution; "
                     "keep one of both"
                 )
+        if "hidden" in tiers:
+            raise ValueError(
+                "tiers: 'logits' can be made of 'hidden' by the model; keep one of both"
+            )
     if "hidden" in tiers and facts.hidden_size is None:
         raise ValueError(f"tiers: 'hidden' cannot be kept: {NO_STATES}")
     for tier, names in (("topk", ("top_k",)), ("sampled", ("num_draws", "draw_seed"))):

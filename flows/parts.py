@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from ..engine.records import DOCUMENT_FIELDS, TOKEN_DTYPES, DocumentScore
@@ -146,6 +147,14 @@ def schema_of(tier: str, vocab_size: int) -> pa.Schema:
     if vocab_size > _HIGH:
         return schema
     return pa.schema([field for field in schema if not field.name.endswith("id_high")])
+
+
+def rows_of(parquet: pq.ParquetFile, doc_id: str) -> Iterator[pa.Table]:
+    """A document's rows in a part, by the row groups that have some."""
+    for group in range(parquet.num_row_groups):
+        ids = parquet.read_row_group(group, columns=["doc_id"])["doc_id"]
+        if pc.any(pc.equal(ids, doc_id)).as_py():
+            yield parquet.read_row_group(group).filter(pc.field("doc_id") == doc_id)
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -84,7 +84,6 @@ def rescore(
     shards = Plan.from_dict(plan["corpus"]).shards
     recipe = Recipe(**plan["recipe"])
     findings: list[Finding] = []
-    distributions = Distributions(run.folder, plan)
     compared = {True: 0, False: 0}
     reasons: set[str] = set()
     for i, rows in chosen.items():
@@ -92,6 +91,8 @@ def rescore(
         reason = exact_here(receipt)
         tolerance = None if reason is None else _tolerance(plan)
         reasons |= {reason} if reason is not None else set()
+        # Of this shard alone: what it takes is known by the place of a document in it.
+        distributions = Distributions(run.folder, plan)
         try:
             scores = _score(pipe, recipe, spec, shards[receipt.shard], rows, distributions.wanted)
         except ValueError as error:

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from .distributions import read_draws, read_top_k
 from .folder import Folder, StoreError
-from .parts import LOGITS_DTYPES, schema_of
+from .parts import LOGITS_DTYPES, rows_of, schema_of
 from .store import MANIFEST, PLAN, REPORT, find_receipts
 
 if TYPE_CHECKING:
@@ -230,13 +229,10 @@ class Run:
             KeyError: if the run has no such document.
             ValueError: if the model's head is another one than the run's.
         """
-        states = self.states(doc_id)
         from .examples import check_head
 
-        for name in self.parts("hidden")[:1]:
-            with self.open_part(name) as parquet:
-                check_head(parquet.schema_arrow.metadata[b"logitmill.head_digest"].decode(), pipe)
-        return pipe.replay(states)
+        check_head(self, pipe)
+        return pipe.replay(self.states(doc_id))
 
     def distillation(
         self,
@@ -259,7 +255,7 @@ class Run:
             tier: `topk`, `sampled`, `hidden` or `logits`.
             vocab_size: columns of the student's logits. An id beyond is an error.
             tokenizer: the student's model folder; an error if its tokens are not the run's.
-            pipe: with `hidden`, the run's model, which makes log-probabilities of the states.
+            pipe: the run's model, which makes log-probabilities of the states (`hidden` alone).
             context: cut documents into examples of at most so many inputs; each is a document
                 otherwise.
             spans: also give the bytes of the document that each target stands for, by which another
@@ -317,13 +313,8 @@ class Run:
         ]
 
     def _rows(self, tier: str, shard: int, doc_id: str) -> pa.Table:
-        found = []
         with self.open_part(self._names(tier)[shard]) as parquet:
-            for group in range(parquet.num_row_groups):
-                ids = parquet.read_row_group(group, columns=["doc_id"])["doc_id"]
-                if pc.any(pc.equal(ids, doc_id)).as_py():
-                    rows = parquet.read_row_group(group)
-                    found.append(rows.filter(pc.field("doc_id") == doc_id))
+            found = list(rows_of(parquet, doc_id))
             return pa.concat_tables(found) if found else parquet.schema_arrow.empty_table()
 
     def _names(self, tier: str) -> list[str]:

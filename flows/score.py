@@ -140,7 +140,7 @@ def score_corpus(
         tiers: what to keep: `scores` (a row a document, always), `tokens` (a record a token),
             `topk` (the likeliest tokens of every row, and the mass of all others), `sampled`
             (tokens drawn from its distribution), `hidden` (what the model's head takes), `logits`
-            (log-probabilities over the whole vocabulary, of which all of these can be made).
+            (log-probabilities over the whole vocabulary, without `topk`, `sampled` or `hidden`).
         engine: device, dtype, batch size and memory of the engine.
         limit: at most this many documents, the first in plan order.
         top_k: tokens of a row in the tier `topk`, up to 256; 20 by default.

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..engine.records import OK, TOKEN_DTYPES
+from ..engine.records import NONFINITE, OK, TOKEN_DTYPES
 from .corpus.locations import is_garbled
 from .folder import Folder, Part, endpoint_options, find_live, one_line
 from .parts import BLOBS, schema_of
@@ -303,6 +303,8 @@ def _hold_rows(
     sums: dict[str, Any] = dict.fromkeys(_TOTALS, 0) | {"loglikelihood": 0.0}
     ids: set[str] = set()
     scored: list[tuple[str, int]] = []
+    # Rows are kept before it is known that a document's numbers are not finite.
+    nonfinite: set[str] = set()
     columns = ["doc_id", "status", "num_tokens_scored", "num_bytes", "loglikelihood"]
     for rows in _row_groups(folder, name, plan["run_key"], columns):
         for doc_id, status, tokens, num_bytes, loglikelihood in zip(
@@ -313,6 +315,8 @@ def _hold_rows(
             ids.add(doc_id)
             if tokens:
                 scored.append((doc_id, tokens))
+            if status == NONFINITE:
+                nonfinite.add(doc_id)
             sums["documents"] += 1
             sums["failed"] += status != OK
             sums["tokens"] += tokens
@@ -336,7 +340,9 @@ def _hold_rows(
         if tier in ("topk", "sampled"):
             yield from _hold_documents(name, scored, _count_arrays(folder, name, plan))
         elif tier in ("hidden", "logits"):
-            yield from _hold_documents(name, scored, _count_rows(folder, name, plan["run_key"]))
+            rows_of = _count_rows(folder, name, plan["run_key"])
+            kept = (found for found in rows_of if found[0] not in nonfinite)
+            yield from _hold_documents(name, scored, kept)
     counts = read_table(folder, f"shards/{n}.counts.parquet")
     of_status = counts.filter([panel.startswith(STATUS) for panel in counts["panel"].to_pylist()])
     for total in ("documents", "tokens"):

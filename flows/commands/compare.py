@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +10,7 @@ import typer
 
 from .mistakes import or_exit
 from .options import ENDPOINT_HELP
+from .terminal import show_counts
 
 if TYPE_CHECKING:
     from ..compare import Comparison
@@ -69,7 +68,7 @@ def compare(
     def show() -> None:
         from ..compare import compare_runs
 
-        with _bar() as on_progress:
+        with show_counts() as on_progress:
             found = compare_runs(
                 base,
                 other,
@@ -100,24 +99,3 @@ def _show(found: Comparison) -> None:
         table.add_row(name, value)
     Console(file=sys.stdout, highlight=False).print(table)
     typer.echo(f"page    {found.uri}")
-
-
-@contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for as long as the block runs, on a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda doing, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("comparing {task.description}"), BarColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        tasks = {}
-
-        def show(doing: str, done: int, total: int) -> None:
-            if doing not in tasks:
-                tasks[doing] = progress.add_task(doing, total=total)
-            progress.update(tasks[doing], completed=done, total=total)
-
-        yield show

@@ -11,7 +11,7 @@ import typer
 from ..progress import counted
 from .mistakes import or_exit
 from .options import ENDPOINT_HELP
-from .terminal import show_shards
+from .terminal import show_counts
 
 if TYPE_CHECKING:
     from ..filters import Cuts, Kept
@@ -85,7 +85,7 @@ def filter(
 
     def write() -> None:
         from ..filters import find_cuts, write_kept
-        from ..filters.kept import find_place
+        from ..filters.kept import check_texts, find_place
         from ..folder import endpoint_options
         from ..run import open_run
 
@@ -95,11 +95,18 @@ def filter(
         if out is not None:
             find_place(out, texts=text, endpoint_url=endpoint_url)
         opened = open_run(run, storage_options=endpoint_options(run, endpoint_url))
+        if text:
+            check_texts(opened, endpoint_url)
         group = None if by == By.none else by.value
         cuts = find_cuts(opened, (low, high), score=score, by=group, weight=weight.value)
-        with show_shards("filtering") as on_progress:
+        with show_counts() as show:
             kept = write_kept(
-                opened, cuts, out, texts=text, endpoint_url=endpoint_url, on_progress=on_progress
+                opened,
+                cuts,
+                out,
+                texts=text,
+                endpoint_url=endpoint_url,
+                on_progress=lambda done, total: show("filtering shards", done, total),
             )
         _show(cuts, kept)
         if out is not None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -12,6 +9,7 @@ import typer
 from ..progress import counted
 from .mistakes import or_exit
 from .options import ENDPOINT_HELP
+from .terminal import show_counts
 
 
 def publish(
@@ -91,7 +89,7 @@ def _publish(
             changed = withdraw_run(key, catalog=catalog, root=root, namespace=namespace)
             said, done = "withdrawn", "was not there"
         else:
-            with _show_files() as on_progress:
+            with show_counts() as on_progress:
                 published = publish_run(
                     opened,
                     catalog=catalog,
@@ -106,22 +104,3 @@ def _publish(
         typer.echo(f"{folder.uri}  {f'{said}: {what}' if files else done}")
     if len(whole) < len(found):
         typer.echo(f"left out: {counted(len(found) - len(whole), 'run')} not complete yet")
-
-
-@contextmanager
-def _show_files() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar of the files of a table that have been looked at, on a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda name, done, total: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("", total=None)
-
-        def show(name: str, done: int, total: int) -> None:
-            progress.update(task, description=name, completed=done, total=total)
-
-        yield show

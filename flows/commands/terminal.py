@@ -10,8 +10,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 
 def hush_prefect() -> None:
@@ -98,15 +102,28 @@ def show_bytes(doing: str, then: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def show_shards(doing: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for as long as the block runs, on a terminal; told how many shards of how many."""
+def show_counts() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars for as long as the block runs, on a terminal: one for each thing told to be done."""
     if not sys.stderr.isatty():
-        yield lambda done, total: None
+        yield lambda doing, done, total: None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    said = TextColumn("{task.description}")
+    columns = (said, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"{doing} shards", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        tasks: dict[str, TaskID] = {}
+
+        def show(doing: str, done: int, total: int) -> None:
+            if doing not in tasks:
+                tasks[doing] = progress.add_task(doing, total=total)
+            progress.update(tasks[doing], completed=done, total=total)
+
+        yield show

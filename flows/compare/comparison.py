@@ -12,10 +12,10 @@ import numpy as np
 from ..folder import Folder, endpoint_options
 from ..run import Run, open_run
 from ..store import MANIFEST
-from .distributions import Distributions, compare_distributions
+from .distributions import Distributions, compare_distributions, find_shared_tier
 from .documents import Documents, compare_documents
 from .shift import Shift, measure_shift
-from .tokens import NotComparable, OtherTokens, Tokens, Told, compare_tokens
+from .tokens import NotComparable, OtherTokens, Tokens, Told, check_tokens, compare_tokens
 
 LEVELS = ("documents", "tokens", "distributions")
 """How deep a comparison goes, each with those before it."""
@@ -141,12 +141,12 @@ def compare(
 
     def give_up(name: str, why: NotComparable) -> None:
         if level == name:
-            raise ValueError(f"level: {name!r} cannot be compared: {why}") from None
+            raise _unreachable(name, why) from None
         missing[name] = str(why)
 
     documents = compare_documents(base, other, progress("documents"))
     if documents.all is None and level is not None:
-        raise ValueError(f"level: {level!r} cannot be compared: {why_no_pairs(documents)}")
+        raise _unreachable(level, why_no_pairs(documents))
     if documents.all is None:
         missing = dict.fromkeys(LEVELS, why_no_pairs(documents))
         deepest = 0
@@ -224,6 +224,17 @@ def _check(base: Run, other: Run, level: str | None) -> None:
             f"recipe: A was scored with {next(said)}, B with {next(said)}; numbers of two recipes "
             "do not compare, score one of them again with the other's"
         )
+    try:
+        if level == "tokens":
+            check_tokens(base, other)
+        elif level == "distributions":
+            find_shared_tier(base, other)
+    except NotComparable as why:
+        raise _unreachable(level, why) from None
+
+
+def _unreachable(level: str | None, why: object) -> ValueError:
+    return ValueError(f"level: {level!r} cannot be compared: {why}")
 
 
 @dataclass(frozen=True)
@@ -261,7 +272,7 @@ def _find_place(base: Run, other: Run, out: str | None, endpoint_url: str | None
 def _write(comparison: Comparison, place: _Place, endpoint_url: str | None) -> Comparison:
     from .page import render_comparison
 
-    html = render_comparison(comparison, endpoint_url)
+    html = render_comparison(comparison, endpoint_url, numbers=place.numbers)
     place.folder.write_json(place.numbers, comparison.to_dict())
     place.folder.write(place.page, html.encode())
     uri, address = f"{place.folder.uri}/{place.page}", place.folder.address(place.page)

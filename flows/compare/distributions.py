@@ -57,7 +57,7 @@ class Distributions:
     groups: list[KlDrift]
 
 
-def find_tier(base: Run, other: Run) -> str:
+def find_shared_tier(base: Run, other: Run) -> str:
     """The best tier that both runs kept.
 
     Raises:
@@ -78,7 +78,7 @@ def compare_distributions(base: Run, other: Run, on_progress: OnProgress) -> Dis
     Raises:
         NotComparable: if neither tier was kept by both, or their vocabularies are not the same.
     """
-    tier = find_tier(base, other)
+    tier = find_shared_tier(base, other)
     tally = _Tally()
     pairs = _pair_logits if tier == EXACT else _pair_topk
     for labels, found in pairs(base, other, on_progress):
@@ -142,27 +142,29 @@ _Pairs = Iterator[tuple[pa.Table, Divergences]]
 
 
 def _pair_topk(base: Run, other: Run, on_progress: OnProgress) -> _Pairs:
-    streams = [_topk_stream(run, labels=run is base) for run in (base, other)]
+    streams = [open_topk(run, labels=run is base) for run in (base, other)]
     for ours, theirs in pair(*streams, on_progress=on_progress):
         same = pc.equal(ours["token_id"], theirs["token_id"])
         ours, theirs = ours.filter(same), theirs.filter(same)
         lengths = pc.binary_length(ours["token_id"]).to_numpy() // 4
         rows = np.repeat(np.arange(len(lengths)), lengths)
-        kept = [_candidates(table) for table in (ours, theirs)]
+        kept = [read_candidates(table) for table in (ours, theirs)]
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             block = slice(start, start + _ROWS_AT_ONCE)
             found = diverge_coarsely(*(candidates.some(block) for candidates in kept))
             yield ours.select(["source", "language"]).take(pa.array(rows[block])), found
 
 
-def _topk_stream(run: Run, *, labels: bool) -> Stream:
+def open_topk(run: Run, *, labels: bool = False) -> Stream:
+    """What candidates are made of: the columns of the tier `topk` that a run has."""
     columns = ["token_id", "top_id_low", "top_id_high", "top_logprob", "log_tail_mass"]
     if run.plan["model"]["vocab_size"] <= 1 << 16:
         columns.remove("top_id_high")
     return Stream(run, BOUND, columns, labels)
 
 
-def _candidates(table: pa.Table) -> Candidates:
+def read_candidates(table: pa.Table) -> Candidates:
+    """The candidates of rows of the tier `topk`, the tokens of one document after another's."""
     log_tail = unpack(table["log_tail_mass"], "<f4")
     shape = (len(log_tail), -1) if len(log_tail) else (0, 0)
     ids = join_ids(table).reshape(shape)

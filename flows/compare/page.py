@@ -7,8 +7,6 @@ other script run.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 import shlex
 from collections.abc import Mapping
@@ -17,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from .. import report
 from ..document.text import Names, join_bytes
-from ..report.wording import number, percent, plural, show, show_lines
+from ..report.template import REPORT, fill, mark_up
+from ..report.wording import number, percent, plural, show
 from .comparison import NUMBERS, Comparison, describe_run, why_no_pairs
 from .documents import Document
 from .sections import documents_section, scatter_section, shift_section
@@ -31,7 +28,6 @@ from .tokens import Told
 from .wording import kl_name, signed, small
 
 _HERE = Path(__file__).parent
-_REPORT = Path(report.__file__).parent
 SECTIONS = (
     documents_section,
     scatter_section,
@@ -50,7 +46,7 @@ _FACTS = {
     "uri": "Run",
     "model": "Model",
     "model_digest": "Model digest",
-    "quantization": "Checkpoint's quantization",
+    "quantization": "Linears",
     "engine": "Engine",
     "recipe": "Recipe",
     "recipe_hash": "Recipe hash",
@@ -76,28 +72,22 @@ class Shown:
     tokens: Markup
 
 
-def render_comparison(comparison: Comparison, endpoint_url: str | None = None) -> str:
+def render_comparison(
+    comparison: Comparison, endpoint_url: str | None = None, *, numbers: str = NUMBERS
+) -> str:
     """The comparison as one HTML page, below 3 MB whatever was compared.
 
     Args:
         endpoint_url: the S3 server where the models' tokenizers may lie.
+        numbers: what the file of numbers beside the page is called.
     """
-    script = (_REPORT / "page.js").read_text("utf-8")
-    style = "".join((folder / "page.css").read_text("utf-8") for folder in (_REPORT, _HERE))
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     told, spelling = _show_told(comparison, endpoint_url)
     sections = [section(comparison) for section in SECTIONS]
     provenance = _provenance(comparison)
-    return environment.get_template("page.html").render(
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    return fill(
+        _HERE,
+        styles=[REPORT / "page.css", _HERE / "page.css"],
+        scripts=[REPORT / "page.js"],
         sides=[_name_side(comparison, side) for side in ("base", "other")],
         tiles=_tiles(comparison),
         alerts=find_alerts(comparison),
@@ -110,7 +100,7 @@ def render_comparison(comparison: Comparison, endpoint_url: str | None = None) -
         provenance=provenance,
         num_differ=sum(ours != theirs for _, ours, theirs in provenance),
         command=show(_command(comparison), 4000),
-        numbers=NUMBERS,
+        numbers=show(numbers),
     )
 
 
@@ -258,10 +248,8 @@ def _mark(told: Told, pieces: list[str], rows: slice, *, is_text: bool) -> Marku
     ):
         said = f"log p {number(base, 2)} in A, {number(other, 2)} in B"
         title = f"{said}, change {signed(other - base, 2)}"
-        text = str(escape(show_lines(piece)))
-        for sign in ("\u21b5", "\u21e5"):
-            text = text.replace(sign, f'<i aria-hidden="true">{sign}</i>')
-        spans.append(f'<span class="{_level(other - base)}" title="{title}">{text}</span>')
+        level = _level(other - base)
+        spans.append(f'<span class="{level}" title="{title}">{mark_up(piece)}</span>')
     return Markup(("" if is_text else " ").join(spans))
 
 

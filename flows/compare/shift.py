@@ -31,7 +31,8 @@ class Shift:
     psi: float
     """Population stability index."""
     psi_by_chance: float
-    """What it is on average where both are drawn from one population: (classes - 1)(1/n + 1/m)."""
+    """What it is on average where both are drawn from one population: (classes - 1)(1/n + 1/m),
+    of as many classes as bins leave of the tenths."""
     wasserstein: float
     """Bits/byte that a document is moved on average to make one distribution of the other."""
     base_median: float
@@ -70,14 +71,19 @@ def population_stability(base: np.ndarray, other: np.ndarray) -> float:
     Args:
         base: documents by bin, and so `other`; of equal length.
     """
-    below = np.cumsum(base)
-    edges = np.searchsorted(below, below[-1] * np.arange(1, NUM_CLASSES) / NUM_CLASSES) + 1
-    starts = np.unique(np.concatenate([[0], edges]))
-    starts = starts[starts < len(base)]
+    starts = _class_starts(base)
     p, q = (
         np.maximum(np.add.reduceat(counts, starts), 0.5) / counts.sum() for counts in (base, other)
     )
     return float(((q - p) * np.log(q / p)).sum())
+
+
+def _class_starts(base: np.ndarray) -> np.ndarray:
+    """The bins that the base's tenths begin with; fewer where a bin holds more than one."""
+    below = np.cumsum(base)
+    edges = np.searchsorted(below, below[-1] * np.arange(1, NUM_CLASSES) / NUM_CLASSES) + 1
+    starts = np.unique(np.concatenate([[0], edges]))
+    return starts[starts < len(base)]
 
 
 def wasserstein(base: np.ndarray, other: np.ndarray, width: float) -> float:
@@ -89,13 +95,14 @@ def wasserstein(base: np.ndarray, other: np.ndarray, width: float) -> float:
 def _shift(source: str, language: str, base: np.ndarray, other: np.ndarray) -> Shift:
     length = max(len(base), len(other))
     base, other = (np.pad(counts, (0, length - len(counts))) for counts in (base, other))
+    num_degrees = len(_class_starts(base)) - 1
     return Shift(
         source=source,
         language=language,
         base_documents=int(base.sum()),
         other_documents=int(other.sum()),
         psi=population_stability(base, other),
-        psi_by_chance=float((NUM_CLASSES - 1) * (1 / base.sum() + 1 / other.sum())),
+        psi_by_chance=float(num_degrees * (1 / base.sum() + 1 / other.sum())),
         wasserstein=wasserstein(base, other, BIN_BITS_PER_BYTE),
         base_median=_median(base),
         other_median=_median(other),

@@ -108,6 +108,13 @@ def find_tier(run: Run) -> str | None:
     return next((tier for tier in _TIERS if tier in run.tiers), None)
 
 
+def check_tokens(base: Run, other: Run) -> None:
+    """NotComparable for a run that kept no tokens."""
+    for name, run in (("A", base), ("B", other)):
+        if find_tier(run) is None:
+            raise NotComparable(f"{name} kept no tokens; score it with --keep tokens")
+
+
 def compare_tokens(
     base: Run, other: Run, told: Collection[str], on_progress: OnProgress
 ) -> tuple[Tokens, dict[str, Told]]:
@@ -119,9 +126,7 @@ def compare_tokens(
     Raises:
         NotComparable: if tokens were not kept, or are not the same tokens.
     """
-    for name, run in (("A", base), ("B", other)):
-        if find_tier(run) is None:
-            raise NotComparable(f"{name} kept no tokens; score it with --keep tokens")
+    check_tokens(base, other)
     tally = _Tally(set(told))
     streams = [_stream(run, labels=run is base) for run in (base, other)]
     for ours, theirs in pair(*streams, on_progress=on_progress):
@@ -325,7 +330,7 @@ class _Tally:
             ln_ratio=total.ln_ratio(),
             ln_ratio_error_by_document=_clustered(self._by_document),
             ratio=Estimate(ratio, ratio * nll.error(2)),
-            difference=Estimate(moved, math.sqrt(variance)),
+            difference=Estimate(moved, math.sqrt(max(variance, 0.0))),
             delta_p=self._delta_p.spread(),
             rms_delta_p=total.rms(),
             delta_logprob=self._delta_logprob.spread(),

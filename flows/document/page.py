@@ -7,18 +7,16 @@ script run.
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import shlex
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from .. import report
-from ..report.wording import number, plural, show, show_lines
+from ..report.template import REPORT, fill, mark_up
+from ..report.wording import number, plural, show
 from .view import View
 from .words import (
     COLUMNS,
@@ -33,7 +31,6 @@ from .words import (
 )
 
 _HERE = Path(__file__).parent
-_REPORT = Path(report.__file__).parent
 MOST_IN_PAGE = 20_000
 """Tokens. Browsers lay out ten times as many for minutes."""
 # A token of a better rank needs no badge to be seen.
@@ -55,21 +52,12 @@ def render_page(view: View) -> str:
             f"to: {count:,} tokens are more than the {MOST_IN_PAGE:,} that a page holds; write "
             "several with --from and --to"
         )
-    script = "".join((folder / "page.js").read_text("utf-8") for folder in (_REPORT, _HERE))
-    style = "".join((folder / "page.css").read_text("utf-8") for folder in (_REPORT, _HERE))
-    environment = Environment(
-        loader=FileSystemLoader(_HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     plan, record = view.run.plan, view.record
     surprising = most_surprising(view)
-    return environment.get_template("page.html").render(
-        style=Markup(style),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    return fill(
+        _HERE,
+        styles=[REPORT / "page.css", _HERE / "page.css"],
+        scripts=[REPORT / "page.js", _HERE / "page.js"],
         doc_id=show(record["doc_id"]),
         summary=summarize(view),
         tiles=_tiles(view),
@@ -144,11 +132,7 @@ def _mark_tokens(view: View, linked: set[int]) -> Markup:
         title = f"place {token:,}, {line.bits} bits, rank {line.rank}, entropy {line.entropy} bits"
         if view.borders is not None and len(view.borders) > 1:
             title += f", window {line.window}"
-        text = str(escape(show_lines(piece)))
-        # The marks are there to see, not to be read aloud.
-        for sign in ("\u21b5", "\u21e5"):
-            text = text.replace(sign, f'<i aria-hidden="true">{sign}</i>')
-        spans.append(f'<span class="s{level}" title="{title}"{more}>{text}</span>')
+        spans.append(f'<span class="s{level}" title="{title}"{more}>{mark_up(piece)}</span>')
     # Token ids would run into one number.
     return Markup(("" if view.is_text else " ").join(spans))
 

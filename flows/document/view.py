@@ -92,8 +92,8 @@ class View:
     record: dict[str, Any]
     """Its row of the scores."""
     tokens: Mapping[str, np.ndarray]
-    """Records of all its tokens, [n] each; `entropy` and `rank` may be missing, and a rank may be 0:
-    beyond the kept candidates."""
+    """Records of all its tokens, [n] each; `entropy` and `rank` may be missing, and a rank of 0 is
+    one beyond the kept candidates."""
     rows: slice
     """Those that are looked at."""
     pieces: list[str]

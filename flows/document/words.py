@@ -73,8 +73,7 @@ def describe_stretch(view: View) -> str | None:
 
 def lines(view: View, places: Sequence[int]) -> list[Line]:
     """Tokens by their places in the document, which are within the stretch."""
-    tokens, bits = view.tokens, view.bits
-    found = []
+    bits, found = view.bits, []
     for token in places:
         i = token - view.rows.start
         choice = NOTHING
@@ -87,7 +86,7 @@ def lines(view: View, places: Sequence[int]) -> list[Line]:
                 token=token,
                 piece=show_piece(view.pieces[i]),
                 bits=number(float(bits[token]), 2),
-                rank=rank_name(view, token),
+                rank=_rank(view, token),
                 entropy=_entropy(view, token),
                 first_choice=choice,
                 window=f"{window:,}" if window is not None else NOTHING,
@@ -125,7 +124,7 @@ def find_marks(view: View) -> dict[int, str]:
     return marks
 
 
-def rank_name(view: View, token: int) -> str:
+def _rank(view: View, token: int) -> str:
     """A token's rank; `beyond` where it is not among the candidates that were kept."""
     if "rank" not in view.tokens:
         return NOTHING

@@ -124,6 +124,11 @@ def find_place(out: str, *, texts: bool, endpoint_url: str | None) -> tuple[Fold
     return folder, ""
 
 
+def check_texts(run: Run, endpoint_url: str | None) -> None:
+    """ValueError for a run whose documents cannot be written again."""
+    _content(find_corpus(run.plan, endpoint_url))
+
+
 def _read(run: Run, name: str, cuts: Cuts) -> pa.Table:
     columns = ["doc_id", "source", "language", "status", "num_bytes", cuts.score]
     with run.folder.filesystem.open(run.folder.path(name), "rb") as file:

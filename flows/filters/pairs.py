@@ -6,11 +6,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ...engine.records import OK
-from ..compare.divergences import Candidates, diverge_coarsely
+from ..compare.distributions import open_topk, read_candidates
+from ..compare.divergences import diverge_coarsely
 from ..compare.pairing import Stream, pair
-from ..compare.tokens import join_ids, unpack
 from ..run import Run
 from .columns import batch, check_tier, describe_recipe, floats, split
 
@@ -160,25 +161,12 @@ def _token_excess(schema: pa.Schema, run: Run, reference: Run) -> Iterator[pa.Re
 
 
 def _divergences(schema: pa.Schema, run: Run, reference: Run) -> Iterator[pa.RecordBatch]:
-    def stream(one: Run) -> Stream:
-        is_small = one.plan["model"]["vocab_size"] <= 1 << 16
-        high = () if is_small else ("top_id_high",)
-        columns = ("token_id", "top_id_low", *high, "top_logprob", "log_tail_mass")
-        return Stream(one, "topk", columns)
-
-    def candidates(rows: pa.Table) -> Candidates:
-        tail = unpack(rows["log_tail_mass"], "<f4")
-        shape = (len(tail), -1) if len(tail) else (0, 0)
-        logprobs = unpack(rows["top_logprob"], "<f2").reshape(shape)
-        return Candidates(join_ids(rows).reshape(shape), logprobs, tail)
-
-    for theirs, ours in pair(stream(reference), stream(run), on_progress=lambda done, total: None):
-        ids = [rows["token_id"].to_pylist() for rows in (ours, theirs)]
-        same = np.array([a == b for a, b in zip(*ids, strict=True)], bool)
-        _refuse_others(ours["doc_id"], same)
+    streams = [open_topk(one) for one in (reference, run)]
+    for theirs, ours in pair(*streams, on_progress=lambda done, total: None):
+        _refuse_others(ours["doc_id"], pc.equal(ours["token_id"], theirs["token_id"]).to_numpy())
         for i in range(len(ours)):
             rows = [table.slice(i, 1) for table in (theirs, ours)]
-            kl = diverge_coarsely(*map(candidates, rows)).kl_T
+            kl = diverge_coarsely(*map(read_candidates, rows)).kl_T
             yield batch(schema, ours["doc_id"].slice(i, 1), [kl.mean()], [kl.max()], [len(kl)])
 
 

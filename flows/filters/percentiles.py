@@ -17,6 +17,7 @@ Rows = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 # Documents whose scores can all be held: one reading does.
 _HELD = 1 << 22
+_LEAST_ADDED = 1 << 14
 _TOP = np.uint64(1 << 63)
 
 
@@ -48,7 +49,7 @@ def find_percentiles(
     for width in widths:
         histograms = _count(read(), places, known, width)
         if not known:
-            totals = {group: int(h.weights.sum()) for (group, _), h in histograms.items()}
+            totals = {group: int(h.sums()[1].sum()) for (group, _), h in histograms.items()}
             totals = {group: total for group, total in totals.items() if total}
             places = {group: [_Place(0, 0)] * len(percentiles) for group in totals}
         places = {
@@ -63,17 +64,34 @@ def find_percentiles(
 
 
 class _Histogram:
-    """Weight by digits, in the order of digits."""
+    """Weight by digits, in the order of digits.
+
+    What comes is added up once it is as much as what is there: of many small shards each would
+    else cost all before it.
+    """
 
     def __init__(self) -> None:
-        self.digits = np.zeros(0, np.uint64)
-        self.weights = np.zeros(0, np.int64)
+        self._digits = [np.zeros(0, np.uint64)]
+        self._weights = [np.zeros(0, np.int64)]
+        self._num_waiting = 0
 
     def add(self, digits: np.ndarray, weights: np.ndarray) -> None:
-        self.digits, place = np.unique(np.concatenate([self.digits, digits]), return_inverse=True)
-        sums = np.zeros(len(self.digits), np.int64)
-        np.add.at(sums, place, np.concatenate([self.weights, weights]))
-        self.weights = sums
+        self._digits.append(digits)
+        self._weights.append(weights)
+        self._num_waiting += len(digits)
+        if self._num_waiting > max(_LEAST_ADDED, len(self._digits[0])):
+            self._add_up()
+
+    def sums(self) -> tuple[np.ndarray, np.ndarray]:
+        """The digits that came, ascending, and the weight of each."""
+        self._add_up()
+        return self._digits[0], self._weights[0]
+
+    def _add_up(self) -> None:
+        digits, place = np.unique(np.concatenate(self._digits), return_inverse=True)
+        sums = np.zeros(len(digits), np.int64)
+        np.add.at(sums, place, np.concatenate(self._weights))
+        self._digits, self._weights, self._num_waiting = [digits], [sums], 0
 
 
 def _count(
@@ -100,12 +118,13 @@ def _count(
 
 
 def _narrow(place: _Place, found: _Histogram, share: float, total: int, width: int) -> _Place:
-    up_to = place.below + np.cumsum(found.weights)
+    digits, weights = found.sums()
+    up_to = place.below + np.cumsum(weights)
     i = int(np.searchsorted(up_to / total, share, side="left"))
     # A share of 1 may be beyond the last quotient by a rounding.
     i = min(i, len(up_to) - 1)
-    prefix = (place.prefix << width) | int(found.digits[i])
-    return _Place(prefix, int(up_to[i] - found.weights[i]))
+    prefix = (place.prefix << width) | int(digits[i])
+    return _Place(prefix, int(up_to[i] - weights[i]))
 
 
 def _keys(scores: np.ndarray) -> np.ndarray:

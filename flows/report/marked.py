@@ -8,13 +8,14 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 from ..document.borders import find_borders
 from ..document.scale import Scale
 from ..summary import HIGHEST, LOWEST, SAMPLE
+from .template import mark_up
 from .totals import BITS, Row
-from .wording import number, plural, show, show_lines
+from .wording import number, plural, show
 
 _WHY = {
     LOWEST: "among the most predictable",
@@ -112,11 +113,7 @@ def _mark_tokens(row: Row, scale: Scale, borders: Mapping[int, int]) -> Markup:
             names += " w"
             title += f", first of window {borders[i]:,}"
         badge = f' data-r="{_short(rank)}"' if rank > 1 else ""
-        text = str(escape(show_lines(piece)))
-        # The marks are there to see, not to be read aloud.
-        for mark in ("\u21b5", "\u21e5"):
-            text = text.replace(mark, f'<i aria-hidden="true">{mark}</i>')
-        spans.append(f'<span class="{names}" title="{title}"{badge}>{text}</span>')
+        spans.append(f'<span class="{names}" title="{title}"{badge}>{mark_up(piece)}</span>')
     # Token ids, which stand for a document without text, would run into one number.
     return Markup(("" if row["num_bytes"] else " ").join(spans))
 

@@ -15,9 +15,7 @@ from .totals import Totals, ratio
 from .wording import MAX_LABEL, duration, number, percent, plural, show, size
 
 _MAX_BARS = 48
-_TIER = "bytes_"
-# No tiers: bytes in all, and those of text.
-_NOT_TIERS = ("bytes_written",)
+_TIER, _ALL_TIERS = "bytes_", "bytes_written"
 
 
 def operations_panel(material: Material) -> Panel | None:
@@ -37,9 +35,6 @@ def operations_panel(material: Material) -> Panel | None:
     if table.num_rows > _MAX_BARS:
         per_bar = plural(-(-table.num_rows // _MAX_BARS), "shard")
         notes.append(f"A bar stands for {per_bar} that follow each other.")
-    if "attempts" in table.column_names:
-        again = sum(max(0, n - 1) for n in table["attempts"].to_pylist() if n is not None)
-        notes.append(f"Shards that were tried again: {plural(again, 'time')} in all.")
     tables = [("By device", _devices(table)), ("Written", _written(table))]
     failed = _failures(material.totals)
     if failed:
@@ -121,7 +116,7 @@ def _devices(table: pa.Table) -> Cells:
 
 
 def _written(table: pa.Table) -> Cells:
-    names = [n for n in table.column_names if n.startswith(_TIER) and n not in _NOT_TIERS]
+    names = [n for n in table.column_names if n.startswith(_TIER) and n != _ALL_TIERS]
     num_tokens = sum(table["tokens"].to_pylist())
     sums = {name.removeprefix(_TIER): sum(table[name].to_pylist()) for name in names}
     rows: Sequence[Sequence[str]] = [

@@ -8,15 +8,11 @@ anybody's: the template escapes them all, and the page's own policy lets no othe
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...engine.records import OK
@@ -27,10 +23,10 @@ from .panel import Behind, Material, Panel
 from .panels import PANELS
 from .provenance import describe_recipe, list_facts, plain, repeat_command
 from .standouts import list_failed, list_standouts
+from .template import REPORT, fill
 from .totals import Totals, bits_per_byte, perplexity, ratio
 from .wording import MAX_LABEL, duration, number, percent, plural, show, size
 
-_FOLDER = Path(__file__).parent
 # In this order, one script: what stands in one is known to the next.
 _SCRIPTS = ("page.js", "behind.js", "explorer.js")
 
@@ -65,18 +61,10 @@ def render_report(
     heatmap = Heatmap.of(rows, facts.get("recipe") or {})
     links = {document.doc_id: document.id for document in heatmap.documents}
     panels = [panel for make in PANELS if (panel := make(material)) is not None]
-    script = "\n".join((_FOLDER / name).read_text("utf-8") for name in _SCRIPTS)
-    environment = Environment(
-        loader=FileSystemLoader(_FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("page.html").render(
-        style=Markup((_FOLDER / "page.css").read_text("utf-8")),
-        script=Markup(script),
-        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+    return fill(
+        REPORT,
+        styles=[REPORT / "page.css"],
+        scripts=[REPORT / name for name in _SCRIPTS],
         data=Markup(draw_data(material.explorer, facts, rows, links, _behind(panels))),
         model=plain(facts.get("model")),
         corpus=plain(facts.get("corpus")),

@@ -1,6 +1,6 @@
 -- Which documents are the head (below the 30th percentile of bits/byte of their language in a
--- corpus), the middle (up to the 60th) and the tail? CCNet's cut (arXiv 1911.00359); a percentile is
--- the score of a document, as for `logitmill filter`.
+-- corpus), the middle (up to the 60th) and the tail? CCNet's cut (arXiv 1911.00359). A percentile
+-- is the score of a document, as for `logitmill filter`.
 
 CREATE OR REPLACE VIEW buckets AS
 WITH cuts AS (

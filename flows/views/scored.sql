@@ -1,5 +1,5 @@
--- What the questions are asked of: of runs that scored the same in the same way, the latest. Answers
--- tell models apart by their names, so that a checkpoint stands in for the last one of its name.
+-- What the questions are asked of: of runs that scored the same in the same way, the latest.
+-- Answers tell models apart by name, so that a checkpoint stands in for the last one of its name.
 
 CREATE OR REPLACE VIEW current_runs AS
 SELECT *

@@ -18,7 +18,8 @@ import scipy.stats
 from logitmill.engine.recipes import Recipe
 from logitmill.engine.records import DocumentRecord
 from logitmill.flows import open_run
-from logitmill.flows.compare import Comparison, compare, compare_runs, pairing, sums
+from logitmill.flows.compare import Comparison, compare, compare_runs, comparison, pairing, sums
+from logitmill.flows.compare.shift import measure_shift
 from logitmill.flows.compare.sums import Moments, Values
 from logitmill.flows.counts import merge_counts
 from logitmill.flows.parts import LOGITS, SCORES
@@ -519,14 +520,20 @@ def test_a_document_of_other_tokens_is_left_out(
     assert found.tokens == sum(map(len, base.ids)) - len(base.ids[7])
 
 
-def test_tiers_that_are_missing_are_named(tmp_path: Path, base: Corpus, other: Corpus) -> None:
+def test_tiers_that_are_missing_are_named(
+    tmp_path: Path, base: Corpus, other: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     a = write_run(tmp_path / "a", base, tiers=("scores",))
     b = write_run(tmp_path / "b", other)
     found = compare(a, b)
     assert found.missing["tokens"] == "A kept no tokens; score it with --keep tokens"
     assert "--keep topk" in found.missing["distributions"]
+    # What the plans say is said before anything is read.
+    monkeypatch.setattr(comparison, "compare_documents", None)
     with pytest.raises(ValueError, match="level: 'tokens' cannot be compared: A kept no tokens"):
         compare(a, b, level="tokens")
+    with pytest.raises(ValueError, match=r"level: 'distributions' cannot be .* --keep topk"):
+        compare(a, b, level="distributions")
     with pytest.raises(ValueError, match="level: 'deep' is not one of documents, tokens"):
         compare(a, b, level="deep")
 
@@ -554,6 +561,30 @@ def test_no_common_document_leaves_distributions_of_documents(tmp_path: Path, ba
     assert set(found.missing) == {"documents", "tokens", "distributions"}
     with pytest.raises(ValueError, match="no document is in both runs"):
         compare(a, b, level="documents")
+
+
+def test_the_index_by_chance_is_its_mean_over_draws_of_one_population() -> None:
+    """Of two classes, since two bins hold all documents."""
+    rng, indices = np.random.default_rng(3), []
+    for _ in range(2000):
+        sides = [rng.multinomial(count, [0.5, 0.5]) for count in (400, 900)]
+        ours, theirs = (
+            pa.table(
+                {
+                    "panel": ["bits_per_byte"] * 2,
+                    "source": ["a"] * 2,
+                    "language": ["en"] * 2,
+                    "bin": [40, 41],
+                    "documents": side,
+                }
+            )
+            for side in sides
+        )
+        (total, _) = measure_shift(ours, theirs)
+        indices.append(total.psi)
+    assert total.psi_by_chance == pytest.approx(1 / 400 + 1 / 900)
+    # The mean's own error is about 3 % of it.
+    assert np.mean(indices) == pytest.approx(total.psi_by_chance, rel=0.12)
 
 
 def test_other_vocabularies_have_no_exact_divergence(tmp_path: Path, base: Corpus) -> None:

@@ -115,7 +115,8 @@ def test_the_command_shows_a_table_and_where_the_page_is(
     ):
         assert name in result.output
     assert result.output.rstrip().endswith(f"page    {out}")
-    assert Path(out).exists() and (tmp_path / "there.json").exists()
+    assert (tmp_path / "there.json").exists()
+    assert "<code>there.json</code>" in Path(out).read_text()
 
 
 def test_mistakes_of_the_command(plain: Run, quantized: Run, tmp_path: Path) -> None:

@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import s3fs
 import torch
 from direct import score_directly
-from logitmill.engine import EngineSettings, Pipeline, Recipe
+from flow_helpers import write_lines
+from forks import CONTEXT
+from logitmill.engine import EngineSettings, Pipeline, Recipe, pipeline
 from logitmill.engine.losses import full_kl, sampled_cross_entropy, top_k_kl
 from logitmill.flows import Run, open_run, rows
 from logitmill.flows.corpus import CorpusSpec
+from logitmill.flows.verify import verify_run
+from oracles import table_model
 from torch.utils.data import DataLoader
 
 V = 4096
@@ -162,7 +169,7 @@ def test_every_example_comes_once_whoever_reads(run: Run) -> None:
         run.distillation(vocab_size=V, shuffle_buffer=2),
         batch_size=None,
         num_workers=2,
-        multiprocessing_context="fork",
+        multiprocessing_context=CONTEXT,
     )
     assert sorted(names(loader)) == sorted(everything)
 
@@ -191,23 +198,48 @@ def test_it_goes_on_where_it_was(run: Run, options: Any) -> None:
     other.load_state_dict(state)
     assert names(first) + names(other) == everything
     assert names(other) == everything, "the next iteration is a whole one"
+    other.load_state_dict(state)
+    assert other.state_dict() == state, "a loader asks before it goes on"
 
 
 # ---- what does not fit
 
 
-def test_a_token_that_the_student_does_not_have_is_an_error(run: Run) -> None:
+def test_a_token_that_the_student_does_not_have_is_an_error(run: Run, made: Any) -> None:
     top = max(e["top_ids"].max().item() for e in run.distillation(vocab_size=V))
     assert len(list(run.distillation(vocab_size=top + 1)))
-    for tier, most in (("topk", top), ("sampled", 50)):
+    for tier, most in (("topk", top), ("sampled", 50), ("hidden", 50)):
         message = rf"vocab_size: document '.*' has token \d+, which a student of {most} tokens"
         with pytest.raises(ValueError, match=message):
-            list(run.distillation(tier, vocab_size=most))
+            list(made["hidden" if tier == "hidden" else "few"].distillation(tier, vocab_size=most))
     # A student may have more.
     assert len(list(run.distillation(vocab_size=V + 64)))
 
 
-def test_what_cannot_be_read_is_named_at_once(made: Any, run: Run, word_model: Path) -> None:
+def test_a_prefix_that_the_student_does_not_have_is_an_error(tmp_path: Path) -> None:
+    table = np.diag(np.full(9, 30.0))
+    # The prefix alone is beyond the student's tokens: it is followed by 1, as 1 is.
+    table[8] = table[1]
+    model = table_model(tmp_path / "model", table)
+    corpus = write_lines(tmp_path / "ids.jsonl", [{"ids": [1, 1, 1]}])
+    spec = CorpusSpec(uri=str(corpus), ids_column="ids")
+    run = score_directly(
+        model,
+        spec,
+        tmp_path / "runs",
+        recipe=Recipe(name="rolling", prefix=8),
+        tiers=["topk", "sampled"],
+        top_k=1,
+        num_draws=1,
+    )
+    for tier in ("topk", "sampled"):
+        with pytest.raises(ValueError, match="has token 8, which a student of 8 tokens"):
+            list(run.distillation(tier, vocab_size=8))
+
+
+def test_what_cannot_be_read_is_named_at_once(
+    made: Any, run: Run, word_model: Path, demo: Pipeline, demo_folder: Path
+) -> None:
     for arguments, message in (
         ({"tier": "tokens"}, "tier: 'tokens' holds no distributions; it is one of topk, sampled"),
         ({"tier": "hidden"}, "tier: 'hidden' was not kept by this run"),
@@ -221,8 +253,14 @@ def test_what_cannot_be_read_is_named_at_once(made: Any, run: Run, word_model: P
     ):
         with pytest.raises(ValueError, match=message):
             run.distillation(**{"vocab_size": V, **arguments})
-    with pytest.raises(ValueError, match="vocab_size: 4160 columns of a student do not go with"):
-        made["logits"].distillation("logits", vocab_size=4160)
+    with pytest.raises(ValueError, match="pipe: 'topk' holds probabilities already"):
+        run.distillation(vocab_size=V, pipe=demo)
+    other = pipeline(demo_folder, device="cpu", fp8_head=True)
+    with pytest.raises(ValueError, match=r"pipe: its head is .*, and the states are for"):
+        made["hidden"].distillation("hidden", vocab_size=V, pipe=other)
+    for tier, options in (("logits", {}), ("hidden", {"pipe": demo})):
+        with pytest.raises(ValueError, match="vocab_size: 4160 columns of a student do not go"):
+            made[tier].distillation(tier, vocab_size=4160, **options)
 
 
 def test_the_runs_own_tokenizer_is_taken(run: Run, demo_folder: Path, tmp_path: Path) -> None:
@@ -295,9 +333,72 @@ def test_what_is_not_the_manifests_is_refused(run: Run, tmp_path: Path, made: An
     part.write_bytes(data)
     with pytest.raises(ValueError, match=r"run: the sha256 of .*part-00001.parquet is"):
         list(open_run(str(copy)).distillation(vocab_size=V))
-    # A part of another run that nobody holds to its hash.
+    # Tokens of other documents, which nobody holds to their hash.
+    states = made["hidden"]
+    fewer = Path(shutil.copytree(states.uri.removeprefix("file://"), tmp_path / "fewer"))
+    part = max(fewer.glob("tokens/*"), key=lambda path: pq.read_metadata(path).num_rows)
+    table = pq.read_table(part)
+    assert len(table) > 1
+    pq.write_table(pa.concat_tables([table.slice(1), table.slice(0, 1)]), part)
+    with pytest.raises(ValueError, match=rf"run: hidden/{part.name} has no rows of document"):
+        list(open_run(str(fewer)).distillation("hidden", vocab_size=V, check=False))
+    # A part of another run.
     other = Path(made["hidden"].uri.removeprefix("file://"))
     plan = json.loads((copy / "plan.json").read_text())
     (copy / "plan.json").write_text(json.dumps({**plan, "run_key": other.name}))
     with pytest.raises(ValueError, match=r"run: topk/part-00000.parquet is of run '\w+', and"):
         list(open_run(str(copy)).distillation(vocab_size=V, check=False))
+
+
+def test_a_document_whose_numbers_overflow_is_passed_over(tmp_path: Path) -> None:
+    """It has rows, which are kept before it is known, and neither scores nor tokens."""
+    from safetensors.torch import load_file, save_file
+
+    table = np.random.default_rng(0).normal(size=(9, 9))
+    table[4, 2] = 1e38
+    model = table_model(tmp_path / "model", table)
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"] *= 1e6
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    bad, good = [1, 4, 3, 2], [1, 2, 3]
+    files = {"a": [bad, good, bad], "b": [good, bad, good, good], "c": [bad]}
+    for name, documents in files.items():
+        write_lines(tmp_path / f"corpus/{name}.jsonl", [{"ids": ids} for ids in documents])
+    spec = CorpusSpec(uri=str(tmp_path / "corpus/*.jsonl"), ids_column="ids", shard_bytes=64)
+    recipe = Recipe(name="rolling", prefix=0)
+    for tier in ("hidden", "logits"):
+        tiers = ["tokens", tier]
+        run = score_directly(model, spec, tmp_path / "runs", recipe=recipe, tiers=tiers)
+        scores = run.table("scores", ["doc_id", "status"]).to_pylist()
+        assert sum(row["status"] == "nonfinite" for row in scores) == 4
+        assert len(run.plan["corpus"]["shards"]) > 2
+        examples = list(run.distillation(tier, vocab_size=9))
+        assert [e["doc_id"] for e in examples] == [
+            row["doc_id"] for row in scores if row["status"] == "ok"
+        ]
+        for example in examples:
+            assert example["input_ids"].tolist() == [0, *good[:-1]]
+            assert torch.isfinite(example["logprobs" if tier == "logits" else "states"]).all()
+        assert verify_run(run) == []
+
+
+def test_pieces_that_wait_in_a_buffer_hold_their_own_rows_alone(made: Any) -> None:
+    dataset = made["hidden"].distillation("hidden", vocab_size=V, context=5, shuffle_buffer=4)
+    for example in dataset:
+        states = example["states"]
+        assert states.untyped_storage().nbytes() == states.nbytes
+
+
+def test_workers_read_object_stores(run: Run, s3: str) -> None:
+    options = {"endpoint_url": s3}
+    s3fs.S3FileSystem(**options).put(
+        run.uri.removeprefix("file://"), "bucket/distilled/run", recursive=True
+    )
+    stored = open_run("s3://bucket/distilled/run", storage_options=options)
+    loader = DataLoader(
+        stored.distillation(vocab_size=V),
+        batch_size=None,
+        num_workers=2,
+        multiprocessing_context=CONTEXT,
+    )
+    assert sorted(names(loader)) == sorted(names(run.distillation(vocab_size=V)))

@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from logitmill.flows import Run, open_run, score_corpus
 from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.document import NoTokens, Stretch, View, open_document, render_page
 from logitmill.flows.document.borders import find_borders
+from logitmill.flows.document.candidates import find_candidates
 from logitmill.flows.document.scale import Scale
 from logitmill.flows.document.terminal import print_document
 from logitmill.flows.document.text import NO_BYTES, PARTIAL, join_bytes
@@ -151,6 +152,41 @@ def test_candidates_are_the_likeliest(run: Run, finished: Run) -> None:
     assert of_topk.ids.tolist() == run.document("plain")["topk"]["top_ids"][:, :10].tolist()
     of_tokens = open_document(planned(run, tiers=["scores", "tokens"]), "plain").candidates
     assert of_tokens is not None and of_tokens.ids[:, 0].tolist() == of_topk.ids[:, 0].tolist()
+
+
+def test_all_others_have_the_mass_that_was_kept_of_them(run: Run) -> None:
+    record = run.document("plain")
+    # Far less than what is left when rounded probabilities are taken from 1.
+    record["topk"] = {
+        "top_ids": np.arange(12)[None],
+        "top_logprobs": np.array([[-1e-4, *[-20.0] * 11]], np.float16),
+        "log_tail_mass": np.array([-16.0], np.float32),
+    }
+    found = find_candidates(run, record, slice(0, 1))
+    assert found is not None and found.ids.shape == found.logprobs.shape == (1, 10)
+    assert found.tail[0] == pytest.approx(math.exp(-16) + 2 * math.exp(-20), rel=1e-6)
+
+
+def test_a_rank_beyond_the_candidates_has_a_badge_and_one_that_is_unknown_none(run: Run) -> None:
+    view = open_document(planned(run, tiers=["scores", "topk"]), "plain")
+    beyond = view.tokens["rank"] == 0
+    assert beyond.any()
+    for i, token in enumerate(_Page(render_page(view)).tokens):
+        assert (token.get("data-rank") == "beyond") == beyond[i]
+    names = ("token_id", "byte_start", "byte_end", "logprob")
+    unknown = replace(view, tokens={name: view.tokens[name] for name in names})
+    html = render_page(unknown)
+    assert not any("data-rank" in token for token in _Page(html).tokens)
+    assert "beyond" not in html and 'id="badges"' not in html
+
+
+def test_a_stretch_that_was_not_scored_is_named() -> None:
+    starts = np.array([4, 8, 20])
+    tokens = {"token_id": starts, "byte_start": starts, "byte_end": starts + 4}
+    assert Stretch(2, 9, "bytes").rows(tokens) == slice(0, 2)
+    for first, last in ((0, 3), (12, 20)):
+        with pytest.raises(ValueError, match=rf"^from: no scored token is in bytes {first} to"):
+            Stretch(first, last, "bytes").rows(tokens)
 
 
 # ---- borders and colours

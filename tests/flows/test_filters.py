@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import pytest
 from flow_helpers import Score, write_lines
 from logitmill.engine.recipes import find_recipe
-from logitmill.flows import Run, open_run, score_corpus
+from logitmill.flows import Run, filters, open_run, score_corpus
 from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.filters import (
     Cuts,
@@ -114,6 +114,26 @@ def test_percentiles_are_numpys_in_one_reading_and_in_four(
             shares = np.array(at) / 100
             expected = np.quantile(rows.score, shares, weights=rows.weight, method="inverted_cdf")
             assert found[group] == expected.tolist(), group
+
+
+def test_many_small_shards_cost_no_more_than_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(percentiles, "_LEAST_ADDED", 16)
+    sorted_at_once: list[int] = []
+    unique = np.unique
+
+    def counted(values: np.ndarray, **options: Any) -> Any:
+        sorted_at_once.append(len(values))
+        return unique(values, **options)
+
+    monkeypatch.setattr(np, "unique", counted)
+    histogram, digits = percentiles._Histogram(), np.random.default_rng(5).permutation(4000)
+    for digit in digits.astype(np.uint64):
+        histogram.add(np.array([digit, 7], np.uint64), np.array([2, 1]))
+    found, weights = histogram.sums()
+    assert found.tolist() == list(range(4000))
+    assert weights.tolist() == [2 + 4000 * (digit == 7) for digit in range(4000)]
+    # Added up at each of them it would be 8 million.
+    assert sum(sorted_at_once) < 10 * len(digits)
 
 
 def test_a_percentile_of_few_is_one_of_them() -> None:
@@ -440,3 +460,16 @@ def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     ):
         code, _, err = in_process(capsys, "filter", run.uri, *arguments)
         assert code == 2 and message in err and len(err.splitlines()) == 1, err
+
+
+def test_what_cannot_be_written_again_is_named_before_scores_are_read(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = Path(shutil.copytree(run.uri, tmp_path / "chat"))
+    plan = json.loads((chat / "plan.json").read_text())
+    plan["reading"]["messages_column"] = "turns"
+    (chat / "plan.json").write_text(json.dumps(plan))
+    monkeypatch.setattr(filters, "find_cuts", None)
+    asked = ("--keep", "30:60", "--text", "--out", tmp_path / "texts")
+    code, _, err = in_process(capsys, "filter", chat, *asked)
+    assert code == 2 and "the corpus holds chat messages ('turns')" in err

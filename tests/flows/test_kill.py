@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -97,21 +98,25 @@ def test_killed_at_random_moments(
     code, seconds = command.run(tmp_path / "undisturbed")
     assert code == 0
     rng = random.Random(2)
-    out = tmp_path / "0"
+    folders = (tmp_path / str(n) for n in count())
+    out = next(folders)
     for kill in range(TIMES):
-        # Spread over a whole run. A rerun is shorter: it may be done before its time has come.
-        code, _ = command.run(out, kill_after=seconds * (kill % 10 + rng.random()) / 10)
-        if code == 0:
+        # Spread over a whole run.
+        moment = seconds * (kill % 10 + rng.random()) / 10
+        while True:
+            code, took = command.run(out, kill_after=moment)
+            if code != 0:
+                break
+            # A rerun is shorter, and so is any run once the machine has less to do.
             check(fault, out)
-            out = tmp_path / str(kill + 1)
-            code, _ = command.run(out, kill_after=seconds * rng.random())
+            out, moment = next(folders), took * rng.random()
         assert code == -signal.SIGKILL
         fault.strike()
         if kill % 3 == 2:
             code, _ = command.run(out)
             assert code == 0
             check(fault, out)
-            out = tmp_path / str(kill + 1)
+            out = next(folders)
     code, _ = command.run(out)
     assert code == 0
     check(fault, out)

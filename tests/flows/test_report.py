@@ -220,10 +220,10 @@ def test_heatmap_colours_by_surprisal() -> None:
     made.add(make("d", bits, "ab\ncd\tef" * 10))
     page = Page(render(made))
     spans = [a for a in page.tags("span") if re.fullmatch("s[0-7]", a.get("class") or "")]
-    # Eight equal steps of the logarithm between 2.5 standard deviations on both sides of its mean.
-    logs = np.log(bits)
-    steps = (logs - logs.mean()) / logs.std() / 5 + 0.5
-    levels = np.clip(np.floor(8 * steps), 0, 7).astype(int)
+    # Eight equal steps of the logarithm of 1 + bits, 2.5 standard deviations around its mean.
+    logs = np.log(1 + bits)
+    low, high = max(0.0, logs.mean() - 2.5 * logs.std()), logs.mean() + 2.5 * logs.std()
+    levels = np.clip(np.floor(8 * (logs - low) / (high - low)), 0, 7).astype(int)
     assert [a["class"] for a in spans] == [f"s{n}" for n in levels]
     assert spans[4]["title"] == "3.00 bits, rank 65, entropy 2.16 bits"
     assert [a.get("data-r") for a in spans] == [None, "2", "9", "28", "65", "126", "217", None]

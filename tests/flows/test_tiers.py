@@ -217,7 +217,7 @@ def test_settings_of_kept_tiers_are_in_the_key(
         ({"draw_seed": 3}, "draw_seed: 3 is of the tier sampled"),
         ({"tiers": ["topk", "logits"]}, "tiers: 'topk' can be made of 'logits'"),
         ({"tiers": ["sampled", "logits"]}, "tiers: 'sampled' can be made of 'logits'"),
-        ({"tiers": ["hidden", "logits"]}, "tiers: 'hidden' can be made of 'logits'"),
+        ({"tiers": ["hidden", "logits"]}, "tiers: 'logits' can be made of 'hidden'"),
         (
             {"tiers": ["hidden"], "max_logits_bytes": 1000},
             "max_logits_bytes: 1,000 bytes is less than the .* that hidden states of about",

@@ -121,9 +121,7 @@ def test_worst_sources(db: duckdb.DuckDBPyConnection, run: Run) -> None:
     assert list(found.bits_per_byte) == sorted(found.bits_per_byte, reverse=True)
 
 
-def test_keep_the_middle(
-    db: duckdb.DuckDBPyConnection, documents: pd.DataFrame, run: Run
-) -> None:
+def test_keep_the_middle(db: duckdb.DuckDBPyConnection, documents: pd.DataFrame, run: Run) -> None:
     want: dict[str, set[str]] = {"head": set(), "middle": set(), "tail": set()}
     for _, of in documents.groupby("language"):
         low, high = np.quantile(of.bits_per_byte, [0.3, 0.6], method="inverted_cdf")
