@@ -17,11 +17,11 @@ def draw_intervals(rows: Sequence[Row], *, x_title: str) -> str:
 
     names = [row["name"] for row in rows]
     y = alt.Y("name:N", sort=names).title(None).axis(labelLimit=150, grid=True)
-    base = alt.Chart(charts._data(rows)).encode(y=y, color=alt.ColorValue(charts.color(0)))
+    base = alt.Chart(charts.make_data(rows)).encode(y=y, color=alt.ColorValue(charts.color(0)))
     x = (
         alt.X("low:Q")
         .title(x_title)
-        .axis(tickCount=4, grid=True, labelOverlap=True)
+        .axis(tickCount=4, grid=True, labelOverlap=True, format=".3~g")
         .scale(zero=True)
     )
     lines = base.mark_rule(strokeWidth=2.5, aria=False, opacity=0.55).encode(x=x, x2="high:Q")
@@ -29,11 +29,11 @@ def draw_intervals(rows: Sequence[Row], *, x_title: str) -> str:
         x=alt.X("value:Q"), description="label:N"
     )
     zero = (
-        alt.Chart(charts._data([{"at": 0}]))
+        alt.Chart(charts.make_data([{"at": 0}]))
         .mark_rule(strokeDash=[4, 4], strokeWidth=1.2, aria=False)
         .encode(x="at:Q", color=alt.ColorValue("var(--axis)"))
     )
-    return charts._svg(zero + lines + dots, left=30)
+    return charts.render_svg(zero + lines + dots, left=30)
 
 
 def draw_cells(
@@ -54,7 +54,7 @@ def draw_cells(
     x = alt.X("x:Q", scale=scale).title(x_title).axis(tickCount=6)
     y = alt.Y("y:Q", scale=scale).title(y_title).axis(tickCount=6)
     picture = (
-        alt.Chart(charts._data(cells))
+        alt.Chart(charts.make_data(cells))
         .mark_rect(clip=True)
         .encode(
             x=x,
@@ -67,13 +67,13 @@ def draw_cells(
         )
     )
     diagonal = (
-        alt.Chart(charts._data([{"x": end, "y": end} for end in ends]))
+        alt.Chart(charts.make_data([{"x": end, "y": end} for end in ends]))
         .mark_line(strokeDash=[4, 4], strokeWidth=1.2, aria=False)
         .encode(x="x:Q", y="y:Q", color=alt.ColorValue("var(--muted)"))
     )
     dots = (
-        alt.Chart(charts._data(points))
+        alt.Chart(charts.make_data(points))
         .mark_point(filled=False, size=60, strokeWidth=2, opacity=1, clip=True)
         .encode(x="x:Q", y="y:Q", color=alt.ColorValue(charts.color(6)), description="label:N")
     )
-    return charts._svg(picture + diagonal + dots)
+    return charts.render_svg(picture + diagonal + dots)

@@ -58,7 +58,7 @@ def draw_histogram(
     gap = 0.08
     drawn = [{**r, "stop": r["stop"] - gap * (r["stop"] - r["start"])} for r in rows]
     chart = (
-        alt.Chart(_data(drawn))
+        alt.Chart(make_data(drawn))
         .mark_bar()
         .encode(
             x=alt.X("start:Q", bin="binned").title(x_title).axis(tickCount=7, format=".6~g"),
@@ -69,7 +69,7 @@ def draw_histogram(
             description="label:N",
         )
     )
-    return _svg(chart)
+    return render_svg(chart)
 
 
 def draw_lines(
@@ -83,7 +83,7 @@ def draw_lines(
     """Lines over a logarithmic x. Rows: `x`, `y`, `series`, `label`; `rules`: upright lines."""
     import altair as alt
 
-    base = alt.Chart(_data(rows)).encode(
+    base = alt.Chart(make_data(rows)).encode(
         x=alt.X("x:Q")
         .scale(type="log", base=10, nice=False)
         .title(x_title)
@@ -94,14 +94,14 @@ def draw_lines(
     points = base.mark_point(filled=True, size=22, opacity=1).encode(description="label:N")
     drawn = base.mark_line(strokeWidth=1.8, aria=False) + points
     if rules:
-        upright = alt.Chart(_data([{"x": x} for x in rules]))
+        upright = alt.Chart(make_data([{"x": x} for x in rules]))
         drawn = (
             upright.mark_rule(strokeDash=[3, 3], aria=False).encode(
                 x="x:Q", color=alt.ColorValue("var(--axis)")
             )
             + drawn
         )
-    return _svg(drawn)
+    return render_svg(drawn)
 
 
 def draw_reliability(rows: Sequence[Row], *, x_title: str, y_title: str) -> str:
@@ -110,18 +110,18 @@ def draw_reliability(rows: Sequence[Row], *, x_title: str, y_title: str) -> str:
 
     unit = alt.Scale(domain=[0, 1])
     diagonal = (
-        alt.Chart(_data([{"x": 0, "y": 0}, {"x": 1, "y": 1}]))
+        alt.Chart(make_data([{"x": 0, "y": 0}, {"x": 1, "y": 1}]))
         .mark_line(strokeDash=[4, 4], strokeWidth=1.2, aria=False)
         .encode(x="x:Q", y="y:Q", color=alt.ColorValue("var(--axis)"))
     )
-    base = alt.Chart(_data(rows)).encode(
+    base = alt.Chart(make_data(rows)).encode(
         x=alt.X("x:Q", scale=unit).title(x_title).axis(tickCount=5, format="%", grid=True),
         y=alt.Y("y:Q", scale=unit).title(y_title).axis(tickCount=5, format="%"),
         color=alt.ColorValue(color(0)),
     )
     size = alt.Size("weight:Q", legend=None).scale(range=[12, 320], zero=True)
     points = base.mark_point(filled=True, opacity=0.85).encode(size=size, description="label:N")
-    return _svg(diagonal + base.mark_line(strokeWidth=1.5, aria=False) + points)
+    return render_svg(diagonal + base.mark_line(strokeWidth=1.5, aria=False) + points)
 
 
 def draw_groups(rows: Sequence[Row], series: Sequence[str], *, x_title: str, y_title: str) -> str:
@@ -130,7 +130,7 @@ def draw_groups(rows: Sequence[Row], series: Sequence[str], *, x_title: str, y_t
 
     names = list(dict.fromkeys(row["name"] for row in rows))
     chart = (
-        alt.Chart(_data(rows))
+        alt.Chart(make_data(rows))
         .mark_bar()
         .encode(
             x=alt.X("name:N", sort=names).title(x_title).axis(labelAngle=-40, labelOverlap=False),
@@ -140,7 +140,7 @@ def draw_groups(rows: Sequence[Row], series: Sequence[str], *, x_title: str, y_t
             description="label:N",
         )
     )
-    return _svg(chart)
+    return render_svg(chart)
 
 
 def draw_bars(rows: Sequence[Row], *, x_title: str, x_format: str) -> str:
@@ -149,7 +149,7 @@ def draw_bars(rows: Sequence[Row], *, x_title: str, x_format: str) -> str:
 
     names = [row["name"] for row in rows]
     chart = (
-        alt.Chart(_data(rows))
+        alt.Chart(make_data(rows))
         .mark_bar(height={"band": 0.7})
         .encode(
             x=alt.X("value:Q").title(x_title).axis(tickCount=5, format=x_format, grid=True),
@@ -159,10 +159,10 @@ def draw_bars(rows: Sequence[Row], *, x_title: str, x_format: str) -> str:
         )
     )
     # Names are measured in one font and shown in another, which may be a fifth wider.
-    return _svg(chart, left=30)
+    return render_svg(chart, left=30)
 
 
-def _data(rows: Sequence[Row]) -> alt.InlineData:
+def make_data(rows: Sequence[Row]) -> alt.InlineData:
     import altair as alt
 
     # A sum that is not finite has no place in a drawing, nor in JSON.
@@ -181,12 +181,12 @@ def _series(names: Sequence[str]) -> alt.Color:
     return alt.Color("series:N", legend=None).scale(domain=list(names), range=colors)
 
 
-def _svg(chart: alt.Chart | alt.LayerChart, *, left: int = 2) -> str:
+def render_svg(chart: alt.Chart | alt.LayerChart, *, left: int = 2) -> str:
     import altair as alt
     import vl_convert
 
     fit = alt.AutoSizeParams(type="fit", contains="padding")
-    padding = {"left": left, "top": 2, "right": 4, "bottom": 2}
+    padding = {"left": left, "top": 2, "right": 16, "bottom": 2}
     sized = chart.properties(
         width=_WIDTH, height=_HEIGHT, autosize=fit, padding=padding, background="transparent"
     )

@@ -1,7 +1,7 @@
 // The histogram whose groups, weight and cutoffs the reader chooses.
 const explorer = document.getElementById("explorer");
 const SVG = "http://www.w3.org/2000/svg";
-const AREA = { left: 62, right: 424, top: 26, bottom: 218, width: 430, height: 265 };
+const AREA = { left: 62, right: 412, top: 26, bottom: 218, width: 430, height: 265 };
 const MAX_BARS = 48, FACTORS = [1, 2, 5, 10, 25, 50, 100, 250, 500, 1000], MAX_COLORS = 9, MAX_EDGE = 5000;
 const AXES = ["source", "language", "size"];
 const percent = (part, all) => (all ? (100 * part / all).toFixed(1) : "0.0") + "\u202f%";
