@@ -135,7 +135,9 @@ class Reader:
         held: list[torch.Tensor] = []
         num_held = first = 0
         for group in range(parquet.num_row_groups):
-            rows = parquet.read_row_group(group, columns=["doc_id", "first_row", column])
+            rows = parquet.read_row_group(
+                group, columns=["doc_id", "first_row", column], use_threads=False
+            )
             for row in rows.to_pylist():
                 if row["first_row"] == 0:
                     document, held, num_held, first = None, [], 0, 0
@@ -192,7 +194,7 @@ class Reader:
         names = ["doc_id", "token_id", *(("byte_start", "byte_end") if self.spans else ())]
         with self.run.open_part(name) as parquet:
             for group in range(parquet.num_row_groups):
-                table = parquet.read_row_group(group, columns=names)
+                table = parquet.read_row_group(group, columns=names, use_threads=False)
                 columns = {n: table.column(n).combine_chunks() for n in names}
                 for i, doc_id in enumerate(columns.pop("doc_id").to_pylist()):
                     values = {n: column[i].values.to_numpy() for n, column in columns.items()}

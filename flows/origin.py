@@ -64,7 +64,7 @@ def find_row(run: Run, doc_id: str) -> tuple[int, int]:
     folder = run.folder
     for shard, name in shard_names(run).items():
         with folder.filesystem.open(folder.path(name), "rb") as file:
-            column = pq.ParquetFile(file).read(["doc_id"])["doc_id"]
+            column = pq.ParquetFile(file).read(["doc_id"], use_threads=False)["doc_id"]
         row = column.index(doc_id).as_py()
         if row >= 0:
             return shard, row

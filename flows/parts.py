@@ -152,9 +152,11 @@ def schema_of(tier: str, vocab_size: int) -> pa.Schema:
 def rows_of(parquet: pq.ParquetFile, doc_id: str) -> Iterator[pa.Table]:
     """A document's rows in a part, by the row groups that have some."""
     for group in range(parquet.num_row_groups):
-        ids = parquet.read_row_group(group, columns=["doc_id"])["doc_id"]
+        ids = parquet.read_row_group(group, columns=["doc_id"], use_threads=False)["doc_id"]
         if pc.any(pc.equal(ids, doc_id)).as_py():
-            yield parquet.read_row_group(group).filter(pc.field("doc_id") == doc_id)
+            yield parquet.read_row_group(group, use_threads=False).filter(
+                pc.field("doc_id") == doc_id
+            )
 
 
 def write_table(table: pa.Table, path: Path) -> None:

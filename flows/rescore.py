@@ -338,12 +338,14 @@ def _take(
     with folder.filesystem.open(folder.path(name), "rb") as file:
         parquet = pq.ParquetFile(file)
         if rows is None:
-            return parquet.read(columns)
+            return parquet.read(columns, use_threads=False)
         taken, first = [parquet.schema_arrow.empty_table()], 0
         for group in range(parquet.num_row_groups):
             count = parquet.metadata.row_group(group).num_rows
             wanted = sorted(row - first for row in rows if first <= row < first + count)
             if wanted:
-                taken.append(parquet.read_row_group(group, columns=columns).take(wanted))
+                taken.append(
+                    parquet.read_row_group(group, columns=columns, use_threads=False).take(wanted)
+                )
             first += count
         return pa.concat_tables(taken)

@@ -326,14 +326,14 @@ class Run:
     def _read(self, name: str, columns: Sequence[str] | None) -> pa.Table:
         with self.open_part(name) as parquet:
             _check_columns(columns, parquet.schema_arrow.names)
-            return parquet.read(list(columns) if columns is not None else None)
+            return parquet.read(list(columns) if columns is not None else None, use_threads=False)
 
     @contextmanager
     def open_part(self, name: str) -> Iterator[pq.ParquetFile]:
-        """A part, read by this thread alone.
+        """A part, to be read by this thread alone (`use_threads=False`).
 
-        The readers of whole data sets leave threads behind that hold Python's file, and a process
-        that ends while they do is aborted.
+        Threads of Arrow's may hold Python's file for longer than a call, and a process that ends
+        while they do is aborted.
         """
         with self.folder.filesystem.open(self.folder.path(name), "rb") as file:
             yield pq.ParquetFile(file)

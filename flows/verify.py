@@ -448,7 +448,7 @@ def _row_groups(
             for other in same_length:
                 if values[other] != values[columns[-1]]:
                     raise pa.ArrowInvalid(f"{name} has lists of {other} of another length")
-            yield parquet.read_row_group(group, columns=list(columns))
+            yield parquet.read_row_group(group, columns=list(columns), use_threads=False)
 
 
 def _blocks(folder: Folder, part: Part) -> Iterator[bytes]:

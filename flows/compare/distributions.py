@@ -249,7 +249,9 @@ class _Chunks:
     def read(self, doc_id: str) -> Iterator[np.ndarray]:
         """A document's log-probabilities, [rows, V] at a time."""
         for chunk in self._places.get(doc_id, ()):
-            group = self._part(chunk.part).read_row_group(chunk.group, ["logprobs"])
+            group = self._part(chunk.part).read_row_group(
+                chunk.group, ["logprobs"], use_threads=False
+            )
             blob = group["logprobs"][chunk.row].as_buffer()
             yield np.frombuffer(blob, self._dtype).reshape(chunk.num_rows, self._vocab_size)
 
