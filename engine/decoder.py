@@ -32,6 +32,7 @@ from ..kernels.tree_attention import (
 from .blocks import LEAST, STANDARD, Blocks, agree, powers
 from .experts import SparseExperts
 from .formats import Linear
+from .hooks import Hook, PackedTokens, apply
 from .latent import LatentProjection
 from .placement import Arrangement
 from .prefixes import Tree
@@ -147,6 +148,20 @@ class _Stream:
         """Add to a block of rows and normalise it."""
         return add_norm(self.x_TD[rows], delta_TD, weights, layout, scale=self.scale)
 
+    def sum(self) -> torch.Tensor:
+        """A copy of the stream with what is pending, [T, D], as the next norm would store it."""
+        sums_TD = self.x_TD.clone()
+        for rows in self.blocks:
+            delta_TD = self.deltas.get(rows.start)
+            add_norm(sums_TD[rows], delta_TD, None, Layout.PLAIN, scale=self.scale)
+        return sums_TD
+
+    def replace(self, states_TD: torch.Tensor) -> None:
+        """Go on with other states in the first rows; nothing is pending then."""
+        self.x_TD = self.sum()
+        self.x_TD[: len(states_TD)] = states_TD
+        self.deltas.clear()
+
 
 class Decoder:
     """A causal language model over packed tokens: ids -> hidden states -> logits."""
@@ -174,6 +189,8 @@ class Decoder:
         self.dtype = embedding_VD.dtype
         self.blocks = Blocks([LEAST])
         """Rows of the products of `hidden`."""
+        self.hooks: list[Hook] = []
+        """What sees every layer's states, in order, and may replace them."""
         self._embedding_VD = embedding_VD
         self._positions_PD = positions_PD
         self._layers = layers
@@ -205,17 +222,21 @@ class Decoder:
         angles = [
             self._turn(i, positions_T, sequence_T, lengths) for i, _ in enumerate(self._rotaries)
         ]
-        return self._run(ids_T, sum(lengths), positions_T, angles, partial(attend, lengths=lengths))
+        num_tokens = sum(lengths)
+        tokens = PackedTokens(ids_T[:num_tokens], positions_T[:num_tokens], sequence_T[:num_tokens])
+        attending = partial(attend, lengths=lengths)
+        return self._run(ids_T, num_tokens, positions_T, angles, attending, tokens)
 
     @property
     def hidden_of_tree(self) -> Callable[[torch.Tensor, Tree], torch.Tensor] | None:
         """The function of a tree's ids, padded as for `hidden`, and the tree: its rows' states.
 
         A sequence's own come out the same whatever it shares. None where a token's state goes by
-        what comes after it, as the length of its sequence, or there is no attention for it.
+        what comes after it, as the length of its sequence, or there is no attention for it, or
+        hooks want to see whole sequences.
         """
         spec = self.spec
-        if any(rotary.depends_on_length for rotary in self._rotaries):
+        if self.hooks or any(rotary.depends_on_length for rotary in self._rotaries):
             return None
         return self._hidden_of_tree if can_attend(self.device, self.dtype, spec.head_dim) else None
 
@@ -250,8 +271,12 @@ class Decoder:
         positions_T: np.ndarray,
         angles: Sequence[tuple[torch.Tensor, torch.Tensor]],
         attend: Callable[..., torch.Tensor],
+        tokens: PackedTokens | None = None,
     ) -> torch.Tensor:
-        """All layers; `attend` takes queries, keys and values of all rows."""
+        """All layers; `attend` takes queries, keys and values of all rows.
+
+        Hooks see the states of `tokens`, which are the first rows.
+        """
         spec = self.spec
         blocks = self._cut(len(ids_T), num_tokens)
         stream = _Stream(self._embed(ids_T, positions_T), blocks, spec.residual_scale, angles)
@@ -273,6 +298,10 @@ class Decoder:
             for rows in blocks:
                 stream.deltas[rows.start] = self._feed_forward(layer, stream, mixed_THD, rows)
             del mixed_THD
+            if self.hooks and tokens is not None:
+                changed = apply(self.hooks, i, stream.sum()[: len(tokens.ids_T)], tokens)
+                if changed is not None:
+                    stream.replace(changed)
         return self._finish(stream)
 
     def _cut(self, num_rows: int, num_tokens: int) -> list[slice]:
@@ -385,6 +414,10 @@ class Decoder:
         for rows, block in zip(stream.blocks, normed, strict=True):
             out_TD[rows] = block.values_TK
         return out_TD
+
+    def normalise(self, states_RD: torch.Tensor) -> torch.Tensor:
+        """The final norm of rows of the residual stream, [R, D], as `hidden` does it last."""
+        return add_norm(states_RD, None, self._final_norm, Layout.PLAIN).values_TK
 
     def logits(self, hidden_RD: torch.Tensor) -> torch.Tensor:
         """Logits of rows of hidden states, float32 [R, V]."""

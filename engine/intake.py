@@ -59,6 +59,14 @@ class Intake:
         for group in _groups(indexed):
             yield from self._prepare(group)
 
+    def inputs(self, work: Work, window: Window) -> np.ndarray:
+        """What the model reads of a window."""
+        ids = work.sequence[window.start : window.stop]
+        if window.overwrite_first:
+            ids = ids.copy()
+            ids[0] = self.prefix
+        return ids
+
     def record(self, document: Document) -> DocumentRecord:
         """A record that holds what is known of a document before it is scored."""
         return DocumentRecord(

@@ -8,6 +8,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,16 +20,20 @@ from ..kernels.logits import MAX_K
 from . import metrics
 from .blocks import LEAST
 from .checkpoint import Checkpoint, find_model, read_config
+from .decoder import Decoder
 from .fallback import Fallback, check_model, check_tensors, read_sizes
 from .families import FAMILIES, NotNative, find_family
 from .formats import Capability, Scheme, resolve_scheme
 from .head import Columns, Extras, Head, Model
+from .hooks import Hook
+from .intake import Intake
 from .layouts import read_stored
+from .lens import Layered, Lens, check_layers
 from .loading import load_decoder, measure
 from .packing import pack, rounds
 from .placement import RESIDENCIES, Room, free_device_memory, free_host_memory, show_gb
 from .recipes import Recipe, find_recipe
-from .records import Document, DocumentScore
+from .records import Document, DocumentScore, TokenRecords
 from .runner import Request, Runner, StreamedRows
 from .scorer import BatchSink, LogitsSink, Scorer, StatesSink
 from .tokenization import Tokenizer
@@ -443,7 +448,8 @@ class Pipeline:
         """What computes, as people call it: "NVIDIA H200", "AMD EPYC, 2 threads"."""
         self._model = model
         self._tokenizer = tokenizer
-        self._runner = Runner(model, Head(model, logits_memory))
+        self._head = Head(model, logits_memory)
+        self._runner = Runner(model, self._head)
 
     def get_logits(
         self, input_ids: Any, *, dtype: str | torch.dtype = "float32"
@@ -637,6 +643,88 @@ class Pipeline:
                 f"model's, {wanted[0]} [rows, {wanted[1]}]"
             )
         yield from self._runner.replay(states_RD)
+
+    @contextmanager
+    def hooked(self, hook: Hook) -> Iterator[None]:
+        """A block in which `hook` sees every layer's states, and may replace them.
+
+        It is called as hook(layer, states [T, D], tokens) after each layer of every batch, in the
+        thread that asks for results, and returns what takes the states' place, or None. What the
+        block asks for must be taken within it: `score` computes as its documents are taken. Blocks
+        within blocks hook in order. Contexts are not shared meanwhile. A batch for which memory
+        runs out is halved and seen again. Off the fast path: each layer is copied.
+
+        Raises:
+            ValueError: for a model that transformers runs, whose layers are not known, or states of
+                another shape, dtype or device than the layer's.
+        """
+        model = self._need_decoder("hook")
+        model.hooks.append(hook)
+        try:
+            yield
+        finally:
+            model.hooks.remove(hook)
+
+    def lens(
+        self,
+        inputs: Any,
+        *,
+        layers: Sequence[int] | None = None,
+        recipe: str | Recipe = "rolling",
+        context: int | None = None,
+    ) -> Iterator[Layered[TokenRecords]]:
+        """What the head would make of layers on the way: a record per token and layer.
+
+        The residual stream after each layer goes through the model's final norm and head (logit
+        lens). The last layer's records are those of `score`, to the bit, but for texts that share
+        a context.
+
+        Args:
+            inputs, recipe, context: as for `score`.
+            layers: from 0, or from the end if negative; all by default.
+
+        Raises:
+            ValueError: for a layer that is not there, or as `score` and `hooked` do.
+        """
+        return self._look_into(layers, recipe, context).score(_as_documents(inputs))
+
+    def states(
+        self,
+        inputs: Any,
+        *,
+        layers: Sequence[int] | None = None,
+        recipe: str | Recipe = "rolling",
+        context: int | None = None,
+    ) -> Iterator[Layered[torch.Tensor]]:
+        """The residual stream after layers, [tokens, D] in host memory and the model's dtype.
+
+        Row i is of the token that record i of `score` was scored from. The final norm is not
+        applied, to the last layer's neither. Arguments and errors as for `lens`.
+        """
+        return self._look_into(layers, recipe, context).states(_as_documents(inputs))
+
+    def _look_into(
+        self, layers: Sequence[int] | None, recipe: str | Recipe, context: int | None
+    ) -> Lens:
+        model = self._need_decoder("layers")
+        chosen = self.find_recipe(recipe, context=context)
+        intake = Intake(chosen, self._tokenizer, self.vocab_size)
+        return Lens(
+            model,
+            self._runner,
+            self._head,
+            intake,
+            check_layers(layers, model.spec.num_layers),
+            max_batch_tokens=self.max_batch_tokens,
+        )
+
+    def _need_decoder(self, field: str) -> Decoder:
+        if not isinstance(self._model, Decoder):
+            raise ValueError(
+                f"{field}: transformers runs this model, and its layers are its own; use its "
+                "forward hooks and its generate"
+            )
+        return self._model
 
     def _check_states(self) -> None:
         if self.hidden_size is None:

@@ -16,7 +16,9 @@ import numpy as np
 import torch
 
 from .blocks import Blocks
+from .decoder import Decoder
 from .head import BARE, Columns, Extras, Head, Model, Rows
+from .hooks import PackedTokens
 from .prefixes import fold
 from .transfer import Arrival, Aside, Mark, Meter, Outbox, on, to_device
 
@@ -127,6 +129,44 @@ class Runner:
                 logits_RV = self._model.logits(to_device(block_RD, device))[:count].cpu()
             yield slice(part.start, part.start + count), logits_RV
 
+    def look(
+        self,
+        requests: Sequence[Request],
+        layers: Sequence[int],
+        read: Callable[[Rows], Arrival[_T]],
+    ) -> Iterator[tuple[list[Request], dict[int, Arrival[_T]]]]:
+        """(requests, what `read` makes of the states after each layer), of a batch by parts.
+
+        It is given the residual stream of the scored rows as soon as there is one.
+        """
+        return self._parts(requests, partial(self._look, layers, read), ())
+
+    def _look(
+        self,
+        layers: Sequence[int],
+        read: Callable[[Rows], Arrival[_T]],
+        requests: Sequence[Request],
+    ) -> dict[int, Arrival[_T]]:
+        assert isinstance(self._model, Decoder), "others' layers are not known"
+        found: dict[int, Arrival[_T]] = {}
+        device, chunks = self._model.device, self._head.blocks
+
+        def see(layer: int, states_TD: torch.Tensor, tokens: PackedTokens) -> None:
+            if layer in layers:
+                found[layer] = read(Rows(states_TD[rows_R], targets_R, len(rows)))
+
+        with torch.inference_mode(), on(device), self._meter.span():
+            rows = _scored(requests)
+            rows_R = to_device(_pad([rows], chunks), device)
+            targets_R = to_device(_pad([r.targets for r in requests], chunks), device)
+            # Behind a user's own, which may change what there is to see.
+            self._model.hooks.append(see)
+            try:
+                self._hidden(requests)
+            finally:
+                self._model.hooks.remove(see)
+        return found
+
     def _stream(
         self,
         batches: Iterable[Sequence[Request]],
@@ -205,9 +245,7 @@ class Runner:
             scored = zip(tree.paths, sizes, strict=True)
             rows = np.concatenate([path[len(path) - size :] for path, size in scored])
         else:
-            # Row j of request i, of its last `size` ones: stop - size + j.
-            stops = np.cumsum([len(ids) for ids in sequences])
-            rows = np.arange(sizes.sum()) + np.repeat(stops - np.cumsum(sizes), sizes)
+            rows = _scored(requests)
         device, blocks, chunks = self._model.device, self._model.blocks, self._head.blocks
         with torch.inference_mode(), on(device):
             ids_T = to_device(_pad(sequences if tree is None else [tree.ids], blocks), device)
@@ -281,6 +319,13 @@ def _halve(requests: list[Request]) -> list[list[Request]]:
     middle = int(np.searchsorted(stops, stops[-1] / 2)) + 1
     middle = min(max(middle, 1), len(requests) - 1)
     return [requests[:middle], requests[middle:]]
+
+
+def _scored(requests: Sequence[Request]) -> np.ndarray:
+    """Where the scored rows lie, side by side: row j of request i is stop - size + j."""
+    sizes = np.array([len(r.targets) for r in requests])
+    stops = np.cumsum([len(r.ids) for r in requests])
+    return np.arange(sizes.sum()) + np.repeat(stops - np.cumsum(sizes), sizes)
 
 
 def _pad(parts: Sequence[np.ndarray], blocks: Blocks) -> torch.Tensor:

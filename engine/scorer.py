@@ -282,11 +282,7 @@ class Scorer:
         return np.frombuffer(found, "<u8")[0]
 
     def _inputs(self, piece: _Piece) -> np.ndarray:
-        ids = piece.work.sequence[piece.window.start : piece.window.stop]
-        if piece.window.overwrite_first:
-            ids = ids.copy()
-            ids[0] = self._intake.prefix
-        return ids
+        return self._intake.inputs(piece.work, piece.window)
 
     def _finish(self, work: Work) -> DocumentScore:
         """The document's record from its complete token records."""
