@@ -208,11 +208,17 @@ class Decoder:
             )
             self.blocks = blocks.limit(arrangement.block_rows)
 
-    def hidden(self, ids_T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    def hidden(
+        self,
+        ids_T: torch.Tensor,
+        lengths: Sequence[int],
+        attend: Callable[..., torch.Tensor] = attend,
+    ) -> torch.Tensor:
         """Hidden states after the final norm, [T, D].
 
         `ids_T` int64 on the device holds sequences of the given `lengths` one after another,
-        padded with any valid id as `blocks` pads; rows of padding come out meaningless.
+        padded with any valid id as `blocks` pads; rows of padding come out meaningless. `attend`
+        stands for `kernels.attention.attend`, layer by layer.
 
         Raises:
             ValueError: for a sequence longer than a table of positions.
@@ -226,6 +232,39 @@ class Decoder:
         tokens = PackedTokens(ids_T[:num_tokens], positions_T[:num_tokens], sequence_T[:num_tokens])
         attending = partial(attend, lengths=lengths)
         return self._run(ids_T, num_tokens, positions_T, angles, attending, tokens)
+
+    def hidden_of_last(
+        self, ids_S: torch.Tensor, lengths: Sequence[int], attend: Callable[..., torch.Tensor]
+    ) -> torch.Tensor:
+        """Hidden states after the final norm of the last tokens of sequences, [S, D].
+
+        `attend` knows the keys and values of those before. `ids_S` may be padded; rows are one
+        block, and a row's last bits may depend on their number.
+
+        Args:
+            ids_S: int64 on the device, one of each sequence.
+            lengths: of each sequence, its last token included.
+        """
+        positions_S, sequence_S = np.zeros((2, len(ids_S)), np.int64)
+        positions_S[: len(lengths)] = np.asarray(lengths) - 1
+        sequence_S[: len(lengths)] = np.arange(len(lengths))
+        angles = [
+            self._turn(i, positions_S, sequence_S, lengths) for i, _ in enumerate(self._rotaries)
+        ]
+        tokens = PackedTokens(
+            ids_S[: len(lengths)], positions_S[: len(lengths)], sequence_S[: len(lengths)]
+        )
+        return self._run(
+            ids_S, len(lengths), positions_S, angles, attend, tokens, [slice(0, len(ids_S))]
+        )
+
+    def rates_agree(self, length: int, other: int) -> bool:
+        """Whether keys of a sequence of one length are those of another length: they turn alike."""
+        return all(
+            torch.equal(rotary.frequencies(length)[0], rotary.frequencies(other)[0])
+            for rotary in self._rotaries
+            if rotary.depends_on_length
+        )
 
     @property
     def hidden_of_tree(self) -> Callable[[torch.Tensor, Tree], torch.Tensor] | None:
@@ -272,13 +311,15 @@ class Decoder:
         angles: Sequence[tuple[torch.Tensor, torch.Tensor]],
         attend: Callable[..., torch.Tensor],
         tokens: PackedTokens | None = None,
+        blocks: Sequence[slice] | None = None,
     ) -> torch.Tensor:
         """All layers; `attend` takes queries, keys and values of all rows.
 
-        Hooks see the states of `tokens`, which are the first rows.
+        Hooks see the states of `tokens`, which are the first rows. Products are of `blocks`, or
+        of those of `self.blocks`.
         """
         spec = self.spec
-        blocks = self._cut(len(ids_T), num_tokens)
+        blocks = blocks or self._cut(len(ids_T), num_tokens)
         stream = _Stream(self._embed(ids_T, positions_T), blocks, spec.residual_scale, angles)
         num_queries, num_turned = spec.num_heads, spec.num_heads + spec.num_kv_heads
         for i, layer in enumerate(self._layers):

@@ -24,6 +24,7 @@ from .decoder import Decoder
 from .fallback import Fallback, check_model, check_tensors, read_sizes
 from .families import FAMILIES, NotNative, find_family
 from .formats import Capability, Scheme, resolve_scheme
+from .generation import Generated, Generator, Limits, TokenSink
 from .head import Columns, Extras, Head, Model
 from .hooks import Hook
 from .intake import Intake
@@ -35,6 +36,7 @@ from .placement import RESIDENCIES, Room, free_device_memory, free_host_memory, 
 from .recipes import Recipe, find_recipe
 from .records import Document, DocumentScore, TokenRecords
 from .runner import Request, Runner, StreamedRows
+from .samplers import Sampler, greedy
 from .scorer import BatchSink, LogitsSink, Scorer, StatesSink
 from .tokenization import Tokenizer
 from .transfer import Arrival, on
@@ -702,6 +704,83 @@ class Pipeline:
         applied, to the last layer's neither. Arguments and errors as for `lens`.
         """
         return self._look_into(layers, recipe, context).states(_as_documents(inputs))
+
+    def sample(
+        self,
+        prompts: Any,
+        sampler: Sampler = greedy,
+        *,
+        max_tokens: int = 256,
+        stop: Sequence[int | str] | None = None,
+        context: int | None = None,
+        batch_size: int = 16,
+        kept_as: str | None = None,
+        on_token: TokenSink | None = None,
+    ) -> Iterator[Generated]:
+        """Go on from prompts; yields what comes of each, in their order, as it is ready.
+
+        Of one sequence alone the tokens are those of `get_logits` on all of it, whatever its length
+        does to the model's rotaries. Keys and values of `batch_size` sequences are kept beside the
+        weights, room for the longest of them each; `device_memory` knows nothing of them.
+
+        Args:
+            prompts: texts, chat messages or token ids, as for `score`. BOS is put in front of a
+                text where the tokenizer does it.
+            sampler: a function of logits, float32 [B, V], and the sequences that they follow
+                (`samplers.Growing`: ids so far, index of the prompt) to B ids.
+            max_tokens: most tokens for a prompt.
+            stop: ids or texts that end a sequence; the tokenizer's EOS by default.
+            context: most tokens of a prompt and what follows it; the model's own limit by default.
+            batch_size: most sequences at a time.
+            kept_as: `int8` or `int4` to round kept keys and values to, each head of a token with
+                its own range; None keeps them as they are.
+            on_token: called with (prompt's index, id) for every token at once.
+
+        Raises:
+            ValueError: for a prompt that is empty or longer than the context, or a model that
+                transformers runs.
+        """
+        model = self._need_decoder("sample")
+        if stop is None:
+            eos = self._tokenizer.eos_id if self._tokenizer is not None else None
+            stop = [] if eos is None else [eos]
+        limits = Limits(
+            max_tokens=max_tokens,
+            context=self.max_positions if context is None else context,
+            stop_ids=frozenset(i for i in stop if not isinstance(i, str)),
+            stop_texts=tuple(i for i in stop if isinstance(i, str)),
+        )
+        generator = Generator(
+            model,
+            self._tokenizer,
+            sampler,
+            limits,
+            batch_size=batch_size,
+            kept_as=kept_as,
+            max_batch_tokens=self.max_batch_tokens,
+        )
+        ids = (self._read_prompt(document) for document in _as_documents(prompts))
+        return generator.generate(ids, on_token)
+
+    def _read_prompt(self, document: Document) -> np.ndarray:
+        """int64 ids of a prompt."""
+        if document.input_ids is not None:
+            (ids,), _ = _as_sequences([document.input_ids], self.vocab_size)
+            return ids
+        if self._tokenizer is None:
+            raise ValueError(
+                "tokenizer: the model folder has none, so text cannot be read; give input_ids"
+            )
+        is_chat = document.messages is not None
+        if document.messages is not None:
+            text = self._tokenizer.render(document.messages, asks=True)
+        else:
+            text = (document.context or "") + (document.text or "")
+        ids = self._tokenizer.encode([text], parse_special=is_chat)[0].ids.astype(np.int64)
+        bos = self._tokenizer.bos_id
+        if self._tokenizer.adds_bos and ids[:1].tolist() != [bos]:
+            ids = np.concatenate([[bos], ids]).astype(np.int64)
+        return ids
 
     def _look_into(
         self, layers: Sequence[int] | None, recipe: str | Recipe, context: int | None

@@ -144,8 +144,14 @@ class Tokenizer:
             self._backend.encode_special_tokens = False
         return [self._spans(text, one) for text, one in zip(texts, encoded, strict=True)]
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text that tokens spell, special ones left out."""
+        return self._backend.decode(list(ids), skip_special_tokens=True)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], *, asks: bool = False) -> str:
         """Chat messages as text, by the tokenizer's chat template.
+
+        With `asks`, an answer is to follow.
 
         Raises:
             ValueError: if there is no template, or the template refuses the messages.
@@ -155,7 +161,9 @@ class Tokenizer:
         if not self.has_template:
             raise ValueError("messages: the tokenizer has no chat template; give text instead")
         try:
-            return self._hf.apply_chat_template(list(messages), tokenize=False)
+            return self._hf.apply_chat_template(
+                list(messages), tokenize=False, add_generation_prompt=asks
+            )
         except (TemplateError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"messages: the chat template refuses them: {error}") from None
 
