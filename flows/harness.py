@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from ..engine import Document, DocumentScore, EngineSettings, find_recipe
 from ..engine.checkpoint import find_model
 from ..engine.pipeline import inspect_model, load_pipeline
 from ..engine.records import NONFINITE, OK
+from .answers import Wish, read_stop_ids
 from .plugin import register
 from .versions import versions
 
@@ -41,7 +42,6 @@ Answer = tuple[float, bool]
 TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
 """(context, continuation) as the cache of the harness knows them, and the tokens of both."""
 
-_SCORED = ("loglikelihood", "loglikelihood_rolling", "multiple_choice")
 # What the command of the harness says where nobody names a device.
 _DEFAULT_DEVICE = "cuda:0"
 # Texts whose tokens are remembered: options of a question follow each other.
@@ -51,7 +51,7 @@ _SWITCHES = ("add_bos_token", "fp8_head", "trust_remote_code", "enable_thinking"
 
 
 class LogitmillLM(TemplateLM):
-    """Log-likelihoods of the harness's requests, by the engine.
+    """Log-likelihoods and texts of the harness's requests, by the engine.
 
     A list of requests is scored as a whole: each distinct one once, those that begin alike beside
     each other, in batches by tokens.
@@ -153,6 +153,7 @@ class LogitmillLM(TemplateLM):
         self._template_args = dict(chat_template_args or {})
         if enable_thinking is not None:
             self._template_args["enable_thinking"] = enable_thinking
+        self._stop_ids = read_stop_ids(folder, self.tokenizer.eos_token_id)
         self._encode = lru_cache(_REMEMBERED)(self.tokenizer.encode)
         self._device = settings.resolve_device()
         self._pipe = load_pipeline(folder, settings)
@@ -270,12 +271,55 @@ class LogitmillLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Not there: the engine generates nothing."""
-        tasks = sorted({str(request.task_name) for request in requests})
-        raise NotImplementedError(
-            f"generate_until: logitmill generates nothing, and {', '.join(tasks)} asks for it; "
-            f"it runs tasks of {', '.join(_SCORED)}"
-        )
+        """What the model goes on with after each context, up to where the request ends it.
+
+        Greedy unless `do_sample` is asked for; requests of equal settings run together, and a
+        context that leaves no room is cut from the left.
+
+        Raises:
+            ValueError: for settings that are not known, or more tokens than `max_length` has.
+        """
+        groups: dict[str, list[int]] = {}
+        for i, request in enumerate(requests):
+            groups.setdefault(repr(request.args[1]), []).append(i)
+        eos = self.tokenizer.eos_token
+        wishes = {key: Wish.read(requests[of[0]].args[1], eos) for key, of in groups.items()}
+        for wish in wishes.values():
+            if wish.max_tokens >= self.max_length:
+                raise ValueError(
+                    f"max_gen_toks: {wish.max_tokens} leaves no room for a context in max_length, "
+                    f"{self.max_length}; ask for fewer"
+                )
+        answers = [""] * len(requests)
+        with tqdm(
+            total=len(requests), desc="Running generate_until requests", disable=disable_tqdm
+        ) as bar:
+            for key, of in groups.items():
+                for i, text in zip(
+                    of, self._generate([requests[i].args[0] for i in of], wishes[key]), strict=True
+                ):
+                    answers[i] = text
+                    self.cache_hook.add_partial("generate_until", requests[i].args, text)
+                    bar.update()
+        return answers
+
+    def _generate(self, contexts: Sequence[str], wish: Wish) -> Iterator[str]:
+        room = self.max_length - wish.max_tokens
+        prompts = [
+            (self.tok_encode(context) or [self.prefix_token_id])[-room:] for context in contexts
+        ]
+        # A token that was added to the vocabulary ends a text by its id: text leaves it out.
+        added = self.tokenizer.get_added_vocab()
+        ids = [added[text] for text in wish.stop_texts if text in added]
+        texts = [text for text in wish.stop_texts if text not in added]
+        for one in self._pipe.sample(
+            prompts,
+            wish.sampler,
+            max_tokens=wish.max_tokens,
+            stop=[*self._stop_ids, *ids, *texts],
+            context=self.max_length,
+        ):
+            yield wish.cut(self.tokenizer.decode(one.ids.tolist(), skip_special_tokens=True))
 
     def get_model_info(self) -> dict[str, Any]:
         """What computed the numbers, for the harness's file of results."""

@@ -322,10 +322,48 @@ def test_a_request_that_cannot_be_scored_is_named(
         ask(lm, "loglikelihood", [("import", " os"), pair])
 
 
-def test_generation_says_what_there_is_instead(lm: LogitmillLM) -> None:
-    request = make_requests("generate_until", [("x", {"until": ["\n"]})])  # type: ignore[list-item]
-    with pytest.raises(NotImplementedError, match="drawn asks for it; it runs tasks of logl"):
-        lm.generate_until(request)
+def test_generated_texts_are_those_of_hf(lm: LogitmillLM, hf: Any) -> None:
+    """Contexts of several lengths, one cut from the left; ends by text, token and length."""
+    plain = {"until": ["\n\n"], "max_gen_toks": 12}
+    short = {"until": "\n", "max_gen_toks": 4, "do_sample": False}
+    ended = {"until": [" self", "<|eos|>"], "max_gen_toks": 12}
+    arguments = [
+        ("def f(self, x):\n    return", plain),
+        ("import os\nimport", short),
+        (CODE[:900], plain),
+        ("class A(B):\n    def __init__(", ended),
+        (CODE[:6000], short),
+    ]
+    requests = make_requests("generate_until", arguments)  # type: ignore[arg-type]
+    found = lm.generate_until(requests, disable_tqdm=True)
+    assert found == hf.generate_until(requests, disable_tqdm=True)
+    assert len(set(found)) == len(found)
+    assert all("\n" not in found[i] for i in (1, 4))
+
+
+def test_draws_are_decided_by_the_seed(lm: LogitmillLM) -> None:
+    def draw(**settings: Any) -> list[str]:
+        wish = {"until": [], "max_gen_toks": 6, "do_sample": True, "top_p": 0.9, **settings}
+        requests = make_requests("generate_until", [("import", wish)] * 3)  # type: ignore[list-item]
+        return lm.generate_until(requests, disable_tqdm=True)
+
+    assert draw() == draw()
+    assert len(set(draw())) > 1
+    assert draw() != draw(seed=3)
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"num_beams": 4}, "generation_kwargs: num_beams is not known; logitmill takes until"),
+        ({"max_gen_toks": 1024}, "max_gen_toks: 1024 leaves no room for a context"),
+    ],
+)
+def test_a_wish_that_cannot_be_met_is_named(
+    lm: LogitmillLM, wish: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        lm.generate_until(make_requests("generate_until", [("x", wish)]))  # type: ignore[list-item]
 
 
 def test_a_batch_size_is_said_to_have_no_effect(
