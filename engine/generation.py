@@ -94,11 +94,15 @@ class Generator:
     ) -> Iterator[Generated]:
         """What comes of every prompt, in their order, as soon as it and all before it are done.
 
+        Prompts in a list are checked before any is read.
+
         Raises:
             ValueError: for a prompt that is empty, longer than the context, or has ids that the
                 model has not; for a sampler that gives no ids.
         """
         waiting = self._start(prompts)
+        if isinstance(prompts, list):
+            waiting = iter(list(waiting))
         free = list(range(self._batch_size))
         running: dict[int, Growing] = {}
         done: dict[int, Generated] = {}

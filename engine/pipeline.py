@@ -759,8 +759,9 @@ class Pipeline:
             kept_as=kept_as,
             max_batch_tokens=self.max_batch_tokens,
         )
-        ids = (self._read_prompt(document) for document in _as_documents(prompts))
-        return generator.generate(ids, on_token)
+        ids = map(self._read_prompt, _as_documents(prompts))
+        is_whole = isinstance(prompts, (str, list, tuple))
+        return generator.generate(list(ids) if is_whole else ids, on_token)
 
     def _read_prompt(self, document: Document) -> np.ndarray:
         """int64 ids of a prompt."""

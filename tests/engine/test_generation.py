@@ -219,3 +219,25 @@ def test_samplers_say_what_is_wrong(make: Any) -> None:
     for make_filter in (top_p, min_p):
         with pytest.raises(ValueError, match=r"p: 1\.5 is not"):
             make_filter(1.5)
+
+
+def test_a_list_is_checked_before_anything_is_generated(demo: Pipeline) -> None:
+    seen: list[int] = []
+    with pytest.raises(ValueError, match="prompt 1 has 1024 tokens"):
+        list(demo.sample([[5], [6] * 1024], batch_size=1, on_token=lambda i, _: seen.append(i)))
+    assert not seen
+    endless = ([i] for i in range(5, 4000))
+    first = next(demo.sample(endless, max_tokens=1, stop=[], batch_size=1))
+    assert (first.index, next(endless)) == (0, [7])
+
+
+def test_a_hook_is_there_while_tokens_are_generated(demo: Pipeline) -> None:
+    def swap(layer: int, states: torch.Tensor, tokens: Any) -> torch.Tensor | None:
+        return states * 0.3 if layer == 1 else None
+
+    prompt = list(range(40, 60))
+    with demo.hooked(swap):
+        found = next(demo.sample([prompt], max_tokens=6, stop=[])).ids.tolist()
+        logits = demo.get_logits([*prompt, *found])[len(prompt) - 1 : -1]
+    assert logits.argmax(-1).tolist() == found
+    assert found != next(demo.sample([prompt], max_tokens=6, stop=[])).ids.tolist()
