@@ -17,21 +17,16 @@ from oracles import markov_model, reference_logits, save, table_model, zipf
 from scipy.stats import chisquare
 from test_families import CASES, from_folder, make_model, sequences
 
-# Windows, caps, sinks, rotaries that go by length, tables, latents, experts, parallel layers.
+# Windows, caps, sinks, rotaries that go by length, tables, latents, experts.
 NAMES = [
     "llama dynamic",
-    "llama longrope",
-    "mistral window 9",
     "phi3 longrope, window",
     "gemma2 caps that bend",
     "gemma3 two rotaries",
-    "cohere2",
     "gpt2",
-    "falcon 40b",
     "smollm3",
     "gpt oss",
     "deepseek v3",
-    "qwen2 moe",
 ]
 
 
@@ -223,8 +218,10 @@ def test_samplers_say_what_is_wrong(make: Any) -> None:
 
 def test_a_list_is_checked_before_anything_is_generated(demo: Pipeline) -> None:
     seen: list[int] = []
-    with pytest.raises(ValueError, match="prompt 1 has 1024 tokens"):
-        list(demo.sample([[5], [6] * 1024], batch_size=1, on_token=lambda i, _: seen.append(i)))
+    with pytest.raises(ValueError, match="prompt 2 has 1024 tokens"):
+        list(
+            demo.sample([[5], [6], [7] * 1024], batch_size=1, on_token=lambda i, _: seen.append(i))
+        )
     assert not seen
     endless = ([i] for i in range(5, 4000))
     first = next(demo.sample(endless, max_tokens=1, stop=[], batch_size=1))

@@ -17,16 +17,11 @@ from test_families import CASES, from_folder, make_model, sequences
 
 # Residual norms, scales, parallel layers, shared norms, experts, latents, tables of positions.
 NAMES = [
-    "llama dynamic",
     "gemma2 caps that bend",
-    "glm4",
     "granite",
     "stablelm parallel",
     "cohere2",
     "gpt2",
-    "falcon 40b",
-    "olmo2",
-    "qwen3 moe",
     "gpt oss",
     "deepseek v3",
 ]
