@@ -16,7 +16,7 @@ from ..engine.records import Document
 from .corpus import CorpusSpec, read_shard
 from .corpus.plan import Plan
 from .folder import endpoint_options
-from .run import Run
+from .run import Run, no_such_document
 
 
 def find_corpus(plan: Mapping[str, Any], endpoint_url: str | None) -> CorpusSpec:
@@ -61,11 +61,12 @@ def find_row(run: Run, doc_id: str) -> tuple[int, int]:
     Raises:
         KeyError: if the run has no such document.
     """
-    folder = run.folder
+    folder, some = run.folder, []
     for shard, name in shard_names(run).items():
         with folder.filesystem.open(folder.path(name), "rb") as file:
             column = pq.ParquetFile(file).read(["doc_id"], use_threads=False)["doc_id"]
         row = column.index(doc_id).as_py()
         if row >= 0:
             return shard, row
-    raise KeyError(f"doc_id: {doc_id!r} is not in the run {run.uri}")
+        some = some or column[:3].to_pylist()
+    raise no_such_document(doc_id, run, some)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,8 +77,8 @@ class Run:
             names = [part.name for r in receipts.values() for part in r.parts]
         else:
             raise StoreError(
-                f"run: {folder.uri!r} is not complete; run the same command again to resume it, "
-                "or read what there is with partial=True"
+                f"run: {folder.uri!r} is not complete; `logitmill score` as it was begun finishes "
+                "it, and open_run(..., partial=True) reads what there is"
             )
         self._parts: dict[str, list[str]] = {}
         for name in names:
@@ -348,7 +349,7 @@ class Run:
 
     def _find(self, doc_id: str) -> tuple[int, int]:
         if doc_id not in self._index:
-            raise KeyError(f"doc_id: {doc_id!r} is not in the run {self.uri}")
+            raise no_such_document(doc_id, self, self._index)
         return self._index[doc_id]
 
 
@@ -359,3 +360,9 @@ def _check_columns(columns: Sequence[str] | None, there: Sequence[str]) -> None:
     for column in columns or ():
         if column not in there:
             raise StoreError(f"columns: {column!r} is not one of {', '.join(there)}")
+
+
+def no_such_document(doc_id: str, run: Run, ids: Iterable[str]) -> KeyError:
+    """What to raise: it names the first few of the ids that there are."""
+    some = ", ".join(map(repr, islice(ids, 3)))
+    return KeyError(f"doc_id: {doc_id!r} is not in the run {run.uri}, whose ids are like {some}")

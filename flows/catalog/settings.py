@@ -100,10 +100,10 @@ def _find_settings(name: str, root: Folder) -> dict[str, Any]:
             "warehouse": tables.as_uri(),
         }
     elif not found:
-        raise StoreError(
-            f"catalog: {name!r} is not set up for pyiceberg; give its address ({_how_to(name)}), "
-            f"or use {BESIDE!r}, which needs none"
-        )
+        works = f"give its address ({_how_to(name)})"
+        if root.is_local:
+            works += f", or use {BESIDE!r}, which needs none"
+        raise StoreError(f"catalog: {name!r} is not set up for pyiceberg; {works}")
     return {"py-io-impl": _FILE_IO, **_endpoint(root), **found}
 
 

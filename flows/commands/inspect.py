@@ -202,7 +202,10 @@ def _show_document(
         typer.echo(f"{missing}", err=True)
         return
     if html is not None:
-        Path(html).write_text(render_page(view), encoding="utf-8")
+        try:
+            Path(html).write_text(render_page(view), encoding="utf-8")
+        except OSError as error:
+            raise ValueError(f"html: {html!r} cannot be written: {error.strerror}") from None
         typer.echo(html)
         return
     if not console.is_terminal or console.no_color:

@@ -256,7 +256,7 @@ def _find_place(base: Run, other: Run, out: str | None, endpoint_url: str | None
         if root != other_root:
             raise ValueError(
                 f"out: {base.uri!r} and {other.uri!r} are in different folders; say where the "
-                "page goes"
+                "page goes, as in --out compare"
             )
         # Of the first run's own name: a folder that was given relatively stays so.
         within = base.uri.rsplit("/", 1)[0] if "/" in base.uri else "."

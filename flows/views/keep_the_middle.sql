@@ -1,5 +1,5 @@
--- Which documents are the head (below the 30th percentile of bits/byte of their language in a
--- corpus), the middle (up to the 60th) and the tail? CCNet's cut (arXiv 1911.00359). A percentile
+-- Which documents lie between the 30th and the 60th percentile of bits/byte of their language in a
+-- corpus? CCNet's cut (arXiv 1911.00359); the view buckets has head, middle and tail. A percentile
 -- is the score of a document, as for `logitmill filter`.
 
 CREATE OR REPLACE VIEW buckets AS
