@@ -61,7 +61,8 @@ def find_row(run: Run, doc_id: str) -> tuple[int, int]:
     Raises:
         KeyError: if the run has no such document.
     """
-    folder, some = run.folder, []
+    folder = run.folder
+    some: list[str] = []
     for shard, name in shard_names(run).items():
         with folder.filesystem.open(folder.path(name), "rb") as file:
             column = pq.ParquetFile(file).read(["doc_id"], use_threads=False)["doc_id"]
