@@ -1,5 +1,6 @@
 """Arithmetic over documents: models, recipes, scores. Knows nothing of Prefect, Parquet or S3."""
 
+from .frequencies import Frequencies, Frequency
 from .pipeline import EngineSettings, Pipeline, pipeline
 from .recipes import PRESETS, Recipe, find_recipe
 from .records import Document, DocumentRecord, DocumentScore, TokenRecords
@@ -10,6 +11,8 @@ __all__ = [
     "DocumentRecord",
     "DocumentScore",
     "EngineSettings",
+    "Frequencies",
+    "Frequency",
     "Pipeline",
     "Recipe",
     "TokenRecords",

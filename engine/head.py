@@ -13,6 +13,7 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..kernels.frequencies import add_frequencies
 from ..kernels.logits import (
     TILE,
     RowStatistics,
@@ -23,6 +24,7 @@ from ..kernels.logits import (
 )
 from ..kernels.sampling import draw
 from .blocks import LEAST, Blocks
+from .frequencies import Frequencies
 from .prefixes import Tree
 from .transfer import Arrival, Outbox, to_host
 
@@ -45,6 +47,8 @@ class Extras:
     """m: so many tokens drawn from the row's distribution."""
     seed: int = 0
     """Of the draws."""
+    frequencies: Frequencies | None = None
+    """Where what rows expect is added up."""
 
 
 BARE = Extras()
@@ -62,12 +66,15 @@ class Rows:
     """Rows that are not padding."""
     keys_R: torch.Tensor | None = None
     """int64: what decides the draws; None where there are none."""
+    groups_R: torch.Tensor | None = None
+    """int64: which of `groups` a row's sums are of, -1 for padding; None where none are made."""
+    groups: Sequence[int] = ()
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All that lies on the device."""
-        keys = [] if self.keys_R is None else [self.keys_R]
-        return [self.hidden_RD, self.targets_R, *keys]
+        more = [x for x in (self.keys_R, self.groups_R) if x is not None]
+        return [self.hidden_RD, self.targets_R, *more]
 
 
 class Model(Protocol):
@@ -123,23 +130,29 @@ class Head:
         """Statistics of the rows, and what `extras` says of each."""
         packed_7R = _empty_statistics(len(rows.hidden_RD), rows.hidden_RD.device)
         told: list[dict[str, torch.Tensor]] = []
+        sums = _Sums(self._model, rows, extras)
         for part in self.blocks.cut(len(rows.hidden_RD)):
             logits_RV = self._model.logits(rows.hidden_RD[part])
-            told.append(_tell(logits_RV, rows, part, extras, packed_7R[:, part])[1])
+            told.append(_tell(logits_RV, rows, part, extras, packed_7R[:, part], sums)[1])
+        # Of a batch that memory runs out for, which is run again, nothing was counted so far.
+        sums.commit()
         more = {name: torch.cat([one[name] for one in told])[: rows.count] for name in told[0]}
         return _send(packed_7R[:, : rows.count].contiguous(), more)
 
     def logits(
-        self, rows: Rows, outbox: Outbox, *, normalised: bool
+        self, rows: Rows, outbox: Outbox, *, normalised: bool, extras: Extras = BARE
     ) -> Iterator[tuple[slice, Arrival[tuple[torch.Tensor, Columns]]]]:
         """(rows, their values over the whole vocabulary and their statistics), chunk by chunk.
 
-        Values are log-probabilities if `normalised`, else logits, in the dtype of `outbox`.
+        Values are log-probabilities if `normalised`, else logits, in the dtype of `outbox`. Of
+        `extras` only sums can be made.
         """
+        assert not extras.num_top and not extras.num_draws, "they can be made of the values"
+        sums = _Sums(self._model, rows, extras)
         for part, count in self._cut(rows, self._smaller(outbox)):
             logits_RV = self._model.logits(rows.hidden_RD[part])
             packed_7R = _empty_statistics(len(logits_RV), logits_RV.device)
-            statistics, _ = _tell(logits_RV, rows, part, BARE, packed_7R)
+            statistics, _ = _tell(logits_RV, rows, part, extras, packed_7R, sums)
             claimed = outbox.claim(*logits_RV.shape)
             narrow(logits_RV, statistics if normalised else None, outbox.dtype, claimed)
             columns = _send(packed_7R, {})
@@ -147,21 +160,24 @@ class Head:
                 slice(part.start, part.start + count),
                 outbox.send(claimed).then(partial(_take, columns, count)),
             )
+        sums.commit()
 
     def states(
         self, rows: Rows, outbox: Outbox, extras: Extras
     ) -> Iterator[tuple[slice, Arrival[tuple[torch.Tensor, Columns]]]]:
         """(rows, their hidden states and what `score` tells of them), chunk by chunk."""
+        sums = _Sums(self._model, rows, extras)
         for part, count in self._cut(rows, self.blocks):
             logits_RV = self._model.logits(rows.hidden_RD[part])
             packed_7R = _empty_statistics(len(logits_RV), logits_RV.device)
-            _, more = _tell(logits_RV, rows, part, extras, packed_7R)
+            _, more = _tell(logits_RV, rows, part, extras, packed_7R, sums)
             claimed = outbox.claim(*rows.hidden_RD[part].shape).copy_(rows.hidden_RD[part])
             columns = _send(packed_7R, more)
             yield (
                 slice(part.start, part.start + count),
                 outbox.send(claimed).then(partial(_take, columns, count)),
             )
+        sums.commit()
 
     def _cut(self, rows: Rows, blocks: Blocks) -> Iterator[tuple[slice, int]]:
         """Chunks, and how many rows of each are not padding; without those that are padding."""
@@ -177,6 +193,30 @@ class Head:
         return self.blocks.limit(self._logits_memory // per_row)
 
 
+class _Sums:
+    """What the rows of a batch expect, added up by group beside what was added before."""
+
+    def __init__(self, model: Model, rows: Rows, extras: Extras) -> None:
+        self._rows, self._frequencies = rows, extras.frequencies
+        self._sums_G3V: torch.Tensor | None = None
+        if extras.frequencies is not None and rows.groups:
+            size = (len(rows.groups), 3, model.vocab_size)
+            self._sums_G3V = torch.zeros(size, dtype=torch.int64, device=rows.hidden_RD.device)
+
+    def add(self, logits_RV: torch.Tensor, statistics: RowStatistics, part: slice) -> None:
+        """Count a chunk's rows."""
+        if self._sums_G3V is None:
+            return
+        assert self._rows.groups_R is not None
+        targets_R, groups_R = self._rows.targets_R[part], self._rows.groups_R[part]
+        add_frequencies(logits_RV, statistics, targets_R, groups_R, self._sums_G3V)
+
+    def commit(self) -> None:
+        """Add them to those of the batches before."""
+        if self._sums_G3V is not None and self._frequencies is not None:
+            self._frequencies.commit(self._rows.groups, self._sums_G3V)
+
+
 def _empty_statistics(num_rows: int, device: torch.device) -> torch.Tensor:
     return torch.empty(len(RowStatistics._fields), num_rows, device=device)
 
@@ -187,13 +227,19 @@ def _empty_maxima(logits_RV: torch.Tensor) -> torch.Tensor:
 
 
 def _tell(
-    logits_RV: torch.Tensor, rows: Rows, part: slice, extras: Extras, packed_7R: torch.Tensor
+    logits_RV: torch.Tensor,
+    rows: Rows,
+    part: slice,
+    extras: Extras,
+    packed_7R: torch.Tensor,
+    sums: _Sums,
 ) -> tuple[RowStatistics, dict[str, torch.Tensor]]:
     """Statistics of a chunk into `packed_7R`, and the extras, after which logits are of no use."""
     maxima_RN = _empty_maxima(logits_RV) if extras.num_top else None
     statistics = row_statistics(
         logits_RV, rows.targets_R[part], out_7R=packed_7R, maxima_RN=maxima_RN
     )
+    sums.add(logits_RV, statistics, part)
     more: dict[str, torch.Tensor] = {}
     if extras.num_draws:
         assert rows.keys_R is not None, "draws are decided by keys"

@@ -24,6 +24,7 @@ from .decoder import Decoder
 from .fallback import Fallback, check_model, check_tensors, read_sizes
 from .families import FAMILIES, NotNative, find_family
 from .formats import Capability, Scheme, resolve_scheme
+from .frequencies import Frequencies
 from .generation import Generated, Generator, Limits, TokenSink
 from .head import Columns, Extras, Head, Model
 from .hooks import Hook
@@ -544,6 +545,7 @@ class Pipeline:
         on_batch: BatchSink | None = None,
         on_launched: Callable[[], None] | None = None,
         share_contexts: bool = True,
+        frequencies: Frequencies | None = None,
     ) -> Iterator[DocumentScore]:
         """Score documents; yields each one's records, in input order, as they are ready.
 
@@ -577,6 +579,8 @@ class Pipeline:
             share_contexts: compute what contexts begin with alike once (`conditional`), which
                 leaves a document the bits that it has alone. Without, it is read by the attention
                 of the other recipes, for comparison: slower, and with other last bits.
+            frequencies: add up by source how often every token of the vocabulary was expected and
+                how often it was there; it can be read once all documents were taken.
 
         Raises:
             ValueError: for a recipe that does not fit the model. A bad document is no error: its
@@ -608,7 +612,7 @@ class Pipeline:
             self._tokenizer,
             chosen,
             max_batch_tokens=self.max_batch_tokens,
-            extras=Extras(top_k, num_draws, draw_seed),
+            extras=Extras(top_k, num_draws, draw_seed, frequencies),
             shares=share_contexts,
         )
         return scorer.score(

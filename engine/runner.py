@@ -37,6 +37,8 @@ class Request:
     """Integers [r], r <= n: row n - r + i of the sequence is scored against target i."""
     keys: np.ndarray | None = None
     """int64 [r], where tokens are drawn: what decides the draws of each row."""
+    group: int | None = None
+    """Whose sums its rows are added to, where some are made."""
     shares: bool = False
     """Whether rows that it and the request before it begin with are computed once. Either all
     requests of a batch do so or none."""
@@ -98,6 +100,7 @@ class Runner:
         *,
         normalised: bool,
         held: int = 1,
+        extras: Extras = BARE,
     ) -> Iterator[list[StreamedRows]]:
         """Every scored row of every request over the whole vocabulary, in order, by chunks.
 
@@ -105,7 +108,7 @@ class Runner:
         the last `held` of those that were given are valid when the next one is asked for.
         """
         outbox = Outbox(self._model.device, dtype, self.depth + 1 + held)
-        read = partial(self._head.logits, outbox=outbox, normalised=normalised)
+        read = partial(self._head.logits, outbox=outbox, normalised=normalised, extras=extras)
         return self._stream(batches, read)
 
     def stream_states(
@@ -258,7 +261,15 @@ class Runner:
             keys_R = None
             if keys := [r.keys for r in requests if r.keys is not None]:
                 keys_R = to_device(_pad(keys, chunks), device)
-            return Rows(hidden_TD[rows_R], targets_R, len(rows), keys_R)
+            groups = sorted({r.group for r in requests if r.group is not None})
+            groups_R = None
+            if groups:
+                # Padding is 0, and of no group.
+                places: dict[int | None, int] = {None: 0, **{g: i for i, g in enumerate(groups, 1)}}
+                own = np.repeat([places[r.group] for r in requests], sizes)
+                groups_R = to_device(_pad([own], chunks), device) - 1
+            hidden_RD = hidden_TD[rows_R]
+            return Rows(hidden_RD, targets_R, len(rows), keys_R, groups_R, groups)
 
     def _is_too_long(self, requests: Sequence[Request]) -> bool:
         total = sum(len(r.ids) for r in requests)

@@ -48,6 +48,8 @@ class _Piece:
     first: int
     key: np.uint64
     """What decides the document's draws."""
+    group: int | None
+    """Of the sums that its rows are added to."""
     shares: bool
     """Whether it is read given a context, which others may have, too."""
 
@@ -128,7 +130,9 @@ class Scorer:
             if on_states is not None:
                 stream = partial(self._runner.stream_states, extras=self._extras)
             else:
-                stream = partial(self._runner.stream, dtype=logits_dtype, normalised=True)
+                stream = partial(
+                    self._runner.stream, dtype=logits_dtype, normalised=True, extras=self._extras
+                )
             hand_over = _Handing(on_logits, on_states)
             return self._score_in_order(batches, stream, hand_over, on_batch, on_launched)
         batches = run_ahead(self._packed_batches(documents), _READY)
@@ -184,6 +188,7 @@ class Scorer:
                 self._inputs(p),
                 p.work.tokens.token_id[p.first : p.first + p.num_rows],
                 _keys(p) if self._extras.num_draws else None,
+                p.group,
                 p.shares,
             )
             for p in pieces
@@ -262,11 +267,14 @@ class Scorer:
                 continue
             item.tokens.make_room(self._extras.num_top, self._extras.num_draws)
             key = self._key(item) if self._extras.num_draws else np.uint64(0)
+            group = None
+            if self._extras.frequencies is not None:
+                group = self._extras.frequencies.find_group(item.document.source)
             first = 0
             for window in item.windows:
                 weight = window.stop - window.start
                 shares = self._shares and window.first_target > window.start + 1
-                piece = _Piece(item, window, first, key, shares)
+                piece = _Piece(item, window, first, key, group, shares)
                 if shares:
                     inputs = self._inputs(piece)
                     weight = max(1, weight - count_saved(before, inputs))
@@ -306,6 +314,7 @@ class Scorer:
             tokens=tokens,
             text=work.text,
             first_input=int(work.sequence[first - 1]),
+            windows=work.windows,
         )
 
 
