@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -623,6 +624,14 @@ class Pipeline:
             logits_dtype=DTYPES[logits_dtype],
             on_states=on_states,
         )
+
+    @cached_property
+    def spelled(self) -> list[str]:
+        """The text of every token, bytes that are none as `\\xe2`; empty without a tokenizer."""
+        if self._tokenizer is None:
+            return []
+        spelled = self._tokenizer.spell(range(self.vocab_size))
+        return [utf8.decode(errors="backslashreplace") for utf8 in spelled]
 
     @property
     def head_digest(self) -> str | None:

@@ -18,6 +18,7 @@ from .commands.mistakes import say_error
 from .commands.publish import publish
 from .commands.report import report
 from .commands.score import score
+from .commands.vocabulary import vocabulary
 
 app = typer.Typer(
     name="logitmill",
@@ -36,7 +37,7 @@ glob on any fsspec URI (Parquet, JSON lines, CSV, text, code) or a Hugging Face 
 """,
 )
 
-for command in (score, follow, report, compare, filter, publish, ask, inspect, bench):
+for command in (score, follow, report, compare, filter, vocabulary, publish, ask, inspect, bench):
     app.command()(command)
 
 # Of the click that typer brings with it, whichever that is.

@@ -17,8 +17,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 
 from ..engine.checkpoint import Checkpoint, find_model
+from ..engine.frequencies import Frequencies
 from ..engine.intake import Intake, Work
 from ..engine.pipeline import load_pipeline
 from ..engine.records import TOKEN_DTYPES, Document, DocumentScore
@@ -32,6 +34,7 @@ from .parts import ScoresWriter, TokensWriter, write_table
 from .request import Job, Prepared
 from .store import PLAN, Receipt, find_receipts
 from .summary import Summary
+from .vocabulary import tabulate
 from .writers import Writer
 
 TABLES = "tables"
@@ -49,6 +52,7 @@ _RECEIPT_BYTES, _REPORT_BYTES = 1500, 300_000
 # Where nothing can be measured: what parts of the bundled model take. Zstandard makes about two
 # thirds of token records, whose floats hardly compress.
 _STATED_DOCUMENT, _STATED_SHARD = 280.0, 40_000.0
+_STATED_ENTRY = 27.0
 _STATED_TOKEN = 0.65 * sum(dtype.itemsize for dtype in TOKEN_DTYPES.values())
 # Tiers whose size goes by the scored tokens, whatever the model.
 _BY_TOKEN = ("tokens", "topk", "sampled")
@@ -128,7 +132,7 @@ def estimate_run(prepared: Prepared) -> Estimate:
     tokens = round(plan.num_bytes * sample.tokens_per_byte)
     tokens_left = round(sum(shard.num_bytes for shard in pending) * sample.tokens_per_byte)
     measured = _find_earlier(prepared) or _score_sample(prepared, sample.documents)
-    sizes, rate = measured or (_state_sizes(job), None)
+    sizes, rate = measured or (_state_sizes(job, prepared.facts.vocab_size), None)
     rows = row_bytes(job.tiers, prepared.facts, job.logits_dtype) * tokens
     kept = {
         "scores": sizes.document * documents,
@@ -295,7 +299,7 @@ def _find_earlier(prepared: Prepared) -> tuple[Sizes, Rate] | None:
 
 def _is_alike(plan: Mapping[str, Any], described: Mapping[str, Any]) -> bool:
     """Whether two plans are of the same work for a token on the same kind of device."""
-    names = ("engine", "device", "recipe_hash", "tiers", "logits_dtype", *OF_TIERS)
+    names = ("engine", "device", "recipe_hash", "tiers", "logits_dtype", "vocabulary", *OF_TIERS)
     return plan["model"]["digest"] == described["model"]["digest"] and all(
         plan.get(name) == described[name] for name in names
     )
@@ -326,6 +330,7 @@ def _score_sample(
         return None
     pipe = load_pipeline(folder, job.engine)
     batches: list[tuple[float, int]] = []
+    frequencies = Frequencies() if job.vocabulary else None
     scores = pipe.score(
         _shuffled(documents, int(_BYTES_A_TOKEN * _SAMPLE_FLOPS[device] / num_bytes)),
         recipe=job.recipe,
@@ -333,9 +338,12 @@ def _score_sample(
         num_draws=job.num_draws,
         draw_seed=job.draw_seed,
         on_batch=lambda tokens, num_bytes: batches.append((time.monotonic(), tokens)),
+        frequencies=frequencies,
     )
     started = time.monotonic()
-    sizes = _measure(job, prepared.facts.vocab_size, list(scores))
+    scored = list(scores)
+    tables = [tabulate(frequencies.read(), pipe.spelled)] if frequencies is not None else []
+    sizes = _measure(job, prepared.facts.vocab_size, scored, tables)
     # The first batch pays for what is done once.
     timed = batches if len(batches) > 2 else [(started, 0), *batches]
     seconds, tokens = timed[-1][0] - timed[0][0], sum(n for _, n in timed[1:])
@@ -353,8 +361,10 @@ def _shuffled(documents: Sequence[Document], most_bytes: int) -> list[Document]:
     return taken
 
 
-def _measure(job: Job, vocab_size: int, scores: Sequence[DocumentScore]) -> Sizes:
-    """What parts of these documents take."""
+def _measure(
+    job: Job, vocab_size: int, scores: Sequence[DocumentScore], more: Sequence[pa.Table]
+) -> Sizes:
+    """What parts of these documents take, and `more` tables of a shard."""
     summary = Summary()
     for score in scores:
         summary.add(score)
@@ -387,7 +397,7 @@ def _measure(job: Job, vocab_size: int, scores: Sequence[DocumentScore]) -> Size
                     token[tier] = (write(tier, scores) - one) / others
                 shard[tier] = max(0.0, one - token[tier] * tokens[first])
         tables = 0.0
-        for table in (summary.counts(), summary.outliers()):
+        for table in (summary.counts(), summary.outliers(), *more):
             write_table(table, file)
             tables += file.stat().st_size
     return Sizes(
@@ -411,10 +421,11 @@ def _open_writer(tier: str, file: Path, job: Job, vocab_size: int) -> Writer:
             return ScoresWriter(file, {})
 
 
-def _state_sizes(job: Job) -> Sizes:
+def _state_sizes(job: Job, vocab_size: int) -> Sizes:
+    tables = _STATED_SHARD + (_STATED_ENTRY * vocab_size if job.vocabulary else 0.0)
     token = {
         "tokens": _STATED_TOKEN,
         "topk": _STATED_BESIDE + _STATED_CANDIDATE * job.top_k,
         "sampled": _STATED_BESIDE + _STATED_DRAW * job.num_draws,
     }
-    return Sizes({TABLES: _STATED_SHARD}, _STATED_DOCUMENT, token, "from stated figures")
+    return Sizes({TABLES: tables}, _STATED_DOCUMENT, token, "from stated figures")

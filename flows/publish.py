@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -19,6 +19,7 @@ from .operations import operations
 from .parts import write_table
 from .store import MANIFEST, PLAN, REPORT, Receipt, find_receipts
 from .summary import merge_counts, merge_outliers
+from .vocabulary import merge_vocabulary
 
 if TYPE_CHECKING:
     from .run import Run
@@ -26,11 +27,15 @@ if TYPE_CHECKING:
 _READERS, _AHEAD = 16, 64
 _TABLE_BYTES = 1 << 20
 
-MERGES: dict[str, Callable[[Iterable[pa.Table]], pa.Table]] = {
-    "counts": merge_counts,
-    "outliers": merge_outliers,
-}
-"""How the tables of shards become the run's."""
+Merge = Callable[[Iterable[pa.Table]], pa.Table]
+
+
+def find_merges(plan: Mapping[str, Any]) -> dict[str, Merge]:
+    """How the tables of a run's shards become the run's, by their names."""
+    merges: dict[str, Merge] = {"counts": merge_counts, "outliers": merge_outliers}
+    if plan.get("vocabulary"):
+        merges["vocabulary"] = merge_vocabulary
+    return merges
 
 
 def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
@@ -40,7 +45,7 @@ def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
     tables: dict[str, pa.Table] = {}
     summaries: list[Part] = []
     with folder.scratch() as scratch:
-        for name, merge in MERGES.items():
+        for name, merge in find_merges(plan).items():
             tables[name] = merge(read_tables(folder, name, receipts))
             write_table(tables[name], scratch / name)
             summaries.append(folder.publish(scratch / name, f"summary/{name}.parquet"))

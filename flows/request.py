@@ -48,6 +48,7 @@ class Request:
     top_k: int | None = None
     num_draws: int | None = None
     draw_seed: int | None = None
+    vocabulary: bool = False
     logits_dtype: str = "float32"
     max_logits_bytes: int = 10 * 10**9
     endpoint_url: str | None = None
@@ -95,6 +96,8 @@ class Job:
     num_draws: int
     """Of the tier `sampled`; 0 where that is not kept."""
     draw_seed: int
+    vocabulary: bool
+    """Whether the table `vocabulary` is made."""
     logits_dtype: str
     max_logits_bytes: int
     num_shards: int
@@ -285,6 +288,7 @@ def prepare(request: Request) -> Prepared:
         "top_k": kept.top_k,
         "num_draws": kept.num_draws,
         "draw_seed": kept.draw_seed,
+        "vocabulary": request.vocabulary or None,
     }
     try:
         plan = _plan_new(root, asked, spec) if request.only_new else plan_corpus(spec)
@@ -334,6 +338,7 @@ def prepare(request: Request) -> Prepared:
         top_k=kept.top_k or 0,
         num_draws=kept.num_draws or 0,
         draw_seed=kept.draw_seed or 0,
+        vocabulary=request.vocabulary,
         logits_dtype=request.logits_dtype,
         max_logits_bytes=request.max_logits_bytes,
         num_shards=len(plan.shards),
@@ -426,8 +431,9 @@ def _make_key(plan: Mapping[str, Any]) -> str:
     """
     names = ("format", "engine", "recipe", "tiers", "logits_dtype", "shard_bytes")
     asked = {name: plan[name] for name in names}
-    # Of tiers that came later: where these are not kept, keys are what they were.
-    asked |= {name: plan[name] for name in OF_TIERS if plan[name] is not None}
+    # Where these are not kept, keys are what they are without them.
+    kept = (*OF_TIERS, "vocabulary")
+    asked |= {name: plan[name] for name in kept if plan[name] is not None}
     asked["model"] = {key: value for key, value in plan["model"].items() if key != "name"}
     asked["corpus"] = plan["corpus"]["fingerprint"]
     made = {name: plan[name] for name in ("device", "versions")}

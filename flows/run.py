@@ -130,7 +130,10 @@ class Run:
         return datasets.Dataset(self.table(tier, columns).replace_schema_metadata(None))
 
     def summary(self, name: str = "counts") -> pa.Table:
-        """A merged summary table: `counts` or `outliers`; only a complete run has them."""
+        """A merged summary table: `counts`, `outliers`, or `vocabulary` where it was asked for.
+
+        Only a complete run has them.
+        """
         if self.manifest is None:
             raise StoreError(f"run: {self.uri!r} is not complete, so it has no summaries yet")
         names = [part["name"] for part in self.manifest["summaries"]]

@@ -115,6 +115,7 @@ def score_corpus(
     top_k: int | None = None,
     num_draws: int | None = None,
     draw_seed: int | None = None,
+    vocabulary: bool = False,
     logits_dtype: Literal["float32", "float16"] = "float32",
     max_logits_bytes: int = 10 * 10**9,
     endpoint_url: str | None = None,
@@ -146,6 +147,8 @@ def score_corpus(
         top_k: tokens of a row in the tier `topk`, up to 256; 20 by default.
         num_draws: draws of a row in the tier `sampled`, up to 255; 12 by default.
         draw_seed: of these draws; another one gives others. 0 by default.
+        vocabulary: also add up, by source, how often every token was expected and how often it was
+            there (`Run.summary("vocabulary")`).
         logits_dtype: what log-probabilities of the tier `logits` are stored in.
         max_logits_bytes: refuse to start a run whose `logits` or `hidden` would take more than
             this, before compression, and end one that turns out to.

@@ -20,6 +20,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.tasks import exponential_backoff
 
 from ..engine.checkpoint import digest, find_model
+from ..engine.frequencies import Frequencies
 from ..engine.pipeline import EngineSettings, Pipeline, load_pipeline
 from ..engine.records import OK, DocumentScore
 from .corpus import read_shard
@@ -33,6 +34,7 @@ from .rows import TooManyLogits
 from .store import Receipt, find_receipts
 from .summary import Summary
 from .versions import versions
+from .vocabulary import tabulate
 from .writers import Writers
 
 RETRIES = 2
@@ -154,6 +156,7 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
     counts = {"documents": 0, "failed": 0, "tokens": 0, "bytes": 0}
     loglikelihood, device_seconds = 0.0, 0.0
     summary = Summary()
+    frequencies = Frequencies() if job.vocabulary else None
     with job.folder.scratch() as scratch:
         writers = Writers(job, pipe, scratch, metadata)
         rows = writers.rows
@@ -174,6 +177,7 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
             on_batch=on_batch,
             # What rows may take is known once the shard before is through.
             on_launched=turn.pass_on if rows is None else None,
+            frequencies=frequencies,
             **writers.wanted,
         )
         with turn, closing(cast("Generator[DocumentScore]", scores)):
@@ -200,7 +204,10 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
             writer.close()
             part_name = f"{writer.tier}/part-{name}.parquet"
             parts.append(job.folder.publish(scratch / writer.tier, part_name))
-        for table_name, table in (("counts", summary.counts()), ("outliers", summary.outliers())):
+        tables = {"counts": summary.counts(), "outliers": summary.outliers()}
+        if frequencies is not None:
+            tables["vocabulary"] = tabulate(frequencies.read(), pipe.spelled)
+        for table_name, table in tables.items():
             write_table(table, scratch / table_name)
             part_name = f"shards/{name}.{table_name}.parquet"
             parts.append(job.folder.publish(scratch / table_name, part_name))

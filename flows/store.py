@@ -5,7 +5,8 @@
       scores/part-00017.parquet      document records; tokens/ topk/ sampled/ hidden/ logits/ on
                                      request
       shards/00017.json              receipt: the shard's parts with size and sha256
-      shards/00017.counts.parquet    the shard's additive tables, also of its outliers
+      shards/00017.counts.parquet    the shard's additive tables, also of its outliers and, on
+                                     request, of its vocabulary
       summary/*.parquet              the run's tables: the shards' merged
       report.html
       manifest.json                  written last: the run is complete, and this is all of it

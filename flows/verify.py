@@ -26,7 +26,7 @@ from ..engine.records import NONFINITE, OK, TOKEN_DTYPES
 from .corpus.locations import is_garbled
 from .folder import Folder, Part, endpoint_options, find_live, one_line
 from .parts import BLOBS, schema_of
-from .publish import MERGES, read_table, read_tables
+from .publish import find_merges, read_table, read_tables
 from .run import Run, open_run
 from .store import MANIFEST, PLAN, REPORT, Receipt
 from .summary import STATUS
@@ -124,6 +124,7 @@ class _Stored:
 
     def __init__(self, run: Run) -> None:
         self._folder, self._plan = run.folder, run.plan
+        self._merges = find_merges(run.plan)
         self.shards: list[dict[str, Any]] = run.plan["corpus"]["shards"]
         self._manifest = run.manifest
         self._there = _list_files(run.folder)
@@ -261,7 +262,7 @@ class _Stored:
             yield from self._check_summaries(receipts)
 
     def _check_summaries(self, receipts: Sequence[Receipt]) -> Iterator[Finding]:
-        for name, merge in MERGES.items():
+        for name, merge in self._merges.items():
             merged = merge(read_tables(self._folder, name, receipts))
             whole = f"summary/{name}.parquet"
             if not merged.equals(read_table(self._folder, whole)):
@@ -270,7 +271,7 @@ class _Stored:
     def _find_leftovers(self) -> Iterator[Finding]:
         """Files that nothing of the run names, and uploads that nobody finished."""
         named = {PLAN, MANIFEST, REPORT}
-        named |= {f"summary/{name}.parquet" for name in MERGES}
+        named |= {f"summary/{name}.parquet" for name in self._merges}
         named |= {name for r in self.receipts.values() for name in self._names(r.shard)}
         if self._manifest is None:
             # Where a shard is not done, somebody may be at work, and a rerun writes over it.
@@ -287,7 +288,7 @@ class _Stored:
         return [Receipt.name(shard), *self._part_names(shard)]
 
     def _part_names(self, shard: int) -> list[str]:
-        tables = [f"shards/{shard:05d}.{name}.parquet" for name in MERGES]
+        tables = [f"shards/{shard:05d}.{name}.parquet" for name in self._merges]
         return [*(f"{tier}/part-{shard:05d}.parquet" for tier in self._plan["tiers"]), *tables]
 
 

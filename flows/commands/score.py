@@ -64,6 +64,14 @@ def score(
         int | None,
         number("seed", "0", help="With --keep sampled: another one gives other draws; default 0."),
     ] = None,
+    vocabulary: Annotated[
+        bool,
+        typer.Option(
+            "--vocabulary",
+            help="Also add up how often every token was expected and how often it was there, by "
+            "source; `logitmill vocabulary RUN` shows it.",
+        ),
+    ] = False,
     recipe: Annotated[
         str,
         typer.Option(
@@ -329,6 +337,7 @@ def score(
             top_k=top_k,
             num_draws=num_draws,
             draw_seed=draw_seed,
+            vocabulary=vocabulary,
             logits_dtype=logits_dtype.value,
             max_logits_bytes=to_bytes("max_logits_bytes", max_logits_gb, least=0),
             endpoint_url=endpoint_url,

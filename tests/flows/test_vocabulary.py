@@ -1,0 +1,145 @@
+"""Expected and observed counts of the vocabulary as runs keep them, and what is told of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from direct import score_directly
+from logitmill.engine import Document, Frequencies, Frequency, Pipeline
+from logitmill.flows import Run, vocabulary
+from logitmill.flows.corpus import CorpusSpec
+from logitmill.flows.request import Request, prepare
+from logitmill.flows.verify import verify_run
+from logitmill.flows.vocabulary import VOCABULARY, find_bias, merge_vocabulary, tabulate
+from test_cli import in_process
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of several shards whose folders are sources."""
+    spec = CorpusSpec(uri=str(corpus), shard_bytes=3_000)
+    return score_directly(demo_folder, spec, tmp_path_factory.mktemp("runs"), vocabulary=True)
+
+
+def test_a_run_has_the_counts_of_its_documents(run: Run, corpus: Path, demo: Pipeline) -> None:
+    frequencies = Frequencies()
+    documents = [
+        Document(path.name, text=path.read_text(), source=path.parent.name)
+        for path in sorted(corpus.rglob("*.py"))
+    ]
+    list(demo.score(documents, frequencies=frequencies))
+    table = run.summary("vocabulary")
+    assert len(run.plan["corpus"]["shards"]) > 2 and table.schema.equals(VOCABULARY)
+    rows = table.to_pylist()
+    assert [(r["source"], r["token_id"]) for r in rows] == sorted(
+        (r["source"], r["token_id"]) for r in rows
+    )
+    for source, expected in frequencies.read().items():
+        own = {r["token_id"]: r for r in rows if r["source"] == source}
+        ids = np.flatnonzero((expected.expected > 0) | (expected.observed > 0))
+        assert list(own) == ids.tolist()
+        assert [own[i]["observed"] for i in own] == expected.observed[ids].tolist()
+        np.testing.assert_allclose([own[i]["expected"] for i in own], expected.expected[ids])
+        np.testing.assert_allclose([own[i]["variance"] for i in own], expected.variance[ids])
+        assert all(r["token"] == demo.spelled[i] for i, r in own.items())
+    assert sum(r["observed"] for r in rows) == run.manifest["tokens"]  # type: ignore[index]
+
+
+def test_a_run_with_its_vocabulary_is_verified(run: Run) -> None:
+    assert verify_run(run, sample=1) == []
+    part = next(Path(run.uri, "shards").glob("*.vocabulary.parquet"))
+    part.rename(part.with_suffix(".gone"))
+    found = [str(f) for f in verify_run(run, sample=0)]
+    part.with_suffix(".gone").rename(part)
+    assert any(part.name in line for line in found)
+
+
+def test_it_is_in_the_key_where_it_is_made(corpus: Path, demo_folder: Path, tmp_path: Path) -> None:
+    def key(**options: bool) -> str:
+        asked = Request(model=str(demo_folder), corpus=str(corpus), out=str(tmp_path), **options)  # type: ignore[arg-type]
+        return prepare(asked).job.run_key
+
+    assert key() == key(vocabulary=False) != key(vocabulary=True)
+
+
+def some(source: str, seed: int, size: int = 50) -> Frequency:
+    made = np.random.default_rng(seed)
+    observed = made.integers(0, 5, size)
+    expected = made.random(size) * (observed > 1)
+    return Frequency(expected, expected / 2, observed)
+
+
+def test_tables_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = [f"t{i}" for i in range(80)]
+    shards = [
+        {"a": some("a", 1), "b": some("b", 2, 80)},
+        {"b": some("b", 3), "c": some("c", 4)},
+        {"d": some("d", 5)},
+        {},
+    ]
+    tables = [tabulate(shard, tokens) for shard in shards]
+    merged = merge_vocabulary(tables)
+    assert merged.equals(merge_vocabulary([pa.concat_tables(tables)]))
+    rows = {(r["source"], r["token_id"]): r for r in merged.to_pylist()}
+    one, two = shards[0]["b"], shards[1]["b"]
+    for i in range(80):
+        row = rows.get(("b", i), {"observed": 0, "expected": 0.0, "token": f"t{i}"})
+        more = (two.observed[i], two.expected[i]) if i < 50 else (0, 0.0)
+        assert row["observed"] == one.observed[i] + more[0]
+        assert row["expected"] == one.expected[i] + more[1] and row["token"] == f"t{i}"
+    monkeypatch.setattr(vocabulary, "MAX_SOURCES", 2)
+    bounded = merge_vocabulary(tables)
+    assert bounded["source"].unique().to_pylist() == ["(other)", "a", "b"]
+    total = sum(f.observed.sum() for shard in shards for f in shard.values())
+    assert sum(bounded["observed"].to_pylist()) == total
+    assert merge_vocabulary([]).equals(VOCABULARY.empty_table())
+
+
+def test_bias_by_its_definition() -> None:
+    frequency = Frequency(
+        expected=np.array([6.0, 1.0, 3.0, 0.0]),
+        variance=np.array([2.25, 0.25, 1.0, 0.0]),
+        observed=np.array([3, 4, 3, 0]),
+    )
+    other = Frequency(np.array([1.0, 1.0]), np.array([1.0, 1.0]), np.array([2, 0]))
+    table = tabulate({"a": frequency, "b": other}, ["x", "y", "z", ""])
+    found = find_bias(table, "a")
+    assert found.num_tokens == 10
+    o, e = np.array([0.3, 0.4, 0.3]), np.array([0.6, 0.1, 0.3])
+    assert found.divergence == pytest.approx((o * np.log2(o / e)).sum())
+    assert [(u.token, u.observed, u.z) for u in found.too_seldom] == [("y", 4, 6.0)]
+    assert [(u.token, u.expected, u.z) for u in found.too_often] == [("x", 6.0, -2.0)]
+    whole = find_bias(table)
+    assert whole.num_tokens == 12
+    assert [u.z for u in whole.too_often] == [(5 - 7) / np.sqrt(3.25)]
+    with pytest.raises(ValueError, match=r"source: 'c' is not one of 'a', 'b'"):
+        find_bias(table, "c")
+    with pytest.raises(ValueError, match=r"count: 0 is not a number of tokens"):
+        find_bias(table, count=0)
+
+
+def test_what_is_never_expected_is_told_first() -> None:
+    frequency = Frequency(np.array([9.0, 0.0]), np.array([1.0, 0.0]), np.array([8, 1]))
+    found = find_bias(tabulate({"": frequency}, []))
+    (first,) = found.too_seldom
+    assert first.token_id == 1 and first.z > 1e4 and np.isfinite(found.divergence)
+
+
+def test_the_command(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    status, said, _ = in_process(capsys, "vocabulary", run.uri, "--count", 3)
+    assert status == 0 and said.count("'") >= 12
+    assert all(f"{name}: " in said for name in ("all sources", "one", "two"))
+    _, said, _ = in_process(capsys, "vocabulary", run.uri, "--source", "one")
+    assert "one: " in said and "two: " not in said
+    status, _, said = in_process(capsys, "vocabulary", run.uri, "--source", "none")
+    assert status == 2 and "'none' is not one of 'one', 'two'" in said
+    plan = Path(run.uri, "plan.json")
+    kept = plan.read_text()
+    plan.write_text(json.dumps({**json.loads(kept), "vocabulary": None}))
+    status, _, said = in_process(capsys, "vocabulary", run.uri)
+    plan.write_text(kept)
+    assert status == 2 and "score it with --vocabulary" in said
