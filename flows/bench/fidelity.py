@@ -142,7 +142,7 @@ def measure_fidelity(
     Raises:
         ValueError: naming the field, its value and what would work.
     """
-    unused = {"top_k": request.top_k, "keep": request.keep_logits, "peer": request.peers}
+    unused = {"top_k": request.top_k, "keep": request.keep, "peer": request.peers}
     for name, value in unused.items():
         if value:
             raise ValueError(f"{name}: it is of speed, and this is of fidelity; leave out either")

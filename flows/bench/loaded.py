@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import pairwise
@@ -13,11 +13,13 @@ from typing import Any, NamedTuple
 import torch
 
 from ...engine.families import FAMILIES
+from ...engine.frequencies import Frequencies
 from ...engine.packing import pack_alike, rounds
 from ...engine.pipeline import BLOCK_ROWS, DTYPES, EngineSettings
 from ...engine.placement import free_host_memory
 from ...engine.prefixes import count_saved
 from ...engine.records import Document
+from ..kept import NUM_DRAWS
 from .breakdown import Breakdown, break_down
 from .ceilings import Ceilings, measure_ceilings, name_unit, wait
 from .costs import Cost, count_costs
@@ -103,15 +105,21 @@ class Loaded:
         return next(rounds(sized, num_batches * self.batch_tokens))
 
     def runs(
-        self, top_k: Sequence[int], *, keep_logits: bool
+        self, top_k: Sequence[int], keep: Collection[str]
     ) -> Iterator[tuple[str, Callable[[Sequence[Document]], Scored]]]:
-        """Names and ways of running documents: records, with candidates, with logits."""
+        """Names and ways of running documents: records, with candidates, with what is kept."""
         yield "records", self.score
         if self.subject.recipe.name == "conditional":
             yield UNSHARED, partial(self.score, share_contexts=False)
         for k in top_k:
             yield f"records, top {k}", partial(self.score, top_k=k)
-        if keep_logits:
+        if "sampled" in keep:
+            yield f"records, {NUM_DRAWS} draws", partial(self.score, num_draws=NUM_DRAWS)
+        if "vocabulary" in keep:
+            yield "records, vocabulary", self._count
+        if "hidden" in keep:
+            yield "hidden states handed over", partial(self.score, on_states=_drop)
+        if "logits" in keep:
             yield HANDED_OVER, partial(self.score, on_logits=_drop, logits_dtype="float16")
             yield GET_LOGITS, self._get_logits
 
@@ -124,6 +132,13 @@ class Loaded:
             targets += score.record.num_tokens_scored
             loglikelihood += score.record.loglikelihood or 0.0
         return Scored(tokens, targets, loglikelihood)
+
+    def _count(self, documents: Sequence[Document]) -> Scored:
+        """Records, and the vocabulary's counts to their end."""
+        frequencies = Frequencies()
+        scored = self.score(documents, frequencies=frequencies)
+        frequencies.read()
+        return scored
 
     def _get_logits(self, documents: Sequence[Document]) -> Scored:
         """Logits of everything, some documents at a time: all at once fit no host memory."""

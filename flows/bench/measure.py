@@ -52,8 +52,9 @@ class Request:
     text_column: str = "text"
     top_k: tuple[int, ...] = ()
     """Candidates kept a token: a pass each."""
-    keep_logits: bool = False
-    """Whether to measure passes whose logits reach host memory, too."""
+    keep: tuple[str, ...] = ()
+    """What else is measured, a pass or two each: `logits` and `hidden` states that reach host
+    memory, `sampled` tokens, counts of the `vocabulary`."""
     peers: tuple[str, ...] = ()
     """Names of `PEERS`."""
     repeat: int = 3
@@ -131,7 +132,7 @@ def measure(request: Request, *, command: str = "") -> Iterator[Record]:
     first, *others = request.cases
     yield _measure_case(subject, request, first, command, _Start())
     for settings in others:
-        alone = replace(request, top_k=(), keep_logits=False, peers=(), stores=(), processes=())
+        alone = replace(request, top_k=(), keep=(), peers=(), stores=(), processes=())
         yield _measure_case(subject, alone, settings, command, None)
 
 
@@ -164,9 +165,9 @@ def _measure_case(
     engine.score(engine.few, on_batch=on_batch)
     timed = {
         name: engine.time(run, request.repeat)
-        for name, run in engine.runs(request.top_k, keep_logits=request.keep_logits)
+        for name, run in engine.runs(request.top_k, request.keep)
     }
-    ceilings = engine.measure_ceilings(to_host=request.keep_logits)
+    ceilings = engine.measure_ceilings(to_host="logits" in request.keep)
     is_long = next(iter(timed.values())).seconds > _LONG
     apart = None if is_long else engine.break_down()
     flops = sum(cost.flops for cost in engine.costs.values()) or None

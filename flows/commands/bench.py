@@ -51,7 +51,11 @@ def bench(
         ),
     ] = None,
     keep: Annotated[
-        Kept | None, typer.Option(help="Also measure bringing all logits to host memory.")
+        list[Kept] | None,
+        typer.Option(
+            help="Also measure bringing all logits or hidden states to host memory, drawing "
+            "tokens, or counting the vocabulary. May be given several times."
+        ),
     ] = None,
     peer: Annotated[
         list[str] | None,
@@ -179,7 +183,7 @@ def bench(
             recipe=recipe,
             text_column=text_column,
             top_k=tuple(top_k or ()),
-            keep_logits=keep is not None,
+            keep=tuple(kept.value for kept in keep or ()),
             peers=tuple(peer or ()),
             repeat=repeat,
             limit=limit,

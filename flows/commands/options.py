@@ -19,8 +19,11 @@ class Tier(StrEnum):
 
 
 class Kept(StrEnum):
-    """What `bench` can keep besides records."""
+    """What `bench` can measure besides records."""
 
+    sampled = "sampled"
+    vocabulary = "vocabulary"
+    hidden = "hidden"
     logits = "logits"
 
 

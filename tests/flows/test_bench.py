@@ -67,7 +67,8 @@ def test_a_workload_in_several_formats(
     file = tmp_path / "new" / "records.jsonl"
     options = ["--device", "cpu", "--limit", 3, "--repeat", 1, "--batch-tokens", 512]
     formats = ["--quantization", "fp8+head", "--quantization", "int8"]
-    kept = ["--top-k", 5, "--keep", "logits", "--json", file]
+    tiers = [x for tier in ("sampled", "vocabulary", "hidden", "logits") for x in ("--keep", tier)]
+    kept = ["--top-k", 5, *tiers, "--json", file]
     status, out, err = bench(monkeypatch, capsys, "demo-mixed", *options, *formats, *kept)
     assert status == 0, err
     first, second = load_records(file)
@@ -76,7 +77,7 @@ def test_a_workload_in_several_formats(
         assert (record.subject, record.documents, record.tokens) == ("demo-mixed", 3, tokens)
         assert record.batch_tokens == 512
         # What is typed to do it again leaves the file out.
-        assert record.command.endswith("--top-k 5 --keep logits")
+        assert record.command.endswith(" ".join(["--top-k 5", *tiers]))
         assert record.command.startswith("logitmill bench demo-mixed --device cpu")
         assert {"torch", "transformers", "Python"} <= set(record.versions)
         for p in record.passes:
@@ -92,6 +93,9 @@ def test_a_workload_in_several_formats(
     assert [p.name for p in first.passes] == [
         "records",
         "records, top 5",
+        "records, 12 draws",
+        "records, vocabulary",
+        "hidden states handed over",
         "log-probs handed over, float16",
         "get_logits, float16",
     ]
@@ -100,7 +104,7 @@ def test_a_workload_in_several_formats(
     assert list(first.start.values()) == sorted(first.start.values())
     assert second.start == {}
     bits = [p.bits_per_token for p in first.passes]
-    assert bits[0] == bits[1] == bits[2] and bits[3] is None
+    assert len(set(bits[:-1])) == 1 and bits[-1] is None
     # Random weights know nothing of random tokens.
     assert bits[0] == pytest.approx(math.log2(4096), abs=0.3)
     for words in ("demo-mixed: ", "records, top 5", "roofline", "multiplied in int8", "linears"):
