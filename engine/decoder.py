@@ -283,9 +283,7 @@ class Decoder:
         positions_T = np.zeros(len(ids_T), np.int64)
         positions_T[: len(tree.positions)] = tree.positions
         angles = [self._turn(i, positions_T) for i, _ in enumerate(self._rotaries)]
-        attend = partial(
-            TreeAttention(tree.paths, tree.num_shared, self.device), rows=self._tree_rows
-        )
+        attend = partial(TreeAttention(tree.branches, self.device), rows=self._tree_rows)
         return self._run(ids_T, len(tree.ids), positions_T, angles, attend)
 
     @cached_property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ _FIRST_CHARS, _GROUP_CHARS = 1 << 15, 1 << 21
 # What any document weighs, so that empty ones and those of ids are not read ahead without end,
 # characters.
 _LEAST_CHARS = 1000
+# What a token weighs that comes as an id, about.
+_TOKEN_CHARS = 4
 
 
 @dataclass
@@ -27,12 +30,18 @@ class Work:
     document: Document
     text: str | None
     sequence: np.ndarray
-    """int32, the prefix token first if the recipe has one."""
+    """int32, the prefix token first if the recipe has one; empty once it is released."""
+    first_input: int
+    """The token that the first target is scored from."""
     encoding: Encoding
     truncated: bool
     windows: list[Window]
     tokens: TokenRecords
     num_done: int = 0
+
+    def release(self) -> None:
+        """Let go of the sequence, where others hold what is read: many begin alike."""
+        self.sequence = self.sequence[:0].copy()
 
 
 class Intake:
@@ -106,6 +115,8 @@ class Intake:
             elif document.input_ids is not None:
                 ids = np.asarray(document.input_ids, np.int32)
                 context, ids = np.split(ids, [document.num_context])
+                # A copy, so that it does not hold on to the context.
+                ids = ids.copy()
                 encoding = Encoding(ids, np.zeros(len(ids), np.int64), np.zeros(len(ids), np.int64))
             else:
                 yield self._refuse(index, document)
@@ -229,9 +240,11 @@ class Intake:
         cut_on_left = recipe.name == "conditional" and windows[0].first_target > max(1, num_context)
         return Work(
             index=index,
-            document=document,
+            # What has been read is in the sequence.
+            document=replace(document, context=None, messages=None, input_ids=None),
             text=document.text,
             sequence=sequence,
+            first_input=int(sequence[windows[0].first_target - 1]),
             encoding=encoding,
             truncated=cut_on_left or windows[-1].stop < len(sequence) - 1,
             windows=windows,
@@ -323,7 +336,7 @@ class _Unscorable(Exception):
 def _after(encoding: Encoding, num_tokens: int, num_bytes: int) -> Encoding:
     """The tokens after the first `num_tokens`, spans counted from byte `num_bytes` of the text."""
     return Encoding(
-        encoding.ids[num_tokens:],
+        encoding.ids[num_tokens:].copy(),
         np.maximum(encoding.byte_start[num_tokens:] - num_bytes, 0),
         np.maximum(encoding.byte_end[num_tokens:] - num_bytes, 0),
     )
@@ -336,7 +349,8 @@ def _groups(documents: Iterable[tuple[int, Document]]) -> Iterator[list[tuple[in
     for index, document in documents:
         group.append((index, document))
         text = len(document.text or "") + len(document.context or "")
-        size += max(text, _LEAST_CHARS)
+        ids = _TOKEN_CHARS * length_hint(document.input_ids)
+        size += max(text + ids, _LEAST_CHARS)
         if size >= limit:
             yield group
             group, size, limit = [], 0, _GROUP_CHARS

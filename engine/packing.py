@@ -7,7 +7,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from .prefixes import count_saved
+from .prefixes import LEAST_SHARED, Branch, Growing, branch
+from .trie import Trie
 
 _T = TypeVar("_T")
 
@@ -37,27 +38,57 @@ def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return batches
 
 
-def pack_alike(sequences: Iterable[np.ndarray], budget: int) -> list[list[int]]:
-    """Indices of sequences grouped so that those that begin alike are neighbours.
+def pack_alike(
+    branches: Sequence[Growing], num_scored: Sequence[int], budget: int
+) -> list[list[tuple[int, Branch]]]:
+    """Sequences grouped so that those that begin alike are neighbours: indices, and what each adds.
 
-    A group's tokens fit `budget`, where what is computed once for a sequence and the one before it
-    counts once, but for a sequence that is longer by itself.
+    A group's tokens fit `budget`, what is computed once for neighbours counted once, but for a
+    sequence that is longer by itself; and so do the rows that are scored.
+
+    Args:
+        branches: each by what it adds to the one before it here.
+        num_scored: rows that are scored of each.
     """
-    sequences = list(sequences)
-    # Big-endian bytes of what is not negative compare as the numbers do.
-    keys = [ids.astype(">u4").tobytes() for ids in sequences]
-    batches: list[list[int]] = []
+    batches: list[list[tuple[int, Branch]]] = []
     total = budget
-    for i in sorted(range(len(sequences)), key=keys.__getitem__):
-        own = len(sequences[i])
-        if batches:
-            own -= count_saved(sequences[batches[-1][-1]], sequences[i])
-        if total + own > budget:
+    for i, shared, path in Trie(branches).walk():
+        saved = shared if batches and shared >= LEAST_SHARED else 0
+        weight = max(path.length - saved, num_scored[i])
+        if total + weight > budget:
             batches.append([])
-            own, total = len(sequences[i]), 0
-        batches[-1].append(i)
-        total += own
+            saved, total = 0, 0
+            weight = max(path.length, num_scored[i])
+        batches[-1].append((i, Branch(saved, path.ids(saved))))
+        total += weight
     return batches
+
+
+def rounds_alike(
+    items: Iterable[tuple[_T, int, np.ndarray | None]], budget: int
+) -> Iterator[list[tuple[_T, Branch | None]]]:
+    """`rounds` of items whose tokens count once where they and the item before begin alike.
+
+    Items are (item, weight, ids), of which ids that are given weigh themselves what the item before
+    in the round does not begin with, though at least `weight`; and no more of them is held.
+    """
+    group: list[tuple[_T, Branch | None]] = []
+    total = 0
+    before: np.ndarray | None = None
+    for item, least, ids in items:
+        added = None if ids is None else branch(before, ids)
+        weight = least if added is None else max(least, len(added.ids))
+        if group and total + weight > budget:
+            yield group
+            group, total = [], 0
+            if ids is not None:
+                added = branch(None, ids)
+                weight = max(least, len(ids))
+        group.append((item, added))
+        total += weight
+        before = ids
+    if group:
+        yield group
 
 
 def rounds(items: Iterable[tuple[_T, int]], budget: int) -> Iterator[list[_T]]:

@@ -1,4 +1,4 @@
-"""Sequences that begin alike, laid out so that what they share is computed once.
+"""Sequences that begin alike, laid out so that what they share is held and computed once.
 
 Every part of a decoder but attention sees a token alone, and `TreeAttention` gives it the same bits
 in all sequences that begin with what it has seen: it is computed for the first of them.
@@ -8,14 +8,63 @@ Legend: T rows that are computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 
+from ..kernels.branches import Branches
+
 LEAST_SHARED = 16
 """Tokens that must be saved for two sequences to be held together."""
+
+
+class Growing(Protocol):
+    """A sequence by what it adds to the one before it."""
+
+    @property
+    def num_shared(self) -> int:
+        """Tokens that it and the one before it begin with."""
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Integers: those that follow on them."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """A sequence by what it adds to the one before it."""
+
+    num_shared: int
+    ids: np.ndarray
+
+
+def branch(before: np.ndarray | None, ids: np.ndarray) -> Branch:
+    """A sequence after another one; what they share is not held on to."""
+    count = 0 if before is None else count_saved(before, ids)
+    return Branch(count, ids[count:].copy())
+
+
+def unfold(branches: Sequence[Growing]) -> Iterator[np.ndarray]:
+    """The sequences as they are, one after another."""
+    ids = np.zeros(0, np.int32)
+    for one in branches:
+        ids = np.concatenate([ids[: one.num_shared], one.ids])
+        yield ids
+
+
+def join(branches: Sequence[Growing], i: int) -> np.ndarray:
+    """One of the sequences as it is."""
+    parts = [branches[i].ids]
+    missing = branches[i].num_shared
+    while missing:
+        i -= 1
+        shared = branches[i].num_shared
+        if shared < missing:
+            parts.append(branches[i].ids[: missing - shared])
+            missing = shared
+    return np.concatenate(parts[::-1])
 
 
 @dataclass(frozen=True)
@@ -26,35 +75,19 @@ class Tree:
     """int64 [T]: the token of every row."""
     positions: np.ndarray
     """int64 [T]: its place in its sequences."""
-    paths: list[np.ndarray]
-    """Of each sequence the rows of its tokens, int64 [length]. Its own rows are consecutive and
-    stand at the end, and there are none where another sequence begins with all of it."""
-    num_shared: list[int]
-    """Of each sequence the tokens that a sequence before it has computed."""
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each sequence."""
-        return [len(path) for path in self.paths]
+    branches: Branches
+    """Which rows are whose."""
 
 
-def fold(sequences: Sequence[np.ndarray]) -> Tree:
-    """Share what each sequence and the one before it begin with.
-
-    Where those that begin alike are neighbours, they share all that they can.
-    """
-    shared = [0] * min(1, len(sequences))
-    for before, ids in pairwise(sequences):
-        shared.append(count_saved(before, ids))
-    paths: list[np.ndarray] = []
-    positions, first = [], 0
-    for ids, count in zip(sequences, shared, strict=True):
-        own = np.arange(first, first + len(ids) - count)
-        paths.append(np.concatenate([paths[-1][:count], own]) if count else own)
-        positions.append(np.arange(count, len(ids)))
-        first += len(own)
-    own_ids = [ids[count:] for ids, count in zip(sequences, shared, strict=True)]
-    return Tree(np.concatenate(own_ids).astype(np.int64), np.concatenate(positions), paths, shared)
+def fold(branches: Sequence[Growing]) -> Tree:
+    """Rows for what each sequence adds to the one before it; the first adds all it has."""
+    num_shared = np.array([one.num_shared for one in branches], np.int64)
+    own = [one.ids for one in branches]
+    num_own = np.array([len(ids) for ids in own], np.int64)
+    found = Branches(num_shared, num_own)
+    ids = np.concatenate(own).astype(np.int64)
+    positions = np.arange(len(ids)) + np.repeat(num_shared - found.first_rows, num_own)
+    return Tree(ids, positions, found)
 
 
 def count_saved(before: np.ndarray, ids: np.ndarray) -> int:

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from .recipes import Window
+
 OK, NONFINITE = "ok", "nonfinite"
 
 
@@ -175,3 +177,5 @@ class DocumentScore:
     """The text that was scored: the document's, or its messages as rendered."""
     first_input: int | None = None
     """The token that the first record follows: the prefix, or the document's own first token."""
+    windows: Sequence[Window] = ()
+    """What scored its tokens, in their order."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ from .blocks import Blocks
 from .decoder import Decoder
 from .head import BARE, Columns, Extras, Head, Model, Rows
 from .hooks import PackedTokens
-from .prefixes import fold
+from .prefixes import fold, join, unfold
 from .transfer import Arrival, Aside, Mark, Meter, Outbox, on, to_device
 
 _T = TypeVar("_T")
@@ -32,7 +32,7 @@ class Request:
     """A sequence of token ids, and the tokens that its last rows are scored against."""
 
     ids: np.ndarray
-    """Integers [n]."""
+    """Integers: its tokens, after those of `num_shared`; n with them."""
     targets: np.ndarray
     """Integers [r], r <= n: row n - r + i of the sequence is scored against target i."""
     keys: np.ndarray | None = None
@@ -40,8 +40,10 @@ class Request:
     group: int | None = None
     """Whose sums its rows are added to, where some are made."""
     shares: bool = False
-    """Whether rows that it and the request before it begin with are computed once. Either all
-    requests of a batch do so or none."""
+    """Whether what it and the request before it begin with is computed once. Either all requests of
+    a batch do so or none."""
+    num_shared: int = 0
+    """Tokens that it begins with as the request before it in the batch does, if it shares."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class Runner:
                 found[layer] = read(Rows(states_TD[rows_R], targets_R, len(rows)))
 
         with torch.inference_mode(), on(device), self._meter.span():
-            rows = _scored(requests)
+            rows = _scored([len(r.ids) for r in requests], [len(r.targets) for r in requests])
             rows_R = to_device(_pad([rows], chunks), device)
             targets_R = to_device(_pad([r.targets for r in requests], chunks), device)
             # Behind a user's own, which may change what there is to see.
@@ -241,14 +243,17 @@ class Runner:
         """Hidden states of the scored rows and their targets, padded, and the rows unpadded."""
         sequences = [r.ids for r in requests]
         sizes = np.array([len(r.targets) for r in requests])
-        hidden_of_tree = self._model.hidden_of_tree if requests[0].shares else None
-        tree = fold(sequences) if hidden_of_tree is not None else None
+        shares = requests[0].shares
+        hidden_of_tree = self._model.hidden_of_tree if shares else None
+        tree = fold(requests) if hidden_of_tree is not None else None
         if tree is not None:
             # The last rows of each sequence, which may be those of several.
-            scored = zip(tree.paths, sizes, strict=True)
-            rows = np.concatenate([path[len(path) - size :] for path, size in scored])
+            starts = (tree.branches.lengths - sizes).tolist()
+            rows = np.concatenate([tree.branches.rows(i, n) for i, n in enumerate(starts)])
         else:
-            rows = _scored(requests)
+            if shares:
+                sequences = list(unfold(requests))
+            rows = _scored([len(ids) for ids in sequences], sizes)
         device, blocks, chunks = self._model.device, self._model.blocks, self._head.blocks
         with torch.inference_mode(), on(device):
             ids_T = to_device(_pad(sequences if tree is None else [tree.ids], blocks), device)
@@ -272,8 +277,7 @@ class Runner:
             return Rows(hidden_RD, targets_R, len(rows), keys_R, groups_R, groups)
 
     def _is_too_long(self, requests: Sequence[Request]) -> bool:
-        total = sum(len(r.ids) for r in requests)
-        return len(requests) > 1 and self._limit is not None and total > self._limit
+        return len(requests) > 1 and self._limit is not None and _weigh(requests) > self._limit
 
     def _shrink(self, requests: Sequence[Request], running: Iterable[Arrival]) -> None:
         """Make room for a batch that did not fit: fewer tokens, or fewer rows at a time.
@@ -284,9 +288,10 @@ class Runner:
         for arrival in running:
             arrival.wait()
         torch.cuda.empty_cache()
-        total = sum(len(r.ids) for r in requests)
+        total = _weigh(requests)
         if len(requests) > 1:
-            self._limit = max(1, total // 2)
+            # Both halves may have to compute what their texts share.
+            self._limit = min(max(map(_weigh, _halve(requests))), total - 1)
             log.warning("out of device memory: batches of at most %d tokens from now", self._limit)
             return
         blocks, chunks = self._model.blocks.shrink(), self._head.blocks.shrink()
@@ -324,19 +329,31 @@ def _unless_full(compute: Callable[[], _T]) -> _T | None:
         return None
 
 
-def _halve(requests: list[Request]) -> list[list[Request]]:
-    """Two parts of about as many tokens; at least one request each."""
-    stops = np.cumsum([len(r.ids) for r in requests])
-    middle = int(np.searchsorted(stops, stops[-1] / 2)) + 1
-    middle = min(max(middle, 1), len(requests) - 1)
-    return [requests[:middle], requests[middle:]]
+def _halve(requests: Sequence[Request]) -> list[list[Request]]:
+    """Two parts, of which the larger is as small as can be; at least one request each."""
+    own = np.cumsum([_count(r) for r in requests])
+    shared = np.array([r.num_shared for r in requests])
+    # What the second part begins with is computed in both.
+    larger = np.maximum(own[:-1], own[-1] - own[:-1] + shared[1:])
+    middle = int(np.argmin(larger)) + 1
+    first = replace(requests[middle], ids=join(requests, middle), num_shared=0)
+    return [list(requests[:middle]), [first, *requests[middle + 1 :]]]
 
 
-def _scored(requests: Sequence[Request]) -> np.ndarray:
-    """Where the scored rows lie, side by side: row j of request i is stop - size + j."""
-    sizes = np.array([len(r.targets) for r in requests])
-    stops = np.cumsum([len(r.ids) for r in requests])
-    return np.arange(sizes.sum()) + np.repeat(stops - np.cumsum(sizes), sizes)
+def _weigh(requests: Sequence[Request]) -> int:
+    """Tokens that a batch computes."""
+    return sum(map(_count, requests))
+
+
+def _count(request: Request) -> int:
+    """Tokens that are computed for a request, or rows that are scored, if those are more."""
+    return max(len(request.ids), len(request.targets))
+
+
+def _scored(lengths: Sequence[int], sizes: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Where the scored rows lie, side by side: row j of sequence i is stop - size + j."""
+    stops = np.cumsum(lengths)
+    return np.arange(np.sum(sizes)) + np.repeat(stops - np.cumsum(sizes), sizes)
 
 
 def _pad(parts: Sequence[np.ndarray], blocks: Blocks) -> torch.Tensor:

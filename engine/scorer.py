@@ -16,8 +16,8 @@ from . import metrics
 from .ahead import run_ahead
 from .head import BARE, Columns, Extras, Model
 from .intake import Intake, Work
-from .packing import pack, pack_alike, rounds
-from .prefixes import count_saved
+from .packing import pack, pack_alike, rounds_alike
+from .prefixes import Branch
 from .recipes import Recipe, Window
 from .records import NONFINITE, Document, DocumentRecord, DocumentScore, TokenRecords
 from .runner import Request, Runner, StreamedRows
@@ -52,6 +52,8 @@ class _Piece:
     """Of the sums that its rows are added to."""
     shares: bool
     """Whether it is read given a context, which others may have, too."""
+    branch: Branch | None = None
+    """What it adds to the one before it, where it shares."""
 
     @property
     def num_rows(self) -> int:
@@ -157,25 +159,30 @@ class Scorer:
 
     def _packed_batches(self, documents: Iterable[Document]) -> Iterator[_Batch]:
         """Full batches: windows are sorted by length within a few batches' worth of tokens."""
-        for group in rounds(self._pieces(documents), _ROUND_BATCHES * self._budget):
+        for group in self._rounds(documents, _ROUND_BATCHES * self._budget):
             pieces = [item for item in group if isinstance(item, _Piece)]
-            alike = [p for p in pieces if p.shares]
             others = [p for p in pieces if not p.shares]
             lengths = [p.window.stop - p.window.start for p in others]
             packed = [
-                *(
-                    [alike[i] for i in b]
-                    for b in pack_alike(map(self._inputs, alike), self._budget)
-                ),
+                *self._pack_alike([p for p in pieces if p.shares]),
                 *([others[i] for i in b] for b in pack(lengths, self._budget)),
             ]
             batches = [self._batch(batch) for batch in packed or [[]]]
             batches[-1].complete = group
             yield from batches
 
+    def _pack_alike(self, pieces: Sequence[_Piece]) -> Iterator[list[_Piece]]:
+        """Batches of pieces that begin alike."""
+        branches = [p.branch for p in pieces if p.branch is not None]
+        num_scored = [p.num_rows for p in pieces]
+        for batch in pack_alike(branches, num_scored, self._budget):
+            for i, branch in batch:
+                pieces[i].branch = branch
+            yield [pieces[i] for i, _ in batch]
+
     def _batches_in_order(self, documents: Iterable[Document]) -> Iterator[_Batch]:
         """Batches of consecutive windows, so that rows come out in the order of the input."""
-        for group in rounds(self._pieces(documents), self._budget):
+        for group in self._rounds(documents, self._budget):
             for _, run in groupby(group, lambda item: isinstance(item, _Piece) and item.shares):
                 items = list(run)
                 batch = self._batch([item for item in items if isinstance(item, _Piece)])
@@ -185,11 +192,12 @@ class Scorer:
     def _batch(self, pieces: list[_Piece]) -> _Batch:
         requests = [
             Request(
-                self._inputs(p),
+                self._inputs(p) if p.branch is None else p.branch.ids,
                 p.work.tokens.token_id[p.first : p.first + p.num_rows],
                 _keys(p) if self._extras.num_draws else None,
                 p.group,
                 p.shares,
+                0 if p.branch is None else p.branch.num_shared,
             )
             for p in pieces
         ]
@@ -253,17 +261,26 @@ class Scorer:
             if item.work.num_done == len(item.work.windows):
                 yield self._finish(item.work)
 
+    def _rounds(
+        self, documents: Iterable[Document], budget: int
+    ) -> Iterator[list[_Piece | DocumentScore]]:
+        """Consecutive windows whose tokens fit a budget, what they share counted and held once."""
+        for group in rounds_alike(self._pieces(documents), budget):
+            for item, branch in group:
+                if isinstance(item, _Piece):
+                    item.branch = branch
+            yield [item for item, _ in group]
+
     def _pieces(
         self, documents: Iterable[Document]
-    ) -> Iterator[tuple[_Piece | DocumentScore, int]]:
+    ) -> Iterator[tuple[_Piece | DocumentScore, int, np.ndarray | None]]:
         """Windows of all documents with their numbers of inputs; unscorable documents weigh 1.
 
-        Inputs that are shared with the window before count for that one alone.
+        Those that share come with their inputs, of which others may count and hold a part.
         """
-        before = np.zeros(0, np.int32)
         for item in self._intake.take(documents):
             if isinstance(item, DocumentScore):
-                yield item, 1
+                yield item, 1, None
                 continue
             item.tokens.make_room(self._extras.num_top, self._extras.num_draws)
             key = self._key(item) if self._extras.num_draws else np.uint64(0)
@@ -272,14 +289,14 @@ class Scorer:
                 group = self._extras.frequencies.find_group(item.document.source)
             first = 0
             for window in item.windows:
-                weight = window.stop - window.start
                 shares = self._shares and window.first_target > window.start + 1
                 piece = _Piece(item, window, first, key, group, shares)
                 if shares:
                     inputs = self._inputs(piece)
-                    weight = max(1, weight - count_saved(before, inputs))
-                    before = inputs
-                yield piece, weight
+                    item.release()
+                    yield piece, window.num_targets, inputs
+                else:
+                    yield piece, window.stop - window.start, None
                 first += window.num_targets
 
     def _key(self, work: Work) -> np.uint64:
@@ -307,13 +324,12 @@ class Scorer:
             return DocumentScore(index=work.index, record=record, text=work.text)
         record.truncated = work.truncated
         fill_scores(record, tokens, work.text, all_scored=len(tokens) == len(work.encoding.ids))
-        first = work.windows[0].first_target
         return DocumentScore(
             index=work.index,
             record=record,
             tokens=tokens,
             text=work.text,
-            first_input=int(work.sequence[first - 1]),
+            first_input=work.first_input,
             windows=work.windows,
         )
 

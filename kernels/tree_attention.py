@@ -1,7 +1,7 @@
 """Causal attention where sequences share the rows of what they begin with.
 
-A row's bits go by the tokens up to it and nothing else: not by how its sequence goes on, nor by
-which of the rows before it another sequence has computed.
+A row's bits go by the tokens up to it and nothing else: not by how its sequence goes on, be it with
+numbers that overflow, nor by which of the rows before it another sequence has computed.
 
 Legend: T rows, S rows of sequences laid out whole, L tokens of a sequence, M rows of a product,
 N keys, H query heads, G key/value heads (H a multiple of G), D head size.
@@ -9,7 +9,7 @@ N keys, H query heads, G key/value heads (H a multiple of G), D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,13 +18,14 @@ import torch
 import torch.nn.functional as F
 
 from .attention import takes_kernel
+from .branches import Branches
 from .linear import multiply
 
 # A query is multiplied with keys up to the next multiple of this, wherever its sequence ends.
 _KEYS = 128
 LEAST_ROWS = 16
 """Fewest rows of a product that are worth trying."""
-# Keys of whole sequences that are laid out at a time, at most where sequences are shorter.
+# Keys that are laid out at a time, at most where sequences are shorter.
 _MAX_KEYS = 32768
 
 
@@ -63,18 +64,8 @@ def most_rows(num_heads: int, num_groups: int) -> int:
 class TreeAttention:
     """Attention over the sequences of a batch; made once and called for every layer."""
 
-    def __init__(
-        self, paths: Sequence[np.ndarray], num_shared: Sequence[int], device: torch.device
-    ) -> None:
-        """
-        Args:
-            paths: of each sequence the rows of its tokens, int64 [L].
-            num_shared: how many of them at its beginning are another sequence's. The others are
-                its own, and follow on those of the sequence before.
-        """
-        self._paths = [torch.from_numpy(path) for path in paths]
-        self._num_shared = list(num_shared)
-        self._num_own = [len(p) - n for p, n in zip(paths, num_shared, strict=True)]
+    def __init__(self, branches: Branches, device: torch.device) -> None:
+        self._branches = branches
         self._device = device
         self._chunks: list[_Chunk] | None = None
         self._hidden: dict[tuple[int, int, int, int | None], torch.Tensor] = {}
@@ -93,7 +84,7 @@ class TreeAttention:
     ) -> torch.Tensor:
         """As `attention.attend`; `rows` are needed on a CPU. [T, H, D], zeros for padding."""
         out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
-        out_THD[sum(self._num_own) :] = 0
+        out_THD[self._branches.num_rows :] = 0
         if not takes_kernel(q_THD.device, q_THD.dtype, q_THD.shape[2]):
             assert rows is not None, "of what a CPU computes"
             scores = _Scores(rows, scale, window, soft_cap, sinks_H)
@@ -102,12 +93,14 @@ class TreeAttention:
         from .gpu import attention
 
         if self._chunks is None:
-            self._chunks = list(self._lay_out(attention.block_of(q_THD.shape[2])))
+            self._chunks = list(self._lay_out(q_THD.shape[2]))
         for chunk in self._chunks:
+            k_SGD, v_SGD = k_TGD[chunk.rows_S], v_TGD[chunk.rows_S]
+            lost_SG1 = _find_lost(v_SGD)
             attention.attend(
                 q_THD[chunk.own],
-                k_TGD[chunk.rows_S],
-                v_TGD[chunk.rows_S],
+                k_SGD.masked_fill_(lost_SG1, torch.nan),
+                v_SGD.masked_fill_(lost_SG1, 0),
                 chunk.tiles,
                 out_THD[chunk.own],
                 scale=scale,
@@ -117,39 +110,52 @@ class TreeAttention:
             )
         return out_THD
 
-    def _lay_out(self, block: int) -> list[_Chunk]:
-        """Sequences whose keys are laid out together, with the kernel's tiles."""
-        from .gpu.attention import lay_out_tiles
+    def _lay_out(self, size: int) -> Iterator[_Chunk]:
+        """Sequences whose keys are laid out together, with the kernel's tiles for a head size.
 
-        chunks: list[_Chunk] = []
+        A sequence, the trunk, is laid out whole. Of those after it keys are only laid out from
+        where they part with it on, and another one is the trunk once that has copied as many keys,
+        which other sequences share, as a new trunk copies.
+        """
+        from .gpu.attention import block_of, lay_out_tiles, step_of
+
+        branches, step = self._branches, step_of(size)
         held: list[int] = []
-        first = 0
+        keys: list[np.ndarray] = []
+        places: list[tuple[int, int, int]] = []
+        trunk = shared = num_keys = copied = 0
 
-        def close() -> None:
-            nonlocal held, first
-            own = [self._num_own[i] for i in held]
-            if sum(own):
-                paths = [self._paths[i] for i in held]
-                tiles = lay_out_tiles(own, [len(path) for path in paths], block)
-                chunks.append(
-                    _Chunk(
-                        slice(first, first + sum(own)),
-                        _send(torch.cat(paths), self._device),
-                        _send(torch.from_numpy(tiles), self._device),
-                    )
-                )
-            first += sum(own)
-            held = []
+        def close() -> _Chunk:
+            first = int(branches.first_rows[held[0]])
+            own = branches.num_own[held]
+            tiles = lay_out_tiles(own, branches.lengths[held], block_of(size), places)
+            return _Chunk(
+                slice(first, first + int(own.sum())),
+                _send(torch.from_numpy(np.concatenate(keys)), self._device),
+                _send(torch.from_numpy(tiles), self._device),
+            )
 
-        num_keys = 0
-        for i, path in enumerate(self._paths):
-            if held and num_keys + len(path) > _MAX_KEYS:
-                close()
-                num_keys = 0
+        for i in range(len(branches.num_own)):
+            num_shared, length = int(branches.num_shared[i]), int(branches.lengths[i])
+            shared = min(shared, num_shared)
+            if not branches.num_own[i]:
+                continue
+            fork = shared // step * step
+            copied += num_shared // step * step - fork
+            if copied >= fork:
+                fork = 0
+            if held and num_keys + length - fork > _MAX_KEYS:
+                yield close()
+                held, keys, places = [], [], []
+                num_keys = fork = 0
+            if fork == 0:
+                trunk, shared, copied = num_keys, length, 0
+            keys.append(branches.rows(i, fork))
+            places.append((num_keys - fork, trunk, fork))
             held.append(i)
-            num_keys += len(path)
-        close()
-        return chunks
+            num_keys += length - fork
+        if held:
+            yield close()
 
     def _attend_rows(
         self,
@@ -161,16 +167,20 @@ class TreeAttention:
     ) -> None:
         """One sequence at a time, by tiles of queries that lie at multiples of `_KEYS`."""
         num_groups = k_TGD.shape[1]
-        most = max(map(len, self._paths))
+        lost_TG1 = _find_lost(v_TGD)
+        if lost_TG1.any():
+            k_TGD = k_TGD.masked_fill(lost_TG1, torch.nan)
+            v_TGD = v_TGD.masked_fill(lost_TG1, 0)
+        branches, first = self._branches, 0
+        most = int(branches.lengths.max())
         room = _Room(num_groups, -(-most // _KEYS) * _KEYS, q_THD.shape[2])
-        first = 0
-        for path, num_shared in zip(self._paths, self._num_shared, strict=True):
-            length = len(path)
-            if length == num_shared:
+        for start, length in zip(
+            branches.num_shared.tolist(), branches.lengths.tolist(), strict=True
+        ):
+            if start == length:
                 continue
-            own = path[num_shared:]
-            room.put(k_TGD[own], v_TGD[own], num_shared)
-            start = num_shared
+            own = slice(first, first + length - start)
+            room.put(k_TGD[own], v_TGD[own], start)
             while start < length:
                 stop = min(length, start // _KEYS * _KEYS + _KEYS)
                 rows = slice(first, first + stop - start)
@@ -187,11 +197,17 @@ class TreeAttention:
                 first, start = rows.stop, stop
 
     def _hide(self, start: int, length: int, num_keys: int, window: int | None) -> torch.Tensor:
-        """Which keys queries from position `start` on do not see, [length, keys]."""
-        place = (start, length, num_keys, window)
+        """Which of the last keys queries from position `start` on do not see, [length, last keys].
+
+        All keys before these are seen by all of them, or, with a window, by none.
+        """
+        first = start if window is None else max(0, start - window + 1)
+        first = first // _KEYS * _KEYS
+        # It goes by distances alone, so that there are few.
+        place = (start - first, length, num_keys - first, window)
         if place not in self._hidden:
-            at = torch.arange(start, start + length)[:, None]
-            key = torch.arange(num_keys)[None]
+            at = torch.arange(start - first, start - first + length)[:, None]
+            key = torch.arange(num_keys - first)[None]
             hidden = key > at
             if window is not None:
                 hidden |= key <= at - window
@@ -256,7 +272,7 @@ class _Scores:
         hidden: torch.Tensor,
         group: int,
     ) -> torch.Tensor:
-        """Attention of a group's heads to keys that are not `hidden` from a query, [H, L, D]."""
+        """Attention of a group's heads to keys, [H, L, D]; `hidden` is as `_hide` gives it."""
         num_heads, length, size = q_HLD.shape
         num_rows, num_keys = num_heads * length, len(keys_ND)
         q_MD = torch.zeros(self.rows.pad(num_rows), size)
@@ -266,7 +282,10 @@ class _Scores:
         s_HLN = s_MN[:num_rows].view(num_heads, length, num_keys)
         if self.soft_cap is not None:
             s_HLN.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
-        s_HLN.masked_fill_(hidden, float("-inf"))
+        first = num_keys - hidden.shape[1]
+        s_HLN[..., first:].masked_fill_(hidden, float("-inf"))
+        if self.window is not None:
+            s_HLN[..., :first] = float("-inf")
         if self.sinks_H is not None:
             sinks = self.sinks_H.float().view(-1, num_heads)[group]
             sinks_M1 = sinks.repeat_interleave(length)[:, None]
@@ -274,6 +293,15 @@ class _Scores:
         p_MN = torch.softmax(s_MN, 1)[:, :num_keys].contiguous()
         mixed_MD = torch.cat([multiply(p_MN[rows], values_DN) for rows in cut])
         return mixed_MD[:num_rows].view(num_heads, length, size)
+
+
+def _find_lost(v_SGD: torch.Tensor) -> torch.Tensor:
+    """Values that are not finite, bool [S, G, 1].
+
+    Not to be seen is to have a weight of zero, and zero times infinity is not zero. So their keys
+    become NaN, whose scores can be masked, and they zeros: what sees them is lost, and that alone.
+    """
+    return ~v_SGD.isfinite().all(2, keepdim=True)
 
 
 def _send(x: torch.Tensor, device: torch.device) -> torch.Tensor:

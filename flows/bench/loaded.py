@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ from ...engine.frequencies import Frequencies
 from ...engine.packing import pack_alike, rounds
 from ...engine.pipeline import BLOCK_ROWS, DTYPES, EngineSettings
 from ...engine.placement import free_host_memory
-from ...engine.prefixes import count_saved
+from ...engine.prefixes import branch
 from ...engine.records import Document
 from ..kept import NUM_DRAWS
 from .breakdown import Breakdown, break_down
@@ -170,9 +169,10 @@ class Loaded:
         inputs = [window.ids[:-1] for window in self.windows]
         shared = [0] * len(inputs)
         if self.subject.recipe.name == "conditional":
-            (order,) = pack_alike(inputs, sum(map(len, inputs)))
-            inputs = [inputs[i] for i in order]
-            shared = [0, *(count_saved(one, other) for one, other in pairwise(inputs))]
+            branches = [branch(None, ids) for ids in inputs]
+            (order,) = pack_alike(branches, [1] * len(inputs), sum(map(len, inputs)))
+            inputs = [inputs[i] for i, _ in order]
+            shared = [one.num_shared for _, one in order]
         return count_costs(
             self.spec,
             [len(ids) for ids in inputs],

@@ -33,6 +33,8 @@ def _fold(
     keys,
     values,
     first_key,
+    trunk,
+    fork,
     n,
     column,
     position,
@@ -44,8 +46,12 @@ def _fold(
     MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
+    FORKED: tl.constexpr,
 ):
     """Fold keys n ... n + BN - 1 into the running softmax; scores in units of log 2."""
+    if FORKED:
+        # They lie on one side of the fork, which is a multiple of BN.
+        first_key = tl.where(n < fork, trunk, first_key)
     k = keys.load([first_key + n, column])
     s = tl.dot(q, tl.trans(k))
     if CAP:
@@ -96,14 +102,21 @@ def _attend(
     WINDOW: tl.constexpr,
     CAP: tl.constexpr,
     SINKS: tl.constexpr,
+    FORKED: tl.constexpr,
 ):
-    tile = tiles + (tl.program_id(0) // num_heads) * 4
+    tile = tiles + (tl.program_id(0) // num_heads) * (6 if FORKED else 4)
     head = tl.program_id(0) % num_heads
     first_query = tl.load(tile)
     num_queries = tl.load(tile + 1)
     first_key = tl.load(tile + 2)
     # Of the tile's first query among the keys of its sequence.
     start = tl.load(tile + 3)
+    trunk = first_key
+    fork = 0
+    if FORKED:
+        # So many of its first keys lie with another sequence's.
+        trunk = tl.load(tile + 4)
+        fork = tl.load(tile + 5)
     num_keys = start + num_queries
     column = (head // heads_per_group) * D
     dim = tl.arange(0, BLOCK_D)
@@ -127,13 +140,13 @@ def _attend(
         masked_from = start // BM * BM
         for n in tl.range(0, masked_from, BN):
             acc, total, top = _fold(
-                acc, total, top, q, keys, values, first_key, n, column, position, num_keys,
-                scale, soft_cap, window, BN, False, WINDOW, CAP,
+                acc, total, top, q, keys, values, first_key, trunk, fork, n, column, position,
+                num_keys, scale, soft_cap, window, BN, False, WINDOW, CAP, FORKED,
             )  # fmt: skip
     for n in tl.range(masked_from, num_keys, BN):
         acc, total, top = _fold(
-            acc, total, top, q, keys, values, first_key, n, column, position, num_keys,
-            scale, soft_cap, window, BN, True, WINDOW, CAP,
+            acc, total, top, q, keys, values, first_key, trunk, fork, n, column, position,
+            num_keys, scale, soft_cap, window, BN, True, WINDOW, CAP, FORKED,
         )  # fmt: skip
     acc = acc / total[:, None]
     at = (first_query + row)[:, None].to(tl.int64) * (num_heads * D) + head * D + dim[None, :]
@@ -141,27 +154,37 @@ def _attend(
     tl.store(out + at, acc.to(out.dtype.element_ty), mask=own)
 
 
-def lay_out_tiles(num_queries: Sequence[int], num_keys: Sequence[int], block: int) -> np.ndarray:
+def lay_out_tiles(
+    num_queries: Sequence[int] | np.ndarray,
+    num_keys: Sequence[int] | np.ndarray,
+    block: int,
+    places: Sequence[tuple[int, int, int]] | None = None,
+) -> np.ndarray:
     """int32 [tiles, 4]: first query, queries, first key, the first query's place among the keys.
 
     The last queries of a sequence face its last keys, and tiles end at multiples of `block` among
     the keys. Long tiles come first, so that short ones fill the end.
+
+    Keys of a sequence lie side by side, those of the next one follow on them. With `places`, each
+    sequence's are (where its first one would be, where another sequence's first one is, how many of
+    its own are not there but with that one): int32 [tiles, 6], these last two at the end.
     """
     queries, keys = np.asarray(num_queries, np.int64), np.asarray(num_keys, np.int64)
-    places = keys - queries
-    counts = np.where(queries > 0, -(-keys // block) - places // block, 0)
+    begun = keys - queries
+    counts = np.where(queries > 0, -(-keys // block) - begun // block, 0)
     sequence = np.repeat(np.arange(len(queries)), counts)
     nth = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
-    begin = ((places // block)[sequence] + nth) * block
-    first = np.maximum(begin, places[sequence])
-    tiles = np.stack(
+    begin = ((begun // block)[sequence] + nth) * block
+    first = np.maximum(begin, begun[sequence])
+    lie = (np.cumsum(keys) - keys)[:, None] if places is None else np.asarray(places, np.int64)
+    tiles = np.column_stack(
         [
-            (np.cumsum(queries) - queries - places)[sequence] + first,
+            (np.cumsum(queries) - queries - begun)[sequence] + first,
             np.minimum(begin + block, keys[sequence]) - first,
-            (np.cumsum(keys) - keys)[sequence],
+            lie[sequence, 0],
             first,
-        ],
-        axis=1,
+            lie[sequence, 1:],
+        ]
     )
     return tiles[np.argsort(-tiles[:, 3], kind="stable")].astype(np.int32)
 
@@ -210,6 +233,7 @@ def attend(
         WINDOW=window is not None,
         CAP=soft_cap is not None,
         SINKS=sinks_H is not None,
+        FORKED=tiles.shape[1] == 6,
         num_warps=warps,
         num_stages=stages,
         enable_fp_fusion=True,
@@ -219,6 +243,11 @@ def attend(
 def block_of(size: int) -> int:
     """Queries of a tile for a head size."""
     return CONFIGS[max(64, triton.next_power_of_2(size))][0]
+
+
+def step_of(size: int) -> int:
+    """Keys that a tile's queries are multiplied with at a time, for a head size."""
+    return CONFIGS[max(64, triton.next_power_of_2(size))][1]
 
 
 def _describe(x_THD: torch.Tensor, block: list[int]) -> TensorDescriptor:

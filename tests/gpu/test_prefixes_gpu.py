@@ -10,6 +10,7 @@ import pytest
 import torch
 from logitmill.engine import Pipeline, pipeline
 from logitmill.engine.records import Document
+from logitmill.kernels import tree_attention
 from oracles import save
 
 sys.path.append(str(Path(__file__).parent.parent / "engine"))
@@ -89,3 +90,47 @@ def test_small_batches_share_less_and_change_no_bit(folder: Path) -> None:
     recipe = {"recipe": "conditional", "prefix": "none"}
     for one, other in zip(large.score(asked, **recipe), small.score(asked, **recipe), strict=True):
         assert np.array_equal(one.tokens.logprob, other.tokens.logprob)
+
+
+def test_long_headers_are_laid_out_once_and_change_no_bit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A header, questions of a kind below it, and options below these, in several chunks."""
+    monkeypatch.setattr(tree_attention, "_MAX_KEYS", 8192)
+    pipe = pipeline(folder, device="cuda", dtype="bfloat16")
+    draw = np.random.default_rng(2)
+    header = draw.integers(0, pipe.vocab_size, 4000)
+    asked = []
+    for question in range(6):
+        own = draw.integers(0, pipe.vocab_size, int(draw.choice([1, 63, 700, 2500])))
+        context = np.concatenate([header, own])
+        for option in range(12):
+            ids = draw.integers(0, pipe.vocab_size, int(draw.choice([1, 9, 80])))
+            document = np.concatenate([context, ids])
+            name = f"{question}.{option}"
+            asked.append(Document(name, input_ids=document, num_context=len(context)))
+    recipe = {"recipe": "conditional", "prefix": "none"}
+    for document, score in zip(asked, pipe.score(asked, **recipe), strict=True):
+        (alone,) = pipe.score([document], **recipe)
+        assert np.array_equal(alone.tokens.logprob, score.tokens.logprob), document.doc_id
+
+
+def test_numbers_that_overflow_stay_with_their_text(folder: Path) -> None:
+    pipe = pipeline(folder, device="cuda", dtype="bfloat16")
+    # No file may hold it. What begins with token 0 comes first, and so computes what is shared.
+    embedding_VD = pipe._model._embedding_VD.clone()
+    embedding_VD[0] = torch.inf
+    pipe._model._embedding_VD = embedding_VD
+    draw = np.random.default_rng(5)
+    context = draw.integers(1, pipe.vocab_size, 300)
+    asked = []
+    for i, own in enumerate(([1, 0, 2, 3], [1, 4, 2, 3], [1, 0, 2, 3, 4], [5, 6, 0])):
+        ids = np.concatenate([context, own])
+        asked.append(Document(str(i), input_ids=ids, num_context=len(context)))
+    recipe = {"recipe": "conditional", "prefix": "none"}
+    statuses = []
+    for document, score in zip(asked, pipe.score(asked, **recipe), strict=True):
+        (alone,) = pipe.score([document], **recipe)
+        statuses.append(score.record.status)
+        assert score.record == alone.record
+    assert statuses == ["nonfinite", "ok", "nonfinite", "ok"]

@@ -165,7 +165,14 @@ def _rotate(size: int, half: int, norm: bool, moves: bool = True) -> Case:
     return Case(rotary._rotate, ROTATE, constants, {"num_warps": 4, "enable_fp_fusion": False})
 
 
-def _attend(size: int, *, window: bool = False, cap: bool = False, sinks: bool = False) -> Case:
+def _attend(
+    size: int,
+    *,
+    window: bool = False,
+    cap: bool = False,
+    sinks: bool = False,
+    forked: bool = False,
+) -> Case:
     """The launch of `attention.attend` for a head size, with the tiles that it ships."""
     padded = max(64, triton.next_power_of_2(size))
     queries, keys, warps, stages = attention.CONFIGS[padded]
@@ -190,6 +197,7 @@ def _attend(size: int, *, window: bool = False, cap: bool = False, sinks: bool =
         "WINDOW": window,
         "CAP": cap,
         "SINKS": sinks,
+        "FORKED": forked,
     }
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return Case(attention._attend, signature, constants, options, (90,))
@@ -364,11 +372,12 @@ CASES = [
     _rotate(128, 64, norm=False),
     _rotate(128, 64, norm=False, moves=False),
     _rotate(128, 32, norm=True),
-    *(_attend(size) for size in attention.CONFIGS),
+    *(_attend(size, forked=forked) for size in attention.CONFIGS for forked in (False, True)),
     _attend(128, window=True),
     _attend(128, cap=True),
     _attend(256, window=True, cap=True),
     _attend(64, window=True, sinks=True),
+    _attend(64, window=True, sinks=True, forked=True),
     # Padded to the next config.
     _attend(80),
     _int8_tma(linear.INT8_TMA),

@@ -10,6 +10,7 @@ import pytest
 import torch
 from logitmill.engine.blocks import Blocks, agree, powers
 from logitmill.kernels import attention, tree_attention
+from logitmill.kernels.branches import Branches
 from logitmill.kernels.choice import Choice
 from logitmill.kernels.tree_attention import LEAST_ROWS, TreeAttention, most_rows, products
 from test_attention import mix, weigh
@@ -27,16 +28,22 @@ OPTIONS: list[dict[str, Any]] = [
 ]
 
 
-def grow(branches: Sequence[tuple[int, int]]) -> tuple[list[np.ndarray], list[int]]:
-    """Paths of sequences, each (tokens it shares with the one before, tokens of its own)."""
+def grow(branches: Sequence[tuple[int, int]]) -> Branches:
+    """Sequences, each (tokens it shares with the one before, tokens of its own)."""
+    shared, own = np.array(branches, np.int64).T
+    return Branches(shared, own)
+
+
+def paths_of(branches: Branches) -> list[np.ndarray]:
+    """Of each sequence the rows of its tokens."""
     paths: list[np.ndarray] = []
     first = 0
-    for shared, own in branches:
+    for shared, own in zip(branches.num_shared, branches.num_own, strict=True):
         begun = paths[-1][:shared] if shared else np.zeros(0, np.int64)
         assert len(begun) == shared
         paths.append(np.concatenate([begun, np.arange(first, first + own)]))
         first += own
-    return paths, [shared for shared, _ in branches]
+    return paths
 
 
 # A lone one, a context with endings, one of them cut short by the next, the same one twice, and
@@ -98,7 +105,7 @@ def assert_each_keeps_its_bits(
     for path in paths:
         for length in {len(path), max(1, len(path) - 3), max(1, len(path) // 2)}:
             own = [x[path[:length]] for x in qkv]
-            alone = TreeAttention([np.arange(length)], [0], out.device)
+            alone = TreeAttention(grow([(0, length)]), out.device)
             found = alone(*own, rows=rows, scale=0.3, **options)
             if rows is None and out.device.type == "cpu":
                 # numpy, which interprets the kernel, gives a row other bits in other places.
@@ -112,21 +119,21 @@ def assert_each_keeps_its_bits(
 def test_each_sequence_is_the_textbook_of_itself_and_keeps_its_bits(
     tree: list[tuple[int, int]], options: dict[str, Any], rows: Blocks
 ) -> None:
-    paths, shared = grow(tree)
-    total = sum(own for _, own in tree)
+    branches = grow(tree)
+    paths, total = paths_of(branches), branches.num_rows
     qkv = draw(total + 5)
-    out = TreeAttention(paths, shared, torch.device("cpu"))(*qkv, rows=rows, scale=0.3, **options)
+    out = TreeAttention(branches, torch.device("cpu"))(*qkv, rows=rows, scale=0.3, **options)
     assert not out[total:].any(), "rows of padding are zeros"
     assert_each_is_the_textbook(out, qkv, paths, options, 1e-5)
     assert_each_keeps_its_bits(out, qkv, paths, rows, options)
 
 
 def test_sixteen_bits_are_computed_in_float32(rows: Blocks) -> None:
-    paths, shared = grow(TREES[1])
+    branches = grow(TREES[1])
     qkv = draw(1000, torch.bfloat16)
-    out = TreeAttention(paths, shared, torch.device("cpu"))(*qkv, rows=rows, scale=0.3)
+    out = TreeAttention(branches, torch.device("cpu"))(*qkv, rows=rows, scale=0.3)
     wide = tuple(x.float() for x in qkv)
-    expected = TreeAttention(paths, shared, torch.device("cpu"))(*wide, rows=rows, scale=0.3)
+    expected = TreeAttention(branches, torch.device("cpu"))(*wide, rows=rows, scale=0.3)
     assert torch.equal(out, expected.bfloat16())
 
 
@@ -144,11 +151,11 @@ def test_the_kernel_over_a_tree(
 ) -> None:
     # In three chunks, of which one holds nothing of its own.
     monkeypatch.setattr(tree_attention, "_MAX_KEYS", 160)
-    paths, shared = grow([(0, 70), (66, 3), (66, 1), (40, 60), (100, 0), (64, 2), (0, 5)])
-    total = sum(len(p) - n for p, n in zip(paths, shared, strict=True))
+    branches = grow([(0, 70), (66, 3), (66, 1), (40, 60), (100, 0), (64, 2), (0, 5)])
+    paths, total = paths_of(branches), branches.num_rows
     qkv = tuple(x.to(device) for x in draw(total + 3, torch.bfloat16))
     options = {n: x.to(device) if n == "sinks_H" else x for n, x in options.items()}
-    tree = TreeAttention(paths, shared, device)
+    tree = TreeAttention(branches, device)
     out = tree(*qkv, rows=None, scale=0.3, **options)
     assert torch.equal(tree(*qkv, rows=None, scale=0.3, **options), out), "of the next layer"
     assert not out[total:].any()
@@ -156,3 +163,63 @@ def test_the_kernel_over_a_tree(
     here = tuple(x.cpu() for x in qkv)
     options = {n: x.cpu() if n == "sinks_H" else x for n, x in options.items()}
     assert_each_is_the_textbook(out.cpu(), here, paths, options, 2e-2)
+
+
+def assert_what_overflows_is_seen_alone(
+    device: torch.device, dtype: torch.dtype, rows: Blocks | None, options: dict[str, Any]
+) -> None:
+    """Sequence 0 goes on with an infinity, sequences 1 and 3 do not, 2 and 4 end with one."""
+    branches = grow([(0, 70), (66, 3), (68, 3), (40, 90), (120, 11)])
+    paths, window = paths_of(branches), options.get("window") or 1000
+    options = {n: x.to(device) if n == "sinks_H" else x for n, x in options.items()}
+    q, k, v = (x.to(device) for x in draw(branches.num_rows, dtype))
+    tree = TreeAttention(branches, device)
+    expected = tree(q, k, v, rows=rows, scale=0.3, **options)
+    bad = [int(paths[0][67]), int(paths[2][70]), int(paths[4][120])]
+    k[bad[1]] = torch.nan
+    v[bad, 1, 5] = torch.tensor([torch.inf, torch.nan, -torch.inf], dtype=dtype, device=device)
+    out = tree(q, k, v, rows=rows, scale=0.3, **options)
+    lost = torch.zeros(len(out), dtype=torch.bool)
+    for path in paths:
+        for place in np.flatnonzero(np.isin(path, bad)):
+            lost[path[place : place + window]] = True
+    assert 0 < lost.sum() < len(lost) / 2
+    # Heads of the key head whose value is not finite.
+    heads = slice(HEADS // GROUPS, None)
+    assert out[lost][:, heads].isnan().any(2).all()
+    assert torch.equal(out[~lost], expected[~lost])
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_what_overflows_is_lost_on_those_that_see_it_alone(
+    options: dict[str, Any], rows: Blocks
+) -> None:
+    assert_what_overflows_is_seen_alone(torch.device("cpu"), torch.float32, rows, options)
+
+
+@pytest.mark.usefixtures("_with_the_kernel")
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_kernel_keeps_what_overflows(device: torch.device, options: dict[str, Any]) -> None:
+    assert_what_overflows_is_seen_alone(device, torch.bfloat16, None, options)
+
+
+@pytest.mark.usefixtures("_with_the_kernel")
+@pytest.mark.parametrize(
+    ("tree", "times"),
+    [
+        # One header for all, and questions of their own below it.
+        ([(0, 8010), *[(8000, 10)] * 999], 1),
+        ([(0, 8310), *[*[(8300, 10)] * 3, (8000, 310)] * 200], 4),
+        # Questions that have nothing in common.
+        ([(0, 510), *[*[(500, 10)] * 3, (0, 510)] * 100], 1),
+        # Each goes on from all of the one before it.
+        ([(100 * i, 100) for i in range(200)], 8),
+    ],
+)
+def test_keys_are_not_laid_out_for_every_sequence(tree: list[tuple[int, int]], times: int) -> None:
+    branches = grow(tree)
+    chunks = list(TreeAttention(branches, torch.device("cpu"))._lay_out(SIZE))
+    assert sum(c.own.stop - c.own.start for c in chunks) == branches.num_rows
+    # Of every sequence besides the block of keys in which it parts with another.
+    assert sum(len(c.rows_S) for c in chunks) <= times * (branches.num_rows + 64 * len(tree))
+    assert all(len(c.rows_S) <= tree_attention._MAX_KEYS for c in chunks)
