@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import torch
 
+from .choice import has_triton
+
 # A weight is a whole number of 2^-40 of the likeliest token's: sums of whole numbers have the same
 # bits in any order, which those of floats have not on a GPU. 2^23 of them fit in an int64.
-_UNIT = 2.0**40
-# Logits whose weights exist at a time: 3 MB of them, which caches hold, and 50 MB.
-_SCRATCH = {"cpu": 1 << 18, "cuda": 1 << 22}
+UNIT = 2.0**40
+# Logits whose weights exist at a time where torch computes: 3 MB of them, which caches hold.
+_SCRATCH = 1 << 18
 # Of the splitmix64 generator (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators,
 # 2014), as int64.
 _GAMMA = 0x9E3779B97F4A7C15 - (1 << 64)
@@ -34,8 +36,12 @@ def draw(logits_RV: torch.Tensor, keys_R: torch.Tensor, num_draws: int) -> torch
         keys_R: int64, any bits.
         num_draws: M, at least 1.
     """
+    if has_triton(logits_RV):
+        from .gpu import sampling
+
+        return sampling.draw(logits_RV, uniforms(keys_R, num_draws))
     ids_RM = torch.empty(len(logits_RV), num_draws, dtype=torch.int32, device=logits_RV.device)
-    step = max(1, _SCRATCH[logits_RV.device.type] // logits_RV.shape[1])
+    step = max(1, _SCRATCH // logits_RV.shape[1])
     for start in range(0, len(logits_RV), step):
         rows = slice(start, start + step)
         ids_RM[rows] = _draw(logits_RV[rows], uniforms(keys_R[rows], num_draws))
@@ -44,7 +50,7 @@ def draw(logits_RV: torch.Tensor, keys_R: torch.Tensor, num_draws: int) -> torch
 
 def _draw(logits_RV: torch.Tensor, uniforms_RM: torch.Tensor) -> torch.Tensor:
     shifted = logits_RV - logits_RV.amax(1, keepdim=True)
-    weights_RV = shifted.exp_().mul_(_UNIT).to(torch.int64)
+    weights_RV = shifted.exp_().mul_(UNIT).to(torch.int64)
     del shifted
     sums_RV = torch.cumsum(weights_RV, 1, out=weights_RV)
     total_R1 = sums_RV[:, -1:]

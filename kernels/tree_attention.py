@@ -90,17 +90,14 @@ class TreeAttention:
             scores = _Scores(rows, scale, window, soft_cap, sinks_H)
             self._attend_rows(q_THD, k_TGD, v_TGD, scores, out_THD)
             return out_THD
-        from .gpu import attention
+        from .gpu import attention, tree_attention
 
         if self._chunks is None:
             self._chunks = list(self._lay_out(q_THD.shape[2]))
         for chunk in self._chunks:
-            k_SGD, v_SGD = k_TGD[chunk.rows_S], v_TGD[chunk.rows_S]
-            lost_SG1 = _find_lost(v_SGD)
             attention.attend(
                 q_THD[chunk.own],
-                k_SGD.masked_fill_(lost_SG1, torch.nan),
-                v_SGD.masked_fill_(lost_SG1, 0),
+                *tree_attention.take(k_TGD, v_TGD, chunk.rows_S),
                 chunk.tiles,
                 out_THD[chunk.own],
                 scale=scale,

@@ -33,6 +33,8 @@ from logitmill.kernels.gpu import (
     norms,
     quantize,
     rotary,
+    sampling,
+    tree_attention,
 )
 from logitmill.kernels.quantize import Layout
 from triton.backends.compiler import GPUTarget
@@ -417,6 +419,44 @@ CASES = [
         },
         {"BLOCK": frequencies._BLOCK, "ROWS": frequencies._ROWS},
         {"num_warps": frequencies._WARPS},
+    ),
+    *(
+        Case(
+            tree_attention._take,
+            {
+                **dict.fromkeys(("keys", "values", "keys_out", "values_out"), "*bf16"),
+                "rows": "*i64",
+                **dict.fromkeys(("num_rows", "num_groups"), "i32"),
+                **dict.fromkeys(("key_stride", "value_stride"), "i32:16"),
+                **dict.fromkeys(("key_group", "value_group"), "i32:16"),
+            },
+            {
+                "D": size,
+                "BLOCK_D": triton.next_power_of_2(size),
+                "ROWS": tree_attention._ROWS,
+            },
+            {"num_warps": tree_attention._WARPS},
+        )
+        for size in (80, 128, 256)
+    ),
+    Case(
+        sampling._sum_tiles,
+        {**ROWS, "tops": "*fp32", "sums": "*i64", "num_tiles": "i32"},
+        {"TILE": sampling._TILE},
+        {"num_warps": sampling._WARPS},
+    ),
+    Case(
+        sampling._find,
+        {
+            **ROWS,
+            "tops": "*fp32",
+            "tiles": "*i32",
+            "rest": "*i64",
+            "ids": "*i32",
+            "num_draws": "i32",
+        },
+        {"TILE": sampling._TILE},
+        {"num_warps": sampling._WARPS},
     ),
     *(_row_statistics(maxima) for maxima in (False, True)),
     _row_statistics(True, aligned=False),

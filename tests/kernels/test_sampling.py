@@ -72,7 +72,7 @@ def test_a_row_and_its_key_decide_alone(monkeypatch: pytest.MonkeyPatch) -> None
     before = logits.clone()
     together = draw(logits, KEYS[:40], 12)
     assert torch.equal(logits, before)
-    monkeypatch.setitem(sampling._SCRATCH, "cpu", 3 * 999)
+    monkeypatch.setattr(sampling, "_SCRATCH", 3 * 999)
     order = torch.arange(39, -1, -1)
     assert torch.equal(draw(logits[order], KEYS[order], 12), together[order])
     wide = torch.full((40, 1100), torch.nan)
@@ -88,3 +88,33 @@ def test_rows_without_a_distribution_give_ids_of_the_vocabulary() -> None:
     logits[0, 3], logits[1, 63], logits[2] = torch.nan, torch.inf, -torch.inf
     ids = draw(logits, KEYS[:4], 9)
     assert ((ids >= 0) & (ids < 64)).all()
+
+
+@pytest.mark.parametrize("size", [1, 700, 2048, 5003])
+def test_the_kernel_draws_what_torch_draws(
+    size: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for weights whose exp has another last bit: they move hardly any draw."""
+    made = torch.Generator().manual_seed(size)
+    logits = torch.randn(20, size, generator=made) * torch.linspace(0.1, 9, 20)[:, None]
+    logits[4, ::3] = -torch.inf
+    expected = draw(logits, KEYS[:20], 12)
+    monkeypatch.setattr(sampling, "has_triton", lambda x: True)
+    wide = torch.full((20, size + 3), torch.nan, device=device)
+    rows = wide[:, :size].copy_(logits)
+    found = draw(rows, KEYS[:20].to(device), 12).cpu()
+    assert found.dtype == torch.int32 and (found.diff(dim=1) >= 0).all()
+    assert (found == expected).float().mean() > 0.99
+    assert torch.equal(draw(rows[7:8], KEYS[7:8].to(device), 12).cpu(), found[7:8])
+    assert not (found[4] % 3 == 0).any() or size == 1
+
+
+def test_the_kernel_gives_ids_of_the_vocabulary(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "has_triton", lambda x: True)
+    logits = torch.zeros(4, 64, device=device)
+    logits[0, 3], logits[1, 63], logits[2] = torch.nan, torch.inf, -torch.inf
+    ids = draw(logits, KEYS[:4].to(device), 9)
+    assert ((ids >= 0) & (ids < 64)).all()
+    assert draw(logits[:0], KEYS[:0].to(device), 9).shape == (0, 9)
