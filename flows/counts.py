@@ -35,12 +35,19 @@ lacks are 0.
     token_nll        floor(bits / 0.25), of a token
     entropy          floor(bits / 0.25), of a token         sum of entropy
     position         floor(4 log2(p + 1)), p from 0         sum of entropy
+    window           floor(4 log2(c)), c inputs read        sum of entropy
     calibration      min(19, floor(20 p)), p of the top 1   sum of p          tokens of rank 1
     rank             floor(log2(rank))
 
 The last bin of bits/byte, of token_nll and of entropy takes all from 100 bits up. The first four
 count documents and know documents, tokens and bytes (the sketches nothing else), the others tokens
 and know no documents or bytes.
+
+`window` has the tokens of windows that begin within their document: of all before such a token the
+model has read the c inputs that its window holds. Counted is what was read and not what was scored,
+since recipes begin to score at unlike places: after 1 input, in the middle of the window, or near
+the end of one that is filled up on its left. What a window knows at the beginning of a document is
+no choice of the recipe, and in `position`: a run of one window a document has no rows here.
 
 `length` is floor(log2(bytes)) of a document, floor(log2(tokens)) where it is ids, 0 of nothing;
 `ALL_LENGTHS` where lengths are not told apart, as in all counts of tokens: with them a shard of one
@@ -54,9 +61,10 @@ GROUP = KEYS[1:5]
 """What documents are told apart by."""
 
 BITS_PER_BYTE, LENGTH, SKETCH, STATUS = "bits_per_byte", "length", "sketch/", "status/"
-TOKEN_NLL, ENTROPY, POSITION = "token_nll", "entropy", "position"
+TOKEN_NLL, ENTROPY = "token_nll", "entropy"
+POSITION, WINDOW = "position", "window"
 CALIBRATION, RANK = "calibration", "rank"
-TOKEN_PANELS = (TOKEN_NLL, ENTROPY, POSITION, CALIBRATION, RANK)
+TOKEN_PANELS = (TOKEN_NLL, ENTROPY, POSITION, WINDOW, CALIBRATION, RANK)
 
 OTHER = "(other)"
 """The source, or the day, of what is not told apart."""

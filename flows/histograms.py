@@ -23,6 +23,7 @@ from .counts import (
     STATUS,
     SUMS,
     TOKEN_NLL,
+    WINDOW,
 )
 from .sketches import SKETCHES, sketch_bin
 
@@ -98,13 +99,16 @@ class Tokens(NamedTuple):
     entropy: np.ndarray
     top1_logprob: np.ndarray
     rank: np.ndarray
+    num_read: np.ndarray
+    """int32: inputs of its window that stand before each; 0 where that begins with the document."""
 
     @classmethod
     def of(cls, score: DocumentScore) -> Tokens:
         """Those of a document. Holds none of the other columns, which may be far larger."""
         record, tokens = score.record, score.tokens
         group = record.source, record.language, record.day
-        return cls(group, tokens.logprob, tokens.entropy, tokens.top1_logprob, tokens.rank)
+        columns = tokens.logprob, tokens.entropy, tokens.top1_logprob, tokens.rank
+        return cls(group, *columns, _count_read(score))
 
 
 def count_tokens(documents: Sequence[Tokens]) -> pa.Table:
@@ -118,34 +122,37 @@ def count_tokens(documents: Sequence[Tokens]) -> pa.Table:
     top1 = np.exp(_joined(tokens.top1_logprob for tokens in documents))
     rank = _joined(tokens.rank for tokens in documents)
     is_first = rank == 1.0
+    read = np.concatenate([tokens.num_read for tokens in documents])
+    later = np.flatnonzero(read)
+    every = slice(None)
     per_bin = 1.0 / (BIN_TOKEN_BITS * math.log(2.0))
-    binned: list[tuple[str, np.ndarray, dict[str, np.ndarray]]] = [
-        (TOKEN_NLL, _clamp(nll * per_bin, _LAST_TOKEN_BITS), {"nll": nll}),
-        (
-            ENTROPY,
-            _clamp(entropy * per_bin, _LAST_TOKEN_BITS),
-            {"nll": nll, "value": entropy},
-        ),
-        (POSITION, _position_bins(num_tokens), {"nll": nll, "value": entropy}),
+    both = {"nll": nll, "value": entropy}
+    # Panel, the tokens in it, their bins, what is added.
+    binned: list[tuple[str, np.ndarray | slice, np.ndarray, dict[str, np.ndarray]]] = [
+        (TOKEN_NLL, every, _clamp(nll * per_bin, _LAST_TOKEN_BITS), {"nll": nll}),
+        (ENTROPY, every, _clamp(entropy * per_bin, _LAST_TOKEN_BITS), both),
+        (POSITION, every, _position_bins(num_tokens), both),
+        (WINDOW, later, _bins_until(int(read.max()))[read[later] - 1], both),
         (
             CALIBRATION,
+            every,
             _clamp(top1 * CALIBRATION_BINS, CALIBRATION_BINS - 1),
             {"value": top1, "hits": is_first},
         ),
         # The exponent of x = m 2^e with m in [0.5, 1): exact where a logarithm would round.
-        (RANK, np.frexp(rank)[1].astype(np.int64) - 1, {"nll": nll}),
+        (RANK, every, np.frexp(rank)[1].astype(np.int64) - 1, {"nll": nll}),
     ]
     names = [pa.array(column, pa.string()) for column in zip(*groups, strict=True)]
     tables = []
-    for panel, bins, sums in binned:
-        num_bins = int(bins.max()) + 1
-        place = group * num_bins + bins
+    for panel, chosen, bins, sums in binned:
+        num_bins = int(bins.max(initial=0)) + 1
+        place = group[chosen] * num_bins + bins
         count = np.bincount(place, minlength=len(groups) * num_bins)
         held = np.flatnonzero(count)
         owner = pa.array(held // num_bins)
         columns = {"tokens": count[held]}
         for name, values in sums.items():
-            added = np.bincount(place, values, minlength=len(count))[held]
+            added = np.bincount(place, values[chosen], minlength=len(count))[held]
             columns[name] = added.astype(np.int64) if name == "hits" else added
         keys = dict(zip(("source", "language", "day"), (n.take(owner) for n in names), strict=True))
         keys["length"] = pa.array(np.full(len(held), ALL_LENGTHS, np.int8))
@@ -181,11 +188,27 @@ def _joined(columns: Iterable[np.ndarray]) -> np.ndarray:
 
 def _position_bins(num_tokens: np.ndarray) -> np.ndarray:
     """The bins of positions 0, 1, ... of documents with so many tokens, one after another."""
-    longest = int(num_tokens.max())
-    num_bins = int(np.searchsorted(_POSITION_STARTS, longest))
-    widths = np.diff(_POSITION_STARTS[:num_bins], append=longest)
-    of_position = np.repeat(_POSITION_BINS[:num_bins], widths)
+    of_position = _bins_until(int(num_tokens.max()))
     return np.concatenate([of_position[:n] for n in num_tokens])
+
+
+def _bins_until(stop: int) -> np.ndarray:
+    """The bins of positions 0, 1, ..., stop - 1."""
+    num_bins = int(np.searchsorted(_POSITION_STARTS, stop))
+    widths = np.diff(_POSITION_STARTS[:num_bins], append=stop)
+    return np.repeat(_POSITION_BINS[:num_bins], widths)
+
+
+def _count_read(score: DocumentScore) -> np.ndarray:
+    """`Tokens.num_read` of a document."""
+    read, first = np.zeros(len(score.tokens), np.int32), 0
+    for window in score.windows:
+        stop = first + window.num_targets
+        if window.start:
+            before = window.first_target - window.start
+            read[first:stop] = np.arange(before, before + window.num_targets)
+        first = stop
+    return read
 
 
 def _clamp(scaled: np.ndarray, last: int) -> np.ndarray:

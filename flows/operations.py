@@ -23,11 +23,13 @@ OPERATIONS = pa.schema(
         "tokens": pa.int64(),
         "bytes": pa.int64(),
         "bytes_written": pa.int64(),
+        "attempt": pa.int32(),
     }
 )
-"""One row a shard: fields of its `Receipt`, and the bytes of all its parts. A column of bytes for
-each tier follows, in the order of names: `bytes_scores`, `bytes_tokens`, ...; `bytes_summary` are
-those of the shard's tables, which lie beside its receipt."""
+"""One row a shard: fields of its `Receipt` (`attempt` null where it says none), and the bytes of
+all its parts. A column of bytes for each tier follows, in the order of names: `bytes_scores`,
+`bytes_tokens`, ...; `bytes_summary` are those of the shard's tables, which lie beside its receipt.
+"""
 
 _SUMMARY = "summary"
 _RECEIPT = tuple(f.name for f in fields(Receipt) if f.name in OPERATIONS.names)

@@ -125,6 +125,8 @@ class _Cluster:
         """When each worker that has tasks was last seen to get on."""
         self._flying: dict[str, tuple[Future, int]] = {}
         """Tasks in flight, and their shards, by Dask's names of them."""
+        self._lost: Counter[int] = Counter()
+        """Tasks that were lost with their workers, by shard."""
         self._client.subscribe_topic(self._topic, self._hear)
 
     def count(self) -> int:
@@ -140,7 +142,12 @@ class _Cluster:
         return count
 
     def submit(self, shard: Shard) -> Future:
-        parameters = {"job": self._job, "shard": shard, "topic": self._topic}
+        parameters = {
+            "job": self._job,
+            "shard": shard,
+            "topic": self._topic,
+            "num_lost": self._lost[shard.index],
+        }
         future = self._runner.submit(shards.score_shard, parameters)
         self._flying[future.wrapped_future.key] = future, shard.index
         return future
@@ -154,6 +161,7 @@ class _Cluster:
             result = future.result(raise_on_failure=False)
         except (KilledWorker, CommClosedError, CancelledError, AsyncCancelledError) as error:
             TALLY.drop(self._key(shard.index))
+            self._lost[shard.index] += 1
             _mark_lost(future)
             return Lost(type(error).__name__)
         except Exception as error:

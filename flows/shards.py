@@ -10,13 +10,14 @@ import time
 import weakref
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
 import torch
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import task_run
 from prefect.tasks import exponential_backoff
 
 from ..engine.checkpoint import digest, find_model
@@ -82,18 +83,19 @@ class Stopped(Exception):
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def score_shard(job: Job, shard: Shard, topic: str | None = None) -> Receipt:
+def score_shard(job: Job, shard: Shard, topic: str | None = None, num_lost: int = 0) -> Receipt:
     """Score one shard, leave its parts and its receipt; returns the receipt.
 
-    With `topic`, a Dask worker says there how far it is.
+    With `topic`, a Dask worker says there how far it is. `num_lost` tasks of the same shard were
+    lost with their workers before.
     """
     # A task reaches other processes with copies of all that it refers to; what they share is here.
     from . import shards
 
-    return shards.complete(job, shard, topic)
+    return shards.complete(job, shard, topic, num_lost)
 
 
-def complete(job: Job, shard: Shard, topic: str | None = None) -> Receipt:
+def complete(job: Job, shard: Shard, topic: str | None = None, num_lost: int = 0) -> Receipt:
     """What the task does."""
     receipt = Receipt.read(job.folder, shard.index)
     if receipt is None or not job.folder.holds(receipt.parts):
@@ -105,6 +107,9 @@ def complete(job: Job, shard: Shard, topic: str | None = None) -> Receipt:
                 _engine.use(job, is_worker=topic is not None) as pipe,
             ):
                 receipt = _score(job, shard, attempt, pipe)
+                # A call that is no task of Prefect's has no count.
+                started = num_lost + (task_run.run_count or 1)
+                receipt = replace(receipt, attempt=started)
                 receipt.write(job.folder)
         except Exception as error:
             if isinstance(error, TooManyLogits):

@@ -54,6 +54,9 @@ class Receipt:
     versions: Mapping[str, str]
     device_seconds: float = 0.0
     """That the device was at work meanwhile, also on the last batches of the shard before."""
+    attempt: int | None = None
+    """Which attempt of its flow run at the shard wrote this, from 1: those before it failed, or
+    were lost with their worker. None where that is not known."""
 
     @staticmethod
     def name(shard: int) -> str:

@@ -28,6 +28,7 @@ from .counts import (
     SUMS,
     TOKEN_NLL,
     TOKEN_PANELS,
+    WINDOW,
     merge_counts,
 )
 from .histograms import (
@@ -92,6 +93,7 @@ __all__ = [
     "TOKEN_NLL",
     "TOKEN_PANELS",
     "TRUNCATED",
+    "WINDOW",
     "Summary",
     "length_of",
     "merge_counts",

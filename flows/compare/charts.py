@@ -50,7 +50,9 @@ def draw_cells(
     """
     import altair as alt
 
-    scale = alt.Scale(domain=list(ends), nice=False)
+    # Circles on the ends are whole.
+    margin = 0.03 * (ends[1] - ends[0])
+    scale = alt.Scale(domain=[ends[0] - margin, ends[1] + margin], nice=False)
     x = alt.X("x:Q", scale=scale).title(x_title).axis(tickCount=6)
     y = alt.Y("y:Q", scale=scale).title(y_title).axis(tickCount=6)
     picture = (

@@ -12,10 +12,11 @@ from .tokens import Estimate
 
 
 def signed(value: float | None, digits: int = 4) -> str:
-    """A difference: its sign, and so many decimals."""
+    """A difference: its sign, and so many decimals; without a sign if these are all 0."""
     if value is None or math.isnan(value):
         return NOTHING
-    return f"{value:+,.{digits}f}" if value else "0"
+    said = f"{value:+z,.{digits}f}"
+    return "0" if not value else said if round(value, digits) else said[1:]
 
 
 def small(value: float) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from markupsafe import Markup, escape
 
 from .. import report
+from ..report.panel import Cells
 from ..report.template import REPORT, fill, mark_up
 from ..report.wording import number, plural, show
 from .view import View
@@ -69,9 +70,8 @@ def render_page(view: View) -> str:
         has_ranks="rank" in view.tokens,
         tokens=_mark_tokens(view, {line.token for line in surprising}),
         candidates=_candidates(view),
-        columns=COLUMNS,
-        num_text=NUM_TEXT,
-        surprising=surprising,
+        surprising=Cells(COLUMNS, [line.cells for line in surprising], NUM_TEXT),
+        links={line.cells[0]: f"token-{line.token}" for line in surprising},
         recipe=report.describe_recipe(plan["recipe"]),
         facts=_facts(view),
     )

@@ -72,7 +72,9 @@ function closeBehind() {
 }
 function word(text) { return /^[\w@%+=:,./-]+$/.test(text) ? text : "'" + text.replaceAll("'", "'\"'\"'") + "'"; }
 function withCopy(text) {
-  const button = make("button", { type: "button", class: "copy" }, "Copy"), pre = make("pre", {}, text);
+  // A line may end before an option of a command, and not within its name.
+  const pieces = text.split(/(?<!\S)(--[a-z][a-z-]*)/).map((piece, n) => n % 2 ? make("span", { class: "option" }, piece) : piece);
+  const button = make("button", { type: "button", class: "copy" }, "Copy"), pre = make("pre", {}, ...pieces);
   button.addEventListener("click", async () => {
     try {
       await navigator.clipboard.writeText(text);

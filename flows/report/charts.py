@@ -49,9 +49,18 @@ def color(index: int) -> str:
 
 
 def draw_histogram(
-    rows: Sequence[Row], series: Sequence[str], *, x_title: str, y_title: str, y_format: str = "~s"
+    rows: Sequence[Row],
+    series: Sequence[str],
+    *,
+    x_title: str,
+    y_title: str,
+    y_format: str = "~s",
+    x_step: float = 0.0,
 ) -> str:
-    """Stacked bars. Rows: `start, stop, series, order, value, label`, `order` from below."""
+    """Stacked bars. Rows: `start, stop, series, order, value, label`, `order` from below.
+
+    Ticks on x are `x_step` apart, or more.
+    """
     import altair as alt
 
     # A little less than the bin: the page shows between the bars.
@@ -61,7 +70,9 @@ def draw_histogram(
         alt.Chart(make_data(drawn))
         .mark_bar()
         .encode(
-            x=alt.X("start:Q", bin="binned").title(x_title).axis(tickCount=7, format=".6~g"),
+            x=alt.X("start:Q", bin="binned")
+            .title(x_title)
+            .axis(tickCount=7, tickMinStep=x_step, format=".6~g"),
             x2="stop:Q",
             y=alt.Y("value:Q").title(y_title).axis(tickCount=5, format=y_format).stack("zero"),
             color=_series(series),
@@ -152,7 +163,9 @@ def draw_bars(rows: Sequence[Row], *, x_title: str, x_format: str) -> str:
         alt.Chart(make_data(rows))
         .mark_bar(height={"band": 0.7})
         .encode(
-            x=alt.X("value:Q").title(x_title).axis(tickCount=5, format=x_format, grid=True),
+            x=alt.X("value:Q")
+            .title(x_title)
+            .axis(tickCount=5, format=x_format, grid=True, labelFlush=False, labelOverlap=True),
             y=alt.Y("name:N", sort=names).title(None).axis(labelLimit=150),
             color=alt.Color("color:N", scale=None),
             description="label:N",

@@ -14,7 +14,7 @@ from .panel import Behind, Cells, Chart, Material, Panel
 from .totals import Totals, ratio
 from .wording import MAX_LABEL, duration, number, percent, plural, show, size
 
-_MAX_BARS = 48
+_MAX_BARS, _MAX_RETRIED = 48, 20
 _TIER, _ALL_TIERS = "bytes_", "bytes_written"
 
 
@@ -25,7 +25,7 @@ def operations_panel(material: Material) -> Panel | None:
         return None
     about = (
         "How the run went, by its shards: tokens a second while the engine had a shard, the share "
-        "of that time that the device was at work, and what was written."
+        "of that time that the device was at work, what was written, and what had to be done again."
     )
     drawn = [
         _chart(table, "Tokens per second", "tokens", "tokens per second"),
@@ -35,7 +35,12 @@ def operations_panel(material: Material) -> Panel | None:
     if table.num_rows > _MAX_BARS:
         per_bar = plural(-(-table.num_rows // _MAX_BARS), "shard")
         notes.append(f"A bar stands for {per_bar} that follow each other.")
+    attempts = table["attempt"].drop_null().to_pylist()
+    if attempts:
+        notes.append(_count_retries(attempts, table.num_rows))
     tables = [("By device", _devices(table)), ("Written", _written(table))]
+    if any(attempt > 1 for attempt in attempts):
+        tables.append(("Retried shards", _retried(table)))
     failed = _failures(material.totals)
     if failed:
         tables.append(("Not scored, by reason", failed))
@@ -73,7 +78,7 @@ def _chart(table: pa.Table, title: str, column: str, unit: str) -> Chart:
         numbers.append((span, shown, f"{num_tokens:,}"))
         behind[text] = (_in_shards(first, last),)
     svg = charts.draw_histogram(
-        rows, [""], x_title="shard", y_title=unit, y_format="%" if is_share else "~s"
+        rows, [""], x_title="shard", y_title=unit, y_format="%" if is_share else "~s", x_step=1
     )
     return Chart(title, Markup(svg), Cells(("shards", unit, "tokens"), numbers), behind=behind)
 
@@ -123,6 +128,39 @@ def _written(table: pa.Table) -> Cells:
         (tier, size(total), number(ratio(total, num_tokens), 2)) for tier, total in sums.items()
     ]
     return Cells(("what", "size", "bytes per token"), rows)
+
+
+def _count_retries(attempts: Sequence[int], num_shards: int) -> str:
+    """How many shards were done again, of those whose receipts say it."""
+    retried = [attempt for attempt in attempts if attempt > 1]
+    known = ""
+    if len(attempts) < num_shards:
+        known = f" The receipts of {plural(num_shards - len(attempts), 'shard')} do not say."
+    if not retried:
+        return f"No shard had to be done again.{known}"
+    retries = sum(retried) - len(retried)
+    word = "retry" if retries == 1 else "retries"
+    return (
+        f"{plural(len(retried), 'shard')} had to be done again: {retries:,} {word}, of tasks that "
+        f"failed or were lost with their worker.{known}"
+    )
+
+
+def _retried(table: pa.Table) -> Cells:
+    """The shards of most attempts."""
+    columns = ("shard", "attempt", "device", "seconds")
+    rows = [row for row in table.select(columns).to_pylist() if (row["attempt"] or 1) > 1]
+    rows.sort(key=lambda row: (-row["attempt"], row["shard"]))
+    cells = [
+        (
+            f"{row['shard']:,}",
+            show(row["device"], MAX_LABEL),
+            f"{row['attempt']:,}",
+            duration(row["seconds"]),
+        )
+        for row in rows[:_MAX_RETRIED]
+    ]
+    return Cells(("shard", "device", "done at attempt", "time"), cells, 2)
 
 
 def _failures(totals: Totals) -> Cells | None:

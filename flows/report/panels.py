@@ -11,12 +11,14 @@ from collections.abc import Callable
 from .documents import histogram_panel, languages_panel
 from .operations import operations_panel
 from .panel import Material, Panel
-from .tokens import calibration_panel, position_panel, rank_panel
+from .positions import position_panel, window_panel
+from .tokens import calibration_panel, rank_panel
 
 PANELS: tuple[Callable[[Material], Panel | None], ...] = (
     histogram_panel,
     languages_panel,
     position_panel,
+    window_panel,
     calibration_panel,
     rank_panel,
     operations_panel,

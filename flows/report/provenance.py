@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+from ..corpus import CorpusSpec
 from .wording import MAX_LABEL, show
 
 _RECIPES = {
@@ -45,12 +46,22 @@ _FACTS = {
     "engine": "Engine",
     "device": "Device",
     "tiers": "Tiers kept",
+    "top_k": "Likeliest tokens kept",
+    "num_draws": "Draws kept",
+    "draw_seed": "Seed of draws",
+    "logits_dtype": "Log-probabilities kept in",
+    "reading": "Documents made of",
+    "shard_bytes": "Bytes of a shard",
     "versions": "Versions",
     "documents": "Documents",
     "tokens": "Tokens",
     "bytes": "Bytes",
     "seconds": "Seconds of scoring",
 }
+
+
+# What goes with the tiers that were kept.
+_KEPT = ("top_k", "num_draws", "draw_seed", "logits_dtype")
 
 
 def describe_recipe(recipe: Mapping[str, Any]) -> str:
@@ -121,4 +132,24 @@ def repeat_command(facts: Mapping[str, Any]) -> str | None:
     for tier in facts.get("tiers") or ():
         # Document scores are always kept.
         words += ["--keep", str(tier)] if tier != "scores" else []
-    return show(shlex.join(words), 4000)
+    return show(shlex.join([*words, *_list_settings(facts)]), 4000)
+
+
+def _list_settings(facts: Mapping[str, Any]) -> list[str]:
+    """Options for what is not as it is by default, and for the dtype, which goes by the device."""
+    given = {
+        name: value for name, value in (facts.get("reading") or {}).items() if name != "source"
+    }
+    given |= {name: facts.get(name) for name in _KEPT}
+    if facts.get("shard_bytes") not in (None, CorpusSpec.shard_bytes):
+        given["shard_mb"] = f"{facts['shard_bytes'] / 1e6:.12g}"
+    engine = facts.get("engine") or {}
+    given["dtype"] = engine.get("dtype")
+    # A format that was asked for is the one that others were made.
+    made = {run for stored, run in (engine.get("linears") or {}).items() if run != stored}
+    given["quantization"] = made.pop() if len(made) == 1 else None
+    words = []
+    for name, value in given.items():
+        words += [f"--{name.replace('_', '-')}", str(value)] if value is not None else []
+    flags = {"--fp8-head": engine.get("fp8_head"), "--vocabulary": facts.get("vocabulary")}
+    return [*words, *(flag for flag, is_set in flags.items() if is_set)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from markupsafe import Markup
 
 from ...engine.records import OK
 from ..summary import FAILED, HIGHEST, LOWEST, MEMORIZED, STATUS, TRUNCATED
@@ -21,14 +23,18 @@ _TITLES = {
 _ENDS = (LOWEST, HIGHEST)
 
 
-@dataclass(frozen=True)
-class Line:
-    """A document in a table: what is shown of it, and the element with its tokens, if any."""
-
-    doc_id: str
-    link: str | None
-    source: str
-    numbers: Sequence[str]
+_COLUMNS = (
+    "document",
+    "source",
+    "bits/byte",
+    "token perplexity",
+    Markup(
+        '<abbr title="Mean of the lowest fifth of (log p + entropy) / standard deviation, per '
+        'token; higher means likelier to have been trained on">Min-K%++</abbr>'
+    ),
+    "tokens",
+    "bytes",
+)
 
 
 @dataclass(frozen=True)
@@ -37,32 +43,30 @@ class Table:
 
     id: str
     title: str
-    rows: Sequence[Line]
+    cells: Cells
 
 
-def list_standouts(rows: Sequence[Row], totals: Totals, marked: Mapping[str, str]) -> list[Table]:
+def list_standouts(rows: Sequence[Row], totals: Totals) -> list[Table]:
     """A table for every kind; for all but the two ends, only if there are such documents.
 
     Args:
         rows: of schema `OUTLIERS`.
         totals: of the run.
-        marked: ids of the elements that show a document's tokens, by its shown id.
     """
     num_scored = totals.total(STATUS + OK)["documents"]
     tables = []
     for kind, title in _TITLES.items():
         most = max(1, num_scored // 2) if kind in _ENDS else None
         lines = [
-            Line(
+            (
                 show(row["doc_id"]),
-                marked.get(show(row["doc_id"])),
-                show(row["source"], MAX_LABEL),
-                _numbers(row),
+                show(row["source"], MAX_LABEL) or NOTHING,
+                *_numbers(row),
             )
             for row in [row for row in rows if row["kind"] == kind][:most]
         ]
         if lines or kind in _ENDS:
-            tables.append(Table(kind, title, lines))
+            tables.append(Table(kind, title, Cells(_COLUMNS, lines, 2)))
     return tables
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from markupsafe import Markup, escape
 from .wording import show_lines
 
 REPORT = Path(__file__).parent
-"""Where the style and the script lie that every page begins with."""
+"""Where the style and the script lie that every page begins with, and its parts."""
+
+
+_OPTION = re.compile(r"(?<!\S)--[a-z][a-z-]*")
 
 
 def fill(folder: Path, *, styles: Sequence[Path], scripts: Sequence[Path], **values: Any) -> str:
     """`page.html` of a folder as text, everything in it escaped that is not marked safe.
+
+    It may import from the report's `parts.html`, what all pages are made of.
 
     Args:
         folder: the template's.
@@ -28,19 +34,25 @@ def fill(folder: Path, *, styles: Sequence[Path], scripts: Sequence[Path], **val
         values: what else the template names; all of it has to be there.
     """
     environment = Environment(
-        loader=FileSystemLoader(folder),
+        loader=FileSystemLoader([folder, REPORT]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
     style, script = ("\n".join(p.read_text("utf-8") for p in paths) for paths in (styles, scripts))
+    environment.filters["command"] = _mark_command
     return environment.get_template("page.html").render(
         style=Markup(style),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         **values,
     )
+
+
+def _mark_command(command: str) -> Markup:
+    """A command, escaped; a line may end before an option and not within its name."""
+    return Markup(_OPTION.sub(r'<span class="option">\g<0></span>', str(escape(command))))
 
 
 def mark_up(piece: str) -> Markup:

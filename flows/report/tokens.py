@@ -1,26 +1,20 @@
-"""Panels of tokens: surprisal by position, calibration, ranks, and how surprisal is spread."""
+"""Panels of tokens: calibration, ranks, and how surprisal is spread."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 from markupsafe import Markup
 
-from ...engine.recipes import Recipe
 from ..summary import (
     BIN_TOKEN_BITS,
-    BINS_PER_OCTAVE,
     CALIBRATION,
     CALIBRATION_BINS,
     ENTROPY,
-    POSITION,
     RANK,
     TOKEN_NLL,
 )
 from . import charts
-from .explorer import is_value
 from .panel import (
     Behind,
     Cells,
@@ -28,43 +22,12 @@ from .panel import (
     Material,
     Panel,
     behind_source,
-    find_documents,
     find_tokens,
     legend,
     make_scale,
 )
-from .totals import BITS, Row, Totals, ratio, sum_by
-from .wording import edge, number, percent
-
-# A mean over fewer tokens than this is noise.
-_MIN_POINT_TOKENS = 30
-_MAX_BORDERS = 8
-_POSITION_TITLE = "position in the document (tokens, log scale)"
-
-
-def position_panel(material: Material) -> Panel:
-    """Surprisal and entropy by position in the document."""
-    totals = material.totals
-    about = (
-        "Bits per token by the token's place in its document. It falls while the model learns what "
-        "it is reading and levels off; a saw-tooth is a trace of the recipe's windows. Entropy is "
-        "the surprise that the model itself expected: a gap between the lines is a misjudgement."
-    )
-    by_bin = _enough(totals.by(POSITION, "bin"))
-    borders = _borders(material.facts.get("recipe") or {}, max(by_bin, default=0))
-    drawn = []
-    if by_bin:
-        drawn.append(_position_chart(by_bin, borders))
-    if len(totals.labels) > 1 and by_bin:
-        drawn.append(_position_by_source(totals))
-    notes = [
-        "A point stands for a quarter of an octave, by source for an octave. Far ones come from "
-        "long documents only, so the curve's end speaks of those; points of fewer than "
-        f"{_MIN_POINT_TOKENS} tokens are left out."
-    ]
-    if borders:
-        notes.append("Upright lines: where the recipe's first windows begin to score.")
-    return Panel("position", "Position in the document", about, drawn, notes if drawn else ())
+from .totals import Row, Totals, ratio, sum_by
+from .wording import edge, percent
 
 
 def calibration_panel(material: Material) -> Panel:
@@ -104,80 +67,6 @@ def rank_panel(material: Material) -> Panel:
     if totals.rows(ENTROPY):
         drawn.append(_bits_chart(totals, ENTROPY, "Entropy", "entropy", ""))
     return Panel("rank", "Ranks and surprisal", about, drawn)
-
-
-def _enough(by_bin: Mapping[int, Row]) -> dict[int, Row]:
-    """The bins with enough tokens for a mean, or all if none has."""
-    kept = {b: row for b, row in by_bin.items() if row["tokens"] >= _MIN_POINT_TOKENS}
-    return dict(sorted((kept or by_bin).items()))
-
-
-def _borders(recipe: Mapping[str, Any], last_bin: int) -> list[int]:
-    """Where the windows of a long document begin to score, counted from 1; the first few."""
-    if recipe.get("concatenate") or not recipe.get("context"):
-        return []
-    try:
-        known = Recipe(**recipe)
-    except (TypeError, ValueError):
-        return []
-    length = min(int(2.0 ** ((last_bin + 1) / BINS_PER_OCTAVE)), _MAX_BORDERS * recipe["context"])
-    windows = known.windows(length + 1, has_prefix=True)
-    return [window.first_target for window in windows[1 : _MAX_BORDERS + 1]]
-
-
-def _position_chart(by_bin: Mapping[int, Row], borders: Sequence[int]) -> Chart:
-    series = ("surprisal", "entropy")
-    rows, numbers = [], []
-    behind: dict[str, Behind] = {}
-    for b, sums in by_bin.items():
-        means = (sums["nll"] / sums["tokens"] * BITS, sums["value"] / sums["tokens"] * BITS)
-        x, span = _positions(b)
-        for name, mean in zip(series, means, strict=True):
-            text = f"{span}: {name} {number(mean, 2)} bits/token, {sums['tokens']:,} tokens"
-            rows.append({"x": x, "y": mean, "series": name, "label": text})
-            behind[text] = (_reaching(b),)
-        numbers.append((span, f"{sums['tokens']:,}", *(number(mean, 3) for mean in means)))
-    svg = charts.draw_lines(
-        rows, series, x_title=_POSITION_TITLE, y_title="bits per token", rules=borders
-    )
-    columns = ("tokens", "number", "surprisal, bits", "entropy, bits")
-    return Chart("All sources", Markup(svg), Cells(columns, numbers), legend(series), behind)
-
-
-def _reaching(b: int, *conditions: str) -> str:
-    """The query for documents that are long enough to have a token in a bin of positions."""
-    first = math.ceil(2.0 ** (b / BINS_PER_OCTAVE))
-    return find_documents(f"num_tokens_scored >= {first}", *conditions, order="num_tokens_scored")
-
-
-def _position_by_source(totals: Totals) -> Chart:
-    rows, numbers = [], []
-    behind: dict[str, Behind] = {}
-    for label in totals.labels:
-        of_label = (row for row in totals.rows(POSITION) if row["label"] == label)
-        # Nine lines of single bins are a tangle.
-        by_octave = sum_by(of_label, lambda row: row["bin"] // BINS_PER_OCTAVE)
-        for octave, sums in _enough(by_octave).items():
-            x, span = _positions(octave * BINS_PER_OCTAVE, BINS_PER_OCTAVE)
-            mean = sums["nll"] / sums["tokens"] * BITS
-            text = f"{span}, {label}: {number(mean, 2)} bits/token, {sums['tokens']:,} tokens"
-            rows.append({"x": x, "y": mean, "series": label, "label": text})
-            numbers.append((label, span, f"{sums['tokens']:,}", number(mean, 3)))
-            if label in totals.sources:
-                where = is_value("source", totals.sources[label])
-                behind[text] = (_reaching(octave * BINS_PER_OCTAVE, where),)
-    svg = charts.draw_lines(rows, totals.labels, x_title=_POSITION_TITLE, y_title="bits per token")
-    columns = ("source", "tokens", "number", "surprisal, bits")
-    cells = Cells(columns, numbers, 2)
-    return Chart("Surprisal by source", Markup(svg), cells, legend(totals.labels), behind)
-
-
-def _positions(b: int, num_bins: int = 1) -> tuple[float, str]:
-    """The geometric middle of the positions of bins from `b`, counted from 1, and their name."""
-    first = math.ceil(2.0 ** (b / BINS_PER_OCTAVE))
-    last = math.ceil(2.0 ** ((b + num_bins) / BINS_PER_OCTAVE)) - 1
-    span = f"token {first:,}" if first == last else f"tokens {first:,} to {last:,}"
-    return math.sqrt(first * last), span
 
 
 def _calibration_error(rows: Iterable[Row]) -> float | None:
@@ -235,13 +124,17 @@ def _rank_chart(totals: Totals) -> Chart:
     total, series = totals.total(RANK), ("share of tokens", "share of bits")
     rows, numbers = [], []
     behind: dict[str, Behind] = {}
-    for b, sums in sorted(totals.by(RANK, "bin").items()):
+    by_bin = totals.by(RANK, "bin")
+    for b in range(min(by_bin), max(by_bin) + 1):
+        # A bar that is missing would bring its neighbours together.
+        sums = by_bin.get(b, {"tokens": 0, "nll": 0.0})
         name = "1" if b == 0 else f"{1 << b}\u2013{(2 << b) - 1}"
         shares = (ratio(sums["tokens"], total["tokens"]), ratio(sums["nll"], total["nll"]))
         for part, share in zip(series, shares, strict=True):
             text = f"rank {name}: {percent(share)} {part.removeprefix('share ')}"
             rows.append({"name": name, "series": part, "value": share or 0.0, "label": text})
-            behind[text] = (find_tokens("rank", f"x >= {1 << b} AND x < {2 << b}"),)
+            if b in by_bin:
+                behind[text] = (find_tokens("rank", f"x >= {1 << b} AND x < {2 << b}"),)
         numbers.append((name, *map(percent, shares), f"{sums['tokens']:,}"))
     svg = charts.draw_groups(rows, series, x_title="rank (log scale)", y_title="share")
     columns = ("rank", *series, "tokens")

@@ -14,8 +14,24 @@ SELECT
     regexp_replace(filename, '/plan\.json$', '') AS folder
 FROM read_text(getvariable('root') || '/*/plan.json');
 
+CREATE OR REPLACE VIEW receipts AS
+SELECT
+    content,
+    regexp_replace(filename, '/shards/\d+\.json$', '') AS folder
+FROM read_text(getvariable('root') || '/*/shards/*.json');
+
 -- A row a run.
 CREATE OR REPLACE VIEW runs AS
+WITH spent AS (
+    SELECT
+        folder,
+        count(*) AS shards,
+        sum(cast(content -> '$.seconds' AS double)) AS seconds,
+        sum(coalesce(cast(content -> '$.device_seconds' AS double), 0)) AS device_seconds
+    FROM receipts
+    GROUP BY folder
+)
+
 SELECT
     m.content ->> '$.model.name' AS model,
     regexp_replace(
@@ -35,13 +51,18 @@ SELECT
     from_json(m.content -> '$.tiers', '["VARCHAR"]') AS tiers,
     p.content ->> '$.uri' AS corpus_uri,
     m.content ->> '$.corpus_fingerprint' AS corpus_fingerprint,
+    t.shards,
     cast(m.content -> '$.documents' AS bigint) AS documents,
     cast(m.content -> '$.failed' AS bigint) AS failed,
     cast(m.content -> '$.tokens' AS bigint) AS tokens,
     cast(m.content -> '$.bytes' AS bigint) AS bytes,
-    cast(m.content -> '$.loglikelihood' AS double) AS loglikelihood
+    cast(m.content -> '$.loglikelihood' AS double) AS loglikelihood,
+    t.seconds,
+    t.device_seconds,
+    cast(list_sum(cast(m.content -> '$.parts[*].bytes' AS bigint[])) AS bigint) AS bytes_written
 FROM manifests AS m
-INNER JOIN plans AS p ON m.folder = p.folder;
+INNER JOIN plans AS p ON m.folder = p.folder
+LEFT JOIN spent AS t ON m.folder = t.folder;
 
 -- A row a file of a run.
 CREATE OR REPLACE VIEW parts AS
@@ -67,18 +88,25 @@ FROM listed;
 
 -- A row a shard of a run, from the receipts.
 CREATE OR REPLACE VIEW shards AS
-WITH receipts AS (
-    SELECT
-        content,
-        regexp_replace(filename, '/shards/\d+\.json$', '') AS folder
-    FROM read_text(getvariable('root') || '/*/shards/*.json')
-),
-
-written AS (
+WITH written AS (
     SELECT
         run_key,
         shard,
-        cast(sum(bytes) AS bigint) AS bytes_written
+        cast(sum(bytes) AS bigint) AS bytes_written,
+        coalesce(cast(sum(bytes) FILTER (WHERE tier = 'hidden') AS bigint), 0)
+            AS bytes_hidden,
+        coalesce(cast(sum(bytes) FILTER (WHERE tier = 'logits') AS bigint), 0)
+            AS bytes_logits,
+        coalesce(cast(sum(bytes) FILTER (WHERE tier = 'sampled') AS bigint), 0)
+            AS bytes_sampled,
+        coalesce(cast(sum(bytes) FILTER (WHERE tier = 'scores') AS bigint), 0)
+            AS bytes_scores,
+        coalesce(cast(sum(bytes) FILTER (WHERE tier = 'shards') AS bigint), 0)
+            AS bytes_summary,
+        coalesce(cast(sum(bytes) FILTER (WHERE tier = 'tokens') AS bigint), 0)
+            AS bytes_tokens,
+        coalesce(cast(sum(bytes) FILTER (WHERE tier = 'topk') AS bigint), 0)
+            AS bytes_topk
     FROM parts
     GROUP BY run_key, shard
 )
@@ -91,12 +119,14 @@ SELECT
     cast(s.content -> '$.shard' AS integer) AS shard,
     s.content ->> '$.device' AS device,
     cast(s.content -> '$.seconds' AS double) AS seconds,
-    cast(s.content -> '$.device_seconds' AS double) AS device_seconds,
-    cast(s.content -> '$.tokens' AS bigint) AS tokens,
+    coalesce(cast(s.content -> '$.device_seconds' AS double), 0) AS device_seconds,
     cast(s.content -> '$.documents' AS bigint) AS documents,
     cast(s.content -> '$.failed' AS bigint) AS failed,
+    cast(s.content -> '$.tokens' AS bigint) AS tokens,
     cast(s.content -> '$.bytes' AS bigint) AS bytes,
-    w.bytes_written
+    w.bytes_written,
+    cast(s.content -> '$.attempt' AS integer) AS attempt,
+    w.* EXCLUDE (run_key, shard, bytes_written)
 FROM receipts AS s
 INNER JOIN runs AS r ON s.folder = r.uri
 INNER JOIN written AS w

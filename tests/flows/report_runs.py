@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from logitmill.engine import metrics
+from logitmill.engine.recipes import Recipe
 from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
 from logitmill.flows.summary import Summary
 
@@ -75,7 +76,7 @@ def make_run(num_sources: int = 3) -> Summary:
 
 SOURCES = ("web", "code", 'it\'s "quoted"', "line\nbreak\x01")
 LANGUAGES = ("en", "de", "")
-SHORT = {"name": "rolling", "context": 128, "overlap": 1, "prefix": "auto"}
+SHORT: dict[str, Any] = {"name": "rolling", "context": 128, "overlap": 1, "prefix": "auto"}
 """A recipe that cuts most documents into several windows."""
 
 
@@ -92,7 +93,8 @@ def make_mixed(num_documents: int = 400) -> list[DocumentScore]:
         bits = rng.exponential(scale * num_bytes / n / 4, n)
         score = make(f"{LANGUAGES[i % 3]}/doc-{i:03}.txt", bits, text, source)
         score.record.language = LANGUAGES[i % 3]
-        score.record.num_windows = 1 + math.ceil(max(0, n - 128) / 128)
+        score.windows = Recipe(**SHORT).windows(n + 1, has_prefix=True)
+        score.record.num_windows = len(score.windows)
         score.record.min_k_plus_plus_20 = float(rng.normal())
         score.record.truncated = i % 50 == 7
         made.append(score)
@@ -104,11 +106,12 @@ def make_mixed(num_documents: int = 400) -> list[DocumentScore]:
 
 def write_run(documents: list[DocumentScore], folder: Path) -> None:
     """The Parquet files that the page's queries read, in two shards."""
-    columns = ("doc_id", "source", "language", "status", "bits_per_byte", "num_tokens_scored")
+    columns = ("doc_id", "source", "language", "status", "bits_per_byte")
+    columns += ("num_tokens_scored", "num_windows", "num_bytes")
     lists = ("logprob", "rank", "entropy", "top1_logprob")
     for shard in (0, 1):
         part = documents[shard::2]
-        scores = [{n: getattr(d.record, n) for n in (*columns, "num_bytes")} for d in part]
+        scores = [{n: getattr(d.record, n) for n in columns} for d in part]
         tokens = [
             {"doc_id": d.record.doc_id, **{n: getattr(d.tokens, n) for n in lists}}
             for d in part
@@ -131,6 +134,7 @@ OPERATIONS = pa.table(
         "tokens": [40000, 30000],
         "bytes": [500000, 400000],
         "bytes_written": [90000, 80000],
+        "attempt": pa.array([3, 1], pa.int32()),
         "bytes_scores": [10000, 10000],
         "bytes_summary": [80000, 70000],
     }

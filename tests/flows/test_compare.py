@@ -21,6 +21,7 @@ from logitmill.flows import open_run
 from logitmill.flows.compare import Comparison, compare, compare_runs, comparison, pairing, sums
 from logitmill.flows.compare.shift import measure_shift
 from logitmill.flows.compare.sums import Moments, Values
+from logitmill.flows.compare.wording import signed
 from logitmill.flows.counts import merge_counts
 from logitmill.flows.parts import LOGITS, SCORES
 from logitmill.flows.run import Run
@@ -659,3 +660,11 @@ def test_sources_beyond_the_bound_are_added_up_as_others(
         **{"a": 5, "b": 5, "c": 5},
         "(other)": 15,
     }
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(0.0, "0"), (-0.0004, "0.000"), (0.0004, "0.000"), (-2.0, "-2.000"), (1234.5, "+1,234.500")],
+)
+def test_differences_have_a_sign_where_there_is_one_to_see(value: float, said: str) -> None:
+    assert signed(value, 3) == said

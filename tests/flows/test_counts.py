@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
+from logitmill.engine.recipes import Window
 from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
 from logitmill.flows import summary
 from logitmill.flows.counts import (
@@ -33,7 +34,7 @@ ONE_GROUP = 1500
 
 
 def make(rng: np.random.Generator, doc_id: str, num_tokens: int, **labels: str) -> DocumentScore:
-    """A document of random tokens, three bytes each."""
+    """A document of random tokens, three bytes each, in a window that begins within it."""
     tokens = TokenRecords.empty(num_tokens)
     tokens.logprob[:] = -rng.exponential(2.0, num_tokens)
     tokens.entropy[:] = rng.exponential(1.0, num_tokens)
@@ -52,7 +53,7 @@ def make(rng: np.random.Generator, doc_id: str, num_tokens: int, **labels: str) 
         min_k_plus_plus_20=float(rng.normal()),
         **labels,
     )
-    return DocumentScore(0, record, tokens)
+    return DocumentScore(0, record, tokens, windows=[Window(1, num_tokens + 1, 2)])
 
 
 def summarize(scores: list[DocumentScore]) -> Summary:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+from dataclasses import asdict
 from html.parser import HTMLParser
 from itertools import pairwise
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from logitmill.engine.recipes import PRESETS
+from logitmill.engine.recipes import PRESETS, Recipe
 from logitmill.engine.records import DocumentRecord, DocumentScore
 from logitmill.flows.report import describe_recipe, render_report, totals, wording
 from logitmill.flows.report.documents import histogram_panel
@@ -244,6 +245,70 @@ def test_windows_begin_where_the_recipe_says() -> None:
     assert not [a for a in other.tags("span") if (a.get("class") or "").endswith(" w")]
 
 
+def cut_run(context: int) -> Summary:
+    """12 documents of 512 tokens in windows side by side: 6 bits after 1 token of context, 4 after
+    2 or 3, 2 after more, everywhere."""
+    recipe, made = Recipe(name="rolling", context=context), Summary()
+    for n in range(12):
+        windows = recipe.windows(513, has_prefix=True)
+        read = np.concatenate([1 + np.arange(w.num_targets) for w in windows])
+        bits = np.select([read == 1, read < 4], [6.0, 4.0], 2.0)
+        score = make(f"d{n}", bits, "abcd" * 512, "ab"[n % 2])
+        score.record.num_windows, score.windows = len(windows), windows
+        made.add(score)
+    return made
+
+
+def test_position_in_the_window_is_as_high_as_the_saw_tooth() -> None:
+    page = Page(render(cut_run(64), recipe={**SHORT, "context": 64}))
+    # 7 of 8 windows are later ones: in each 6 + 2 * 4 + 61 * 2 bits.
+    words = (
+        "5,376 tokens (87.5 %) stand in later windows. With 1 token of context they take 6.00 bits "
+        "each, with 39 to 64 tokens 2.00. Had all of them been like the latter, the run would "
+        "stand at 2.016 bits per token, not 2.125"
+    )
+    assert words in page.words
+    labels = [a["aria-label"] for a in page.tags("path") if "bits/token" in a.get("aria-label", "")]
+    assert labels.count("1 token: surprisal 6.00 bits/token, 84 tokens") == 1
+    assert labels.count("64 tokens: surprisal 2.00 bits/token, 84 tokens") == 1
+    assert labels.count("2 to 3 tokens, a: 4.00 bits/token, 84 tokens") == 1
+
+
+@pytest.mark.parametrize(
+    ("length", "context", "words"),
+    [
+        (400, 512, "Every document was read in one window"),
+        (512, 64, "scored by a version that did not count it"),
+    ],
+)
+def test_without_later_windows_words_say_why(length: int, context: int, words: str) -> None:
+    made = Summary()
+    # As of an older run: nothing is told of its windows.
+    made.add(make("d", np.full(length, 2.0), "abcd" * length))
+    page = Page(render(made, recipe={**SHORT, "context": context}))
+    assert words in page.words
+    assert "Position in the window" not in page.words.replace("Position in the window is not", "")
+
+
+def test_windows_that_cost_nothing() -> None:
+    made = Summary()
+    score = make("d", np.full(512, 2.0), "abcd" * 512)
+    score.windows = Recipe(**SHORT).windows(513, has_prefix=True)
+    made.add(score)
+    assert "2.00. The recipe's windows cost nothing here." in Page(render(made, recipe=SHORT)).words
+
+
+def test_later_windows_that_overlap_far_have_no_tooth() -> None:
+    recipe = Recipe(name="rolling", context=64, overlap=48)
+    made = Summary()
+    score = make("d", np.full(512, 2.0), "abcd" * 512)
+    score.windows = recipe.windows(513, has_prefix=True)
+    made.add(score)
+    page = Page(render(made, recipe=asdict(recipe)))
+    # 48 tokens are in the bin that begins with 46.
+    assert "stand in later windows, each with a context of 46 tokens or more." in page.words
+
+
 def test_calibration_error_by_hand() -> None:
     made = Summary()
     score = make("d", np.full(40, 1.0), "abcd" * 40)
@@ -387,6 +452,11 @@ def test_operations_are_those_of_the_shards() -> None:
     # 70,000 tokens in 5 s, of which the device was at work for 4.6.
     assert "NVIDIA H200 2 403 70,000 5.0 s 14,000 92.0 %" in words
     assert "scores 20 kB 0.29 summary 150 kB 2.14" in words
+    assert "1 shard had to be done again: 2 retries" in words
+    assert "shard device done at attempt time 0 NVIDIA H200 3 2.0 s" in words
+    # No shard has a half.
+    drawn = html[html.index("Tokens per second</h3>") : html.index("Device at work</h3>")]
+    assert re.findall(r">([\d.]+)</text>", drawn) == ["0", "1"]
 
 
 def test_many_shards_share_bars() -> None:
@@ -397,6 +467,15 @@ def test_many_shards_share_bars() -> None:
     assert "A bar stands for 21 shards that follow each other." in words
     assert "shards 0 to 20: 20,000 tokens/s, 840,000 tokens" in words
     assert "shards 987 to 999: 20,000 tokens/s" in words
+
+
+def test_ranks_that_did_not_come_have_their_place() -> None:
+    made = Summary()
+    score = make("d", np.full(40, 1.0), "abcd" * 40)
+    score.tokens.rank[:] = [1] * 30 + [9] * 10
+    made.add(score)
+    words = Page(render(made)).words
+    assert "1 75.0 % 75.0 % 30 2\u20133 0.0 % 0.0 % 0 4\u20137 0.0 % 0.0 % 0 8\u201315" in words
 
 
 def test_medians_by_source_and_language() -> None:

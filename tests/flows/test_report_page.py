@@ -102,6 +102,12 @@ def kept(page: Any) -> dict[str, tuple[int, int]]:
     return found
 
 
+def leave(page: Any) -> None:
+    """Go on to the next field; what was typed in this one is made good right after."""
+    page.keyboard.press("Tab")
+    page.evaluate("new Promise((done) => setTimeout(done))")
+
+
 def counted(report: Report, low: int, high: int, mask: Any = True) -> dict[str, tuple[int, int]]:
     """The same of the documents' scores, for cutoffs that are edges of bins."""
     bins, sizes = report.bins, report.column("num_bytes")
@@ -138,7 +144,7 @@ def test_typed_percentiles_keep_what_numpy_keeps(page: Any, report: Report, weig
     for low_share, high_share in ((30, 60), (10, 87.5), (0, 100)):
         page.fill("[name=lower-share]", str(low_share))
         page.fill("[name=upper-share]", str(high_share))
-        page.keyboard.press("Tab")
+        leave(page)
         low, high = cutoffs(page)
         assert kept(page) == counted(report, low, high)
         for edge, share in ((low, low_share / 100), (high, high_share / 100)):
@@ -166,10 +172,10 @@ def test_typed_bits_are_cutoffs_too(page: Any, report: Report) -> None:
     assert kept(page) == counted(report, 25, 40)
     page.fill("[name=upper-bits]", "0.3")
     assert kept(page)["between"] == (0, 0)
-    page.keyboard.press("Tab")
+    leave(page)
     assert cutoffs(page) == (25, 25)
     page.fill("[name=upper-bits]", "")
-    page.keyboard.press("Tab")
+    leave(page)
     assert cutoffs(page) == (25, 25)
 
 
@@ -260,6 +266,7 @@ def test_marks_of_every_other_chart_lead_on(page: Any, report: Report) -> None:
     names = charts.evaluate_all("all => all.map(e => e.dataset.behind)")
     assert {n.rpartition("-")[0] or n for n in names} >= {
         "position",
+        "window",
         "calibration",
         "rank",
         "operations",
@@ -361,6 +368,14 @@ def test_nothing_sticks_out_on_the_side(browser: Any, report: Report, viewport: 
         page.locator("#histogram .bar").nth(3).press("Enter")
         assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
         assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
+
+
+def test_lines_of_commands_end_before_options(browser: Any, report: Report) -> None:
+    with opened(browser, report.path, viewport=PHONE) as page:
+        lines = "all => all.map(e => [e.textContent, e.getClientRects().length])"
+        options = page.locator("pre .option").evaluate_all(lines)
+        assert {"--keep", "--context", "--doc"} <= {name for name, _ in options}
+        assert {count for _, count in options} == {1}
 
 
 def test_without_script_there_are_pictures_and_tables(browser: Any, report: Report) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import random
 import time
@@ -14,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from logitmill.engine import metrics
+from logitmill.engine import Pipeline, metrics
+from logitmill.engine.recipes import Recipe, Window
 from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
 from logitmill.flows import counts as counts_module
 from logitmill.flows import outliers as outliers_module
@@ -94,8 +96,9 @@ def make_failed(doc_id: str, status: str = "empty") -> DocumentScore:
 
 
 def make_random(rng: np.random.Generator, doc_id: str, num_tokens: int) -> DocumentScore:
-    """A scored document of plausible tokens from one of 3 sources in 2 languages."""
-    return make(
+    """A document of plausible tokens from one of 3 sources in 2 languages, scored in a window that
+    begins within it."""
+    score = make(
         doc_id,
         rng.exponential(3.0, num_tokens),
         rank=rng.integers(1, 5000, num_tokens),
@@ -105,6 +108,8 @@ def make_random(rng: np.random.Generator, doc_id: str, num_tokens: int) -> Docum
         language=("en", "")[rng.integers(2)],
         day=("", "2026-11-23")[rng.integers(2)],
     )
+    score.windows = [Window(1, num_tokens + 1, 2)]
+    return score
 
 
 def summarize(scores: list[DocumentScore]) -> Summary:
@@ -212,6 +217,7 @@ def test_counts_equal_a_loop_over_tokens() -> None:
                 ("token_nll", int(nll / LN2 / 0.25), (1, nll, 0, 0)),
                 ("entropy", int(entropy / LN2 / 0.25), (1, nll, entropy, 0)),
                 ("position", position, (1, nll, entropy, 0)),
+                ("window", position, (1, nll, entropy, 0)),
                 ("calibration", min(19, int(20 * top1)), (1, 0, top1, hit)),
                 ("rank", rank.bit_length() - 1, (1, nll, 0, 0)),
             ):
@@ -223,6 +229,73 @@ def test_counts_equal_a_loop_over_tokens() -> None:
         found = (r["tokens"], r["nll"], r["value"], r["hits"])
         key = tuple(r[name] for name in KEYS)
         np.testing.assert_allclose(found, expected[key], rtol=1e-12, atol=1e-12)
+
+
+RECIPES = (
+    {"name": "rolling", "context": 10},
+    {"name": "rolling", "context": 10, "overlap": 7},
+    {"name": "strided", "context": 16, "stride": 5},
+    {"name": "disjoint", "context": 8},
+    {"name": "llamacpp", "context": 12},
+    {"name": "truncated", "context": 20},
+    {"name": "conditional", "context": 30},
+)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r['name']}-{r.get('overlap', 1)}")
+def test_tokens_of_later_windows_are_counted_by_what_was_read(recipe: dict[str, Any]) -> None:
+    rng = np.random.default_rng(12)
+    expected: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(3))
+    scores = []
+    for length in (2, 11, 12, 33, 100, 257):
+        windows = Recipe(**recipe).windows(length, has_prefix=True, num_context=length // 3)
+        targets = [(w, t) for w in windows for t in range(w.first_target, w.stop + 1)]
+        if not targets:
+            continue
+        score = make(
+            str(length), rng.exponential(3.0, len(targets)), entropy=rng.random(len(targets))
+        )
+        score.windows = windows
+        scores.append(score)
+        for n, (window, target) in enumerate(targets):
+            read = range(window.start, target)
+            if 0 not in read:
+                b = max(b for b in range(64) if 2 ** (b / 4) <= len(read) + 1e-9)
+                expected[b] += (1, -score.tokens.logprob[n], score.tokens.entropy[n])
+    found = panel(summarize(scores).counts(), "window")
+    assert found.keys() == expected.keys()
+    assert bool(found) == (recipe["name"] != "truncated")
+    for b, row in found.items():
+        np.testing.assert_allclose((row["tokens"], row["nll"], row["value"]), expected[b])
+        assert (row["documents"], row["bytes"], row["hits"]) == (0, 0, 0)
+
+
+def test_short_windows_are_a_saw_tooth_and_a_long_one_is_none(demo: Pipeline) -> None:
+    context = 32
+    text = Path(json.__file__).with_name("decoder.py").read_text()[:2800]
+    (long,), (short,) = (demo.score([text], context=length) for length in (1024, context))
+    n = long.record.num_tokens_scored
+    assert (long.record.num_windows, short.record.num_windows) == (1, -(-n // context))
+    assert not panel(summarize([long]).counts(), "window")
+    # Windows side by side; the last one is filled up on its left.
+    read = np.arange(n) % context + 1
+    last = n - n // context * context
+    read[n - last :] += context - last
+    later = np.arange(n) >= context
+    rows = panel(summarize([short]).counts(), "window")
+    means = {}
+    for octave in range(6):
+        low = 1 << octave
+        chosen = later & (read >= low) & (read < 2 * low)
+        bins = [row for b, row in rows.items() if b // 4 == octave]
+        assert sum(row["tokens"] for row in bins) == chosen.sum() > 0
+        nll = -short.tokens.logprob[chosen].astype(np.float64)
+        assert sum(row["nll"] for row in bins) == pytest.approx(nll.sum(), rel=1e-12)
+        # The same tokens in one window, where they have all that stands before them.
+        means[low] = nll.mean() + long.tokens.logprob[chosen].mean()
+    # A tooth: nats too many after one token of context, and few after many.
+    assert means[1] > 2.0
+    assert abs(means[16]) < 0.3 * means[1]
 
 
 def test_every_document_and_token_is_in_every_histogram_once() -> None:
@@ -245,7 +318,7 @@ def test_every_document_and_token_is_in_every_histogram_once() -> None:
     assert total.pop("status/invalid_utf8") == [3, 0]
     assert total == {
         name: [0, num_tokens]
-        for name in ("token_nll", "entropy", "position", "calibration", "rank")
+        for name in ("token_nll", "entropy", "position", "window", "calibration", "rank")
     }
 
 

@@ -179,6 +179,35 @@ def test_throughput(db: duckdb.DuckDBPyConnection, run: Run) -> None:
     assert row.bytes_written == sum(part.bytes for r in receipts for part in r.parts)
 
 
+def test_retries_of_runs_that_say_them(run: Run, tmp_path: Path) -> None:
+    for key in ("a", "b"):
+        folder = Path(copy_run(run, tmp_path, key).uri)
+        for n, path in enumerate(sorted(folder.glob("shards/*.json"))):
+            receipt = json.loads(path.read_text())
+            assert receipt.pop("attempt") == 1
+            said = {"attempt": 3 - n} if key == "a" and n < 2 else {}
+            path.write_text(json.dumps(receipt | said))
+    db = connect(str(tmp_path))
+    asked = "SELECT retries FROM throughput ORDER BY run_key"
+    assert db.sql(asked).fetchall() == [(3,), (None,)]
+    # As in tables that were published before.
+    db.execute("CREATE TABLE before AS SELECT * EXCLUDE (attempt) FROM shards")
+    db.execute("CREATE OR REPLACE VIEW shards AS FROM before")
+    assert db.sql(asked).fetchall() == [(None,), (None,)]
+
+
+@pytest.mark.parametrize("name", ["runs", "shards", "counts", "scores"])
+def test_a_folder_has_the_columns_and_rows_of_the_tables(run: Run, root: str, name: str) -> None:
+    publish_run(run)
+    ours, theirs = (connect(root, catalog=where).sql(f"FROM {name}") for where in (None, "beside"))
+    assert ours.columns == theirs.columns
+    if name in ("runs", "shards"):
+        same = [column for column in ours.columns if column not in ("uri", "date")]
+        assert [*map(str, ours.types)] == [*map(str, theirs.types)]
+        frames = (one.df()[same] for one in (ours, theirs))
+        pd.testing.assert_frame_equal(*(f.sort_values(same[:5], ignore_index=True) for f in frames))
+
+
 def copy_run(run: Run, root: Path, key: str, **changes: Any) -> Run:
     shutil.copytree(run.uri, root / key)
     for name in ("plan.json", MANIFEST):
