@@ -49,6 +49,23 @@ _CLIENTS = {
 }
 
 
+_KEYS = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+_LOGIN = f"{_KEYS}, AWS_PROFILE, or key and secret of s3 in ~/.config/fsspec/conf.json"
+# What helps against exceptions of S3's clients, by their names.
+_REMEDIES = {
+    **dict.fromkeys(
+        ("NoCredentialsError", "PartialCredentialsError", "CredentialRetrievalError"),
+        f"set {_LOGIN}",
+    ),
+    "ProfileNotFound": f"check AWS_PROFILE, or set {_KEYS}",
+    **dict.fromkeys(
+        ("EndpointConnectionError", "ConnectTimeoutError", "SSLError", "ProxyConnectionError"),
+        "check endpoint_url or AWS_ENDPOINT_URL, which names a server that is not Amazon's",
+    ),
+}
+_REFUSED = f"check what the credentials may do there: {_LOGIN}"
+
+
 class SchemeError(ValueError):
     """No file system can be had for a URI's scheme."""
 
@@ -132,7 +149,16 @@ def hush(text: str, options: Mapping[str, Any] | None = None) -> str:
 def scrub(error: BaseException, options: Mapping[str, Any]) -> str:
     """One line for an error of a library, without anything from `options` or a URL."""
     text = hush(" ".join(str(error).split()), options)
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+    return (f"{type(error).__name__}: {text}" if text else type(error).__name__) + remedy(error)
+
+
+def remedy(error: BaseException) -> str:
+    """ "; what to set" where S3 was not reached or lets nobody in, otherwise ""."""
+    works = _REMEDIES.get(type(error).__name__, "")
+    # s3fs has a client's error for the cause of what it makes of it.
+    if isinstance(error, PermissionError) and hasattr(error.__cause__, "response"):
+        works = _REFUSED
+    return f"; {works}" if works else ""
 
 
 def is_io(error: BaseException) -> bool:

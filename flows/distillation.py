@@ -149,7 +149,7 @@ class DistillationDataset(IterableDataset):
         """Read by a file system of this process: an object store's does not survive a fork."""
         folder = self._run.folder
         self._run = copy(self._run)
-        self._run.folder = Folder(folder.uri, folder.options)
+        self._run.folder = Folder(folder.uri, folder.options, field="run")
         self._reader = replace(self._reader, run=self._run)
 
     def _read(self, name: str) -> Iterator[Source]:
@@ -189,7 +189,8 @@ def _check_tier(run: Run, tier: str) -> None:
     if has_gaps:
         raise StoreError(
             f"recipe: {recipe['name']} leaves tokens out, or reads ones that are not stored, so "
-            f"its rows do not follow each other; score with {', '.join(_CONSECUTIVE)}"
+            f"its rows do not follow each other; score the corpus again with "
+            f"{', '.join(_CONSECUTIVE)}, contexts and what follows them as one text"
         )
     if tier in ("hidden", "logits"):
         if "tokens" not in run.tiers:

@@ -18,7 +18,45 @@ from .parts import BLOBS, DocumentsWriter, schema_of
 _OWN_BYTES, _TAIL_BYTES, _TOP_BYTES, _PAIR_BYTES = 16, 4, 5, 4
 
 
-class TopKWriter(DocumentsWriter):
+# What a value of a Parquet file may hold, less what may lie before it in a page.
+_VALUE_BYTES = (1 << 31) - (1 << 27)
+
+
+class ArraysWriter(DocumentsWriter):
+    """A part whose arrays are bytes, each of a document in one value."""
+
+    def __init__(
+        self,
+        path: Path,
+        metadata: Mapping[str, str],
+        *,
+        vocab_size: int,
+        token_bytes: int,
+        kept: tuple[str, int],
+    ) -> None:
+        """`kept` is the setting of what is kept of a row, and how many: two bytes each."""
+        about = {kept[0]: str(kept[1]), "vocab_size": str(vocab_size)}
+        schema = schema_of(self.tier, vocab_size)
+        super().__init__(path, schema, {**metadata, **about}, token_bytes)
+        self._kept, self._most = kept, _VALUE_BYTES // (2 * max(2, kept[1]))
+
+    def add(self, score: DocumentScore) -> None:
+        """Append a document, if it was scored.
+
+        Raises:
+            ValueError: for one of more tokens than a value can hold the arrays of.
+        """
+        if len(score.tokens) > self._most:
+            name, number = self._kept
+            raise ValueError(
+                f"tiers: document {score.record.doc_id!r} has {len(score.tokens):,} scored tokens, "
+                f"more than the {self._most:,} that a row of {self.tier} holds with {name} "
+                f"{number}; cut it in two, ask for fewer, or leave {self.tier} out"
+            )
+        super().add(score)
+
+
+class TopKWriter(ArraysWriter):
     """The `topk` part: the k likeliest tokens of every row, and the mass of all others."""
 
     tier = "topk"
@@ -26,17 +64,16 @@ class TopKWriter(DocumentsWriter):
     def __init__(
         self, path: Path, metadata: Mapping[str, str], *, top_k: int, vocab_size: int
     ) -> None:
-        about = {"top_k": str(top_k), "vocab_size": str(vocab_size)}
-        schema = schema_of(self.tier, vocab_size)
         token_bytes = _OWN_BYTES + _TAIL_BYTES + top_k * _TOP_BYTES
-        super().__init__(path, schema, {**metadata, **about}, token_bytes)
+        kept = ("top_k", top_k)
+        super().__init__(path, metadata, vocab_size=vocab_size, token_bytes=token_bytes, kept=kept)
 
     def make_columns(self, scores: Sequence[DocumentScore]) -> dict[str, Any]:
         """Arrays as bytes, one value a document."""
         return _top_k_columns(scores)
 
 
-class SampledWriter(DocumentsWriter):
+class SampledWriter(ArraysWriter):
     """The `sampled` part: tokens drawn from every row's distribution, and how often each was."""
 
     tier = "sampled"
@@ -50,14 +87,13 @@ class SampledWriter(DocumentsWriter):
         draw_seed: int,
         vocab_size: int,
     ) -> None:
-        about = {
-            "num_draws": str(num_draws),
-            "draw_seed": str(draw_seed),
-            "vocab_size": str(vocab_size),
-        }
-        schema = schema_of(self.tier, vocab_size)
-        token_bytes = _OWN_BYTES + 1 + num_draws * _PAIR_BYTES
-        super().__init__(path, schema, {**metadata, **about}, token_bytes)
+        super().__init__(
+            path,
+            {**metadata, "draw_seed": str(draw_seed)},
+            vocab_size=vocab_size,
+            token_bytes=_OWN_BYTES + 1 + num_draws * _PAIR_BYTES,
+            kept=("num_draws", num_draws),
+        )
 
     def make_columns(self, scores: Sequence[DocumentScore]) -> dict[str, Any]:
         """Arrays as bytes, one value a document."""

@@ -1,8 +1,6 @@
 """A folder under any fsspec URI, whose files appear whole or not at all.
 
-What is not finished lies in scratch folders (`.tmp-*`), each locked by its writer for as long as
-the writer lives: whoever finds one without a lock may remove it. Knows nothing of what the files
-are.
+What is not finished lies in scratch folders. Knows nothing of what the files are.
 
 Object stores put an object in place in one piece, and two writers of one name leave the object of
 one of them. Nothing here asks a server for conditional writes, so it does not matter which have
@@ -12,7 +10,6 @@ them: whoever writes a name twice writes bytes of which either will do.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -20,18 +17,19 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import gettempdir, mkdtemp
+from tempfile import gettempdir
 from typing import Any
 
-from ..engine.remote import Stat, connect, hush, protocols, redact, stat_of
+from ..engine.remote import Stat, connect, hush, protocols, redact, remedy, stat_of
+from .scratch import TEMPORARY, make_scratch, sweep
 
 log = logging.getLogger(__name__)
 
-_TEMPORARY = ".tmp-"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_BARRED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 class StoreError(ValueError):
@@ -51,11 +49,18 @@ class Part:
 class Folder:
     """A folder under an fsspec URI, whose files appear whole or not at all."""
 
-    def __init__(self, uri: str, storage_options: Mapping[str, Any] | None = None) -> None:
-        """Raises StoreError for a URI that cannot be."""
+    def __init__(
+        self, uri: str, storage_options: Mapping[str, Any] | None = None, *, field: str = "out"
+    ) -> None:
+        """Open a place; `field` is the argument that named it, which errors begin with.
+
+        Raises:
+            StoreError: for a URI that cannot be.
+        """
+        self._field = field
         if redact(uri) != uri:
             raise StoreError(
-                f"out: {redact(uri)!r} holds a credential; give it in the environment instead"
+                f"{field}: {redact(uri)!r} holds a credential; give it in the environment instead"
             )
         self.uri = uri.rstrip("/")
         self.options = dict(storage_options or {})
@@ -64,7 +69,7 @@ class Folder:
             # Listings are never cached: another process may be at work on the same run.
             self._fs, root = connect(uri, {"use_listings_cache": False, **self.options})
         except ValueError as error:
-            raise StoreError(f"out: {uri!r} cannot be opened: {one_line(error)}") from None
+            raise StoreError(f"{field}: {uri!r} cannot be opened: {one_line(error)}") from None
         self._root = root.rstrip("/")
         self.is_local = "file" in protocols(self._fs)
         # s3fs asks for the size first, to fetch large objects in parts: twice the requests.
@@ -72,7 +77,7 @@ class Folder:
 
     def below(self, name: str) -> Folder:
         """The folder `name` in this one."""
-        return Folder(f"{self.uri}/{name}", self.options)
+        return Folder(f"{self.uri}/{name}", self.options, field=self._field)
 
     def path(self, name: str) -> str:
         """What the file system calls the file `name` ("scores/part-00000.parquet")."""
@@ -95,14 +100,16 @@ class Folder:
                     (folder / "probe").write_bytes(b"logitmill")
                 sweep(Path(self._root))
             else:
-                probe = f"{_TEMPORARY}{uuid.uuid4().hex}"
+                probe = f"{TEMPORARY}{uuid.uuid4().hex}"
                 self._fs.pipe_file(self.path(probe), b"logitmill")
                 self._fs.rm_file(self.path(probe))
+        except StoreError:
+            raise
         except Exception as error:  # botocore, aiohttp and others raise types of their own
             # A folder needs nobody to make it; what is missing is the bucket.
             works = "; create it first" if isinstance(error, FileNotFoundError) else ""
             raise StoreError(
-                f"out: {self.uri!r} cannot be written: {one_line(error)}{works}"
+                f"{self._field}: {self.uri!r} cannot be written: {one_line(error)}{works}"
             ) from None
 
     def read(self, name: str) -> bytes | None:
@@ -142,21 +149,22 @@ class Folder:
         """A local folder to write parts in, beside the output where that is local.
 
         Raises:
-            OSError: naming where it lies, if the block found the disk full.
+            StoreError: if this is no place to make one.
+            OSError: naming where it lies, if the disk is full.
         """
         within = Path(self._root) if self.is_local else Path(gettempdir(), "logitmill")
-        within.mkdir(parents=True, exist_ok=True)
-        folder, lock = _make_scratch(within)
+        try:
+            within.mkdir(parents=True, exist_ok=True)
+            folder, lock = make_scratch(within)
+        except OSError as error:
+            self._refuse(within, error)
+            raise
         try:
             yield folder
         except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            remedy = "free some of it" if self.is_local else "free some of it, or set TMPDIR"
-            raise OSError(
-                f"out: the disk of {str(within)!r}, where parts are made, is full "
-                f"({os.strerror(error.errno)}); {remedy}"
-            ) from None
+            if error.errno in _FULL:
+                self._refuse(within, error)
+            raise
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
@@ -244,6 +252,25 @@ class Folder:
             os.fsync(file.fileno())
         local.replace(final)
 
+    def _refuse(self, within: Path, error: OSError) -> None:
+        """Raise what an error of a scratch folder comes from, and what works; else nothing."""
+        if error.errno in _FULL:
+            works = "free some of it" if self.is_local else "free some of it, or set TMPDIR"
+            raise OSError(
+                f"{self._field}: the disk of {str(within)!r}, where parts are made, is full "
+                f"({os.strerror(error.errno)}); {works}"
+            ) from None
+        place = self.uri if self.is_local else str(within)
+        there = next(one for one in (within, *within.absolute().parents) if os.path.exists(one))
+        if not there.is_dir():
+            said = f"{str(there)!r} is a file; name a folder"
+        elif error.errno in _BARRED:
+            said = f"{os.strerror(error.errno)} to write in {str(there)!r}; "
+            said += "name another folder" if self.is_local else "set TMPDIR to another folder"
+        else:
+            return
+        raise StoreError(f"{self._field}: {place!r} cannot be written: {said}") from None
+
     @contextmanager
     def _plain_errors(self, name: str, done: str) -> Iterator[None]:
         """One line instead of a client's exception, whose traceback shows headers and URLs."""
@@ -251,67 +278,28 @@ class Folder:
             yield
         except Exception as error:
             where = f"{self.uri}/{name}".rstrip("/")
-            raise OSError(f"out: {where} cannot be {done}: {one_line(error)}") from None
-
-
-def _make_scratch(within: Path) -> tuple[Path, int]:
-    """A new folder and the lock on it, held by this process for as long as it lives."""
-    while True:
-        folder = Path(mkdtemp(prefix=_TEMPORARY, dir=within))
-        # Until it is locked it may be swept, and then another is taken.
-        try:
-            lock = os.open(folder, os.O_RDONLY)
-        except FileNotFoundError:
-            continue
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if folder.exists():
-            return folder, lock
-        os.close(lock)
-
-
-def sweep(within: Path) -> None:
-    """Remove the scratch folders whose writers are gone: those that nobody holds the lock of."""
-    for folder in within.glob(f"{_TEMPORARY}*"):
-        with suppress(FileNotFoundError), _claim(folder) as is_claimed:
-            if is_claimed:
-                shutil.rmtree(folder, ignore_errors=True)
-
-
-def find_live(within: Path) -> set[str]:
-    """Names of the scratch folders whose writers live."""
-    found = set()
-    for folder in within.glob(f"{_TEMPORARY}*"):
-        with suppress(FileNotFoundError), _claim(folder) as is_claimed:
-            if not is_claimed:
-                found.add(folder.name)
-    return found
-
-
-@contextmanager
-def _claim(folder: Path) -> Iterator[bool]:
-    """Hold the lock of a scratch folder, if nobody else does; FileNotFoundError if it is gone."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(lock)
+            raise OSError(f"{self._field}: {where} cannot be {done}: {one_line(error)}") from None
 
 
 def endpoint_options(uri: str, endpoint_url: str | None) -> dict[str, Any]:
-    """What opens `uri` at an S3 server of one's own; nothing for other URIs."""
+    """What opens `uri` at an S3 server of one's own; nothing for other URIs.
+
+    Raises:
+        ValueError: for what is no server's URL.
+    """
+    if endpoint_url is not None and not endpoint_url.startswith(("http://", "https://")):
+        raise ValueError(
+            f"endpoint_url: {redact(endpoint_url)!r} is no server's URL; give one as "
+            "http://localhost:9000"
+        )
     if endpoint_url is not None and uri.startswith(("s3://", "s3a://")):
         return {"endpoint_url": endpoint_url}
     return {}
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line and without credentials."""
-    return hush(" ".join(str(error).split())) or type(error).__name__
+    """What an error says, in one line, without credentials and with what helps against it."""
+    return (hush(" ".join(str(error).split())) or type(error).__name__) + remedy(error)
 
 
 def _last(entry: Mapping[str, Any]) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 from .folder import Folder, StoreError
 from .progress import counted
-from .run import find_runs
+from .run import find_runs, no_run
 from .store import MANIFEST, PLAN, Receipt
 
 _READERS = 16
@@ -75,10 +75,10 @@ def find_followed(uri: str, storage_options: Mapping[str, Any] | None = None) ->
     Raises:
         ValueError: if there is none, or it is not clear which is meant.
     """
-    folder = Folder(uri, storage_options)
+    folder = Folder(uri, storage_options, field="run")
     found = find_runs(folder)
     if not found:
-        raise StoreError(f"run: there is no run in {folder.uri!r}")
+        raise no_run(folder)
     if len(found) > 1:
         found = [run for run in found if run.size(MANIFEST) is None] or found
     if len(found) > 1:
@@ -130,7 +130,7 @@ class _Follower:
         self._folder = folder
         plan = folder.read_json(PLAN)
         if plan is None:
-            raise StoreError(f"run: there is no run in {folder.uri!r}")
+            raise no_run(folder)
         self._bytes = [shard["num_bytes"] for shard in plan["corpus"]["shards"]]
         self._done: dict[int, _Done] = {}
         self._newest = time.monotonic()

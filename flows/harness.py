@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jinja2 import TemplateError
 from lm_eval.api.instance import Instance
@@ -27,27 +27,21 @@ from lm_eval.utils import (
 )
 from tqdm import tqdm
 
-from ..engine import Document, DocumentScore, EngineSettings, find_recipe
+from ..engine import EngineSettings
 from ..engine.checkpoint import find_model
 from ..engine.pipeline import inspect_model, load_pipeline
-from ..engine.records import NONFINITE, OK
 from .answers import Wish, read_stop_ids
+from .likelihoods import Answer, TokenRequest, answer_requests
+from .model_args import KINDS, check_arguments
 from .plugin import register
 from .versions import versions
 
 log = logging.getLogger(__name__)
 
-Answer = tuple[float, bool]
-"""A continuation's log-likelihood in nats, and whether greedy decoding would give it."""
-TokenRequest = tuple[tuple[str, str] | None, list[int], list[int]]
-"""(context, continuation) as the cache of the harness knows them, and the tokens of both."""
-
 # What the command of the harness says where nobody names a device.
 _DEFAULT_DEVICE = "cuda:0"
 # Texts whose tokens are remembered: options of a question follow each other.
 _REMEMBERED = 64
-_NUMBERS = ("max_length", "prefix_token_id", "max_batch_tokens", "logits_memory", "device_memory")
-_SWITCHES = ("add_bos_token", "fp8_head", "trust_remote_code", "enable_thinking")
 
 
 class LogitmillLM(TemplateLM):
@@ -104,8 +98,9 @@ class LogitmillLM(TemplateLM):
             ValueError: naming the argument, its value and what would work.
         """
         super().__init__()
-        given = {name: value for name, value in locals().items() if name in _NUMBERS + _SWITCHES}
-        _check_arguments(pretrained, given, unknown)
+        given = {name: value for name, value in locals().items() if name in KINDS}
+        known = LogitmillLM.__init__.__kwdefaults__ or {}
+        check_arguments(pretrained, given, unknown, known)
         for name, value in (("batch_size", batch_size), ("max_batch_size", max_batch_size)):
             if value is not None and not re.fullmatch("1|auto.*", str(value)):
                 log.warning(
@@ -171,12 +166,20 @@ class LogitmillLM(TemplateLM):
     ) -> LogitmillLM:
         """A model of arguments; `additional_config` is what the harness's own options say.
 
-        An argument goes before an option, which has a value even where nobody gave one.
+        An argument goes before an option, which has a value even where nobody gave one. A mistake
+        among them ends the harness's command with a line and status 2.
         """
         options = {k: v for k, v in (additional_config or {}).items() if v is not None}
         if options.get("device") == _DEFAULT_DEVICE and not torch.cuda.is_available():
             del options["device"]
-        return cls(**{**options, **arg_dict})
+        try:
+            return cls(**{**options, **arg_dict})
+        except ValueError as error:
+            # The harness's command would show a traceback of what is a mistake in it.
+            if not hasattr(sys.modules["__main__"], "cli_evaluate"):
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            raise SystemExit(2) from None
 
     @property
     def eot_token_id(self) -> int:
@@ -335,74 +338,20 @@ class LogitmillLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: Sequence[TokenRequest], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[Answer]:
-        """Answers to requests of tokens, in their order.
-
-        Equal ones are scored once, and those that begin alike are neighbours: the bytes of
-        big-endian integers sort as the integers do.
-        """
-        works: dict[tuple[bytes, int], list[int]] = {}
-        for i, (_, context, continuation) in enumerate(requests):
-            self._check_length(i, continuation)
-            # Of whitespace alone the harness leaves no token of a context.
-            context = context or [self.prefix_token_id]
-            ids = np.array(context + continuation, ">i4").tobytes()
-            works.setdefault((ids, len(context)), []).append(i)
-        num_cut = sum(len(ids) // 4 > self.max_length + 1 for ids, _ in works)
-        if num_cut:
-            log.warning(
-                "%d of %d requests are longer than max_length, %d tokens: cut from the left",
-                *(num_cut, len(works), self.max_length),
-            )
+        """Answers to requests of tokens, in their order."""
+        # Of whitespace alone the harness leaves no token of a context.
+        filled = [(key, context or [self.prefix_token_id], own) for key, context, own in requests]
         answers: list[Answer] = [(0.0, False)] * len(requests)
-        order = sorted(works)
-        documents = (
-            Document(
-                str(works[ids, num_context][0]),
-                input_ids=np.frombuffer(ids, ">i4"),
-                num_context=num_context,
-            )
-            for ids, num_context in order
-        )
-        recipe = find_recipe("conditional", context=self.max_length, prefix="none")
-        scores = self._pipe.score(documents, recipe=recipe)
         with tqdm(
             total=len(requests), desc="Running loglikelihood requests", disable=disable_tqdm
         ) as bar:
-            for work, score in zip(order, scores, strict=True):
-                answer = _read_answer(score)
-                for i in works[work]:
+            for which, answer in answer_requests(self._pipe, filled, self.max_length):
+                for i in which:
                     answers[i] = answer
                     if (arguments := requests[i][0]) is not None:
                         self.cache_hook.add_partial("loglikelihood", arguments, answer)
-                bar.update(len(works[work]))
+                bar.update(len(which))
         return answers
-
-    def _check_length(self, index: int, continuation: list[int]) -> None:
-        if not continuation:
-            raise ValueError(
-                f"continuation: of request {index} no token is left beside its context's, so "
-                "nothing is scored"
-            )
-        if len(continuation) > self.max_length:
-            raise ValueError(
-                f"continuation: of request {index} it has {len(continuation)} tokens, more than "
-                f"max_length, {self.max_length}; shorten it, or ask for loglikelihood_rolling"
-            )
-
-
-def _check_arguments(pretrained: str, given: Mapping[str, Any], unknown: Mapping[str, Any]) -> None:
-    names = LogitmillLM.__init__.__kwdefaults__ or {}
-    if unknown:
-        raise ValueError(
-            f"model_args: {', '.join(unknown)} is not known; logitmill takes pretrained, "
-            f"{', '.join(names)}"
-        )
-    if not pretrained:
-        raise ValueError("pretrained: missing; give a model folder, its URI or a Hub id")
-    for name, value in given.items():
-        kind, what = (int, "a whole number") if name in _NUMBERS else (bool, "True or False")
-        if value is not None and type(value) is not kind:
-            raise ValueError(f"{name}: {value!r} is not {what}")
 
 
 def _load_tokenizer(
@@ -423,17 +372,6 @@ def _load_tokenizer(
     except (ValueError, OSError, ImportError, KeyError, TypeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"tokenizer: none can be loaded from {str(source)!r}: {reason}") from None
-
-
-def _read_answer(score: DocumentScore) -> Answer:
-    """The log-likelihood is NaN where the model's numbers are."""
-    record, tokens = score.record, score.tokens
-    if record.status == NONFINITE:
-        log.warning("request %s: %s", record.doc_id, record.error)
-        return float("nan"), False
-    if record.status != OK or tokens is None or record.loglikelihood is None:
-        raise ValueError(f"request {record.doc_id}: {record.error}")
-    return record.loglikelihood, bool((tokens.top1_id == tokens.token_id).all())
 
 
 register()

@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from ..engine.intake import join_stream
 from ..engine.records import Document
 from .corpus import CorpusSpec, read_shard
 from .corpus.plan import Plan
 from .folder import endpoint_options
-from .run import Run, no_such_document
+from .run import Run
 
 
 def find_corpus(plan: Mapping[str, Any], endpoint_url: str | None) -> CorpusSpec:
@@ -47,27 +45,3 @@ def read_documents(run: Run, spec: CorpusSpec, shards: Sequence[int]) -> Iterato
     planned = Plan.from_dict(run.plan["corpus"]).shards
     documents = (document for i in shards for document in read_shard(spec, planned[i]))
     return join_stream(documents) if run.plan["recipe"]["concatenate"] else documents
-
-
-def shard_names(run: Run, tier: str = "scores") -> dict[int, str]:
-    """A tier's parts below the run's folder, by the shard that they are of, in order."""
-    names = ("/".join(path.rsplit("/", 2)[1:]) for path in run.paths(tier))
-    return {int(name[-len("00000.parquet") : -len(".parquet")]): name for name in names}
-
-
-def find_row(run: Run, doc_id: str) -> tuple[int, int]:
-    """The shard that a document is of, and its row there; parts are read one after another.
-
-    Raises:
-        KeyError: if the run has no such document.
-    """
-    folder = run.folder
-    some: list[str] = []
-    for shard, name in shard_names(run).items():
-        with folder.filesystem.open(folder.path(name), "rb") as file:
-            column = pq.ParquetFile(file).read(["doc_id"], use_threads=False)["doc_id"]
-        row = column.index(doc_id).as_py()
-        if row >= 0:
-            return shard, row
-        some = some or column[:3].to_pylist()
-    raise no_such_document(doc_id, run, some)

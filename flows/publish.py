@@ -25,6 +25,10 @@ if TYPE_CHECKING:
     from .run import Run
 
 _READERS, _AHEAD = 16, 64
+# Of a plan, what the command that gives it again says besides.
+_SETTINGS = (
+    *("top_k", "num_draws", "draw_seed", "logits_dtype", "vocabulary", "reading", "shard_bytes"),
+)
 _TABLE_BYTES = 1 << 20
 
 Merge = Callable[[Iterable[pa.Table]], pa.Table]
@@ -82,9 +86,15 @@ def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
 
 
 def rewrite_report(run: Run, out: str | None) -> str:
-    """Render a run's report anew, in its place or into the local file `out`; returns where."""
+    """Render a run's report anew, in its place or into the local file `out`; returns where.
+
+    Raises:
+        ValueError: if `out` cannot be written.
+    """
     from .report import render_report
 
+    if out is not None and not Path(out).absolute().parent.is_dir():
+        raise ValueError(f"out: {out!r} lies in a folder that is not there; make it first")
     receipts = list(find_receipts(run.folder, len(run.plan["corpus"]["shards"])).values())
     facts = report_facts(run.uri, run.plan, receipts)
     counts, outliers = run.summary("counts"), run.summary("outliers")
@@ -92,7 +102,10 @@ def rewrite_report(run: Run, out: str | None) -> str:
     if out is None:
         run.folder.write(REPORT, html)
         return run.report_path
-    Path(out).write_bytes(html)
+    try:
+        Path(out).write_bytes(html)
+    except OSError as error:
+        raise ValueError(f"out: {out!r} cannot be written: {error.strerror}") from None
     return out
 
 
@@ -109,6 +122,7 @@ def report_facts(uri: str, plan: dict[str, Any], receipts: Sequence[Receipt]) ->
         "recipe_hash": plan["recipe_hash"],
         "engine": plan["engine"],
         "tiers": plan["tiers"],
+        **{name: plan.get(name) for name in _SETTINGS},
         "versions": dict(receipts[0].versions) if receipts else {},
         "device": ", ".join(devices),
         "seconds": sum(r.seconds for r in receipts),

@@ -19,6 +19,7 @@ from ..engine.recipes import Recipe
 from ..engine.records import DOCUMENT_FIELDS, TOKEN_DTYPES, Document, DocumentScore
 from ..engine.weights import Quantization
 from .agreement import Distributions
+from .contents import Finding
 from .corpus import CorpusSpec, read_shard
 from .corpus.plan import Plan, Shard
 from .folder import Folder, endpoint_options, one_line
@@ -26,7 +27,6 @@ from .origin import find_corpus
 from .parts import SCORES
 from .run import Run
 from .store import Receipt
-from .verify import Finding
 from .versions import versions
 
 TOLERANCES = {"float32": 1e-3, "float16": 0.02, "bfloat16": 0.1}

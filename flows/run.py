@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 
 from .distributions import read_draws, read_top_k
 from .folder import Folder, StoreError
+from .index import Index, shard_names
 from .parts import LOGITS_DTYPES, rows_of, schema_of
 from .store import MANIFEST, PLAN, REPORT, find_receipts
 
@@ -40,10 +39,10 @@ def open_run(
     Raises:
         ValueError: if there is no run, more than one, or only an incomplete one.
     """
-    folder = Folder(uri, storage_options)
+    folder = Folder(uri, storage_options, field="run")
     found = find_runs(folder)
     if not found:
-        raise StoreError(f"run: there is no run in {folder.uri!r}")
+        raise no_run(folder)
     if len(found) > 1:
         names = ", ".join(run.uri.rsplit("/", 1)[-1] for run in found)
         raise StoreError(f"run: {folder.uri!r} holds several, name one: {names}")
@@ -56,6 +55,14 @@ def find_runs(folder: Folder) -> list[Folder]:
         return [folder]
     below = [folder.below(name) for name in folder.folders() if not name.startswith(".")]
     return [run for run in below if run.read_json(PLAN) is not None]
+
+
+def no_run(folder: Folder) -> StoreError:
+    """What to raise for a place without a run: what was looked for, and what makes one."""
+    return StoreError(
+        f"run: there is no run in {folder.uri!r}, no {PLAN} in it or in a folder of it; "
+        f"`logitmill score MODEL CORPUS --out {folder.uri}` makes one"
+    )
 
 
 class Run:
@@ -83,6 +90,7 @@ class Run:
         self._parts: dict[str, list[str]] = {}
         for name in names:
             self._parts.setdefault(name.split("/")[0], []).append(name)
+        self._index = Index(self)
 
     @property
     def tiers(self) -> list[str]:
@@ -159,8 +167,8 @@ class Run:
         Raises:
             KeyError: if the run has no such document.
         """
-        shard, row = self._find(doc_id)
-        record = self._read(self._names("scores")[shard], None).slice(row, 1).to_pylist()[0]
+        shard, row = self.find(doc_id)
+        record = self._read(shard_names(self)[shard], None).slice(row, 1).to_pylist()[0]
         if "tokens" in self.tiers:
             tokens = self._rows("tokens", shard, doc_id)
             if len(tokens):
@@ -175,6 +183,14 @@ class Run:
                 top_k = self.plan["top_k"]
                 record[tier] = read_top_k(row, top_k) if tier == "topk" else read_draws(row)
         return record
+
+    def find(self, doc_id: str) -> tuple[int, int]:
+        """The shard that a document is of, and its row of the scores there.
+
+        Raises:
+            KeyError: if the run has no such document.
+        """
+        return self._index.find(doc_id)
 
     def logprobs(self, doc_id: str) -> np.ndarray:
         """Log-probabilities over the vocabulary, [n, V]: row i scored the document's i-th token.
@@ -212,8 +228,8 @@ class Run:
         from .rows import read_states
 
         self._names("hidden")
-        shard, _ = self._find(doc_id)
-        with self.open_part(self._names("hidden")[shard]) as parquet:
+        shard, _ = self.find(doc_id)
+        with self.open_part(shard_names(self, "hidden")[shard]) as parquet:
             about = {k.decode(): v.decode() for k, v in parquet.schema_arrow.metadata.items()}
         dtype, size = about["logitmill.hidden_dtype"], int(about["logitmill.hidden_size"])
         rows = self._rows("hidden", shard, doc_id)["states"]
@@ -302,7 +318,7 @@ class Run:
 
     def _logits(self, doc_id: str) -> list[tuple[np.ndarray, np.ndarray]]:
         self._names("logits")
-        shard, _ = self._find(doc_id)
+        shard, _ = self.find(doc_id)
         stored = self._rows("logits", shard, doc_id)
         dtype = np.dtype(LOGITS_DTYPES[self.plan["logits_dtype"]]).newbyteorder("<")
         if not len(stored):
@@ -317,7 +333,7 @@ class Run:
         ]
 
     def _rows(self, tier: str, shard: int, doc_id: str) -> pa.Table:
-        with self.open_part(self._names(tier)[shard]) as parquet:
+        with self.open_part(shard_names(self, tier)[shard]) as parquet:
             found = list(rows_of(parquet, doc_id))
             return pa.concat_tables(found) if found else parquet.schema_arrow.empty_table()
 
@@ -342,19 +358,6 @@ class Run:
         with self.folder.filesystem.open(self.folder.path(name), "rb") as file:
             yield pq.ParquetFile(file)
 
-    @cached_property
-    def _index(self) -> dict[str, tuple[int, int]]:
-        index: dict[str, tuple[int, int]] = {}
-        for shard, name in enumerate(self._names("scores")):
-            for row, doc_id in enumerate(self._read(name, ["doc_id"])["doc_id"].to_pylist()):
-                index.setdefault(doc_id, (shard, row))
-        return index
-
-    def _find(self, doc_id: str) -> tuple[int, int]:
-        if doc_id not in self._index:
-            raise no_such_document(doc_id, self, self._index)
-        return self._index[doc_id]
-
 
 def _check_columns(columns: Sequence[str] | None, there: Sequence[str]) -> None:
     """StoreError for a column that is not there: Parquet's reader would leave it out."""
@@ -363,9 +366,3 @@ def _check_columns(columns: Sequence[str] | None, there: Sequence[str]) -> None:
     for column in columns or ():
         if column not in there:
             raise StoreError(f"columns: {column!r} is not one of {', '.join(there)}")
-
-
-def no_such_document(doc_id: str, run: Run, ids: Iterable[str]) -> KeyError:
-    """What to raise: it names the first few of the ids that there are."""
-    some = ", ".join(map(repr, islice(ids, 3)))
-    return KeyError(f"doc_id: {doc_id!r} is not in the run {run.uri}, whose ids are like {some}")

@@ -8,28 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from ..engine.records import NONFINITE, OK, TOKEN_DTYPES
+from .contents import BLOCK, TOTALS, Finding, hold_rows, open_part
 from .corpus.locations import is_garbled
-from .folder import Folder, Part, endpoint_options, find_live, one_line
-from .parts import BLOBS, schema_of
+from .folder import Folder, Part, endpoint_options, one_line
 from .publish import find_merges, read_table, read_tables
 from .run import Run, open_run
+from .scratch import find_live
 from .store import MANIFEST, PLAN, REPORT, Receipt
-from .summary import STATUS
 
 if TYPE_CHECKING:
     from ..engine.pipeline import EngineSettings
@@ -37,21 +31,6 @@ if TYPE_CHECKING:
 SAMPLE = 8
 """Documents that are scored again, unless it is said otherwise."""
 _READERS = 8
-_BLOCK = 4 << 20
-_TOTALS = ("documents", "failed", "tokens", "bytes")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that does not hold."""
-
-    place: str
-    """A file of the run, or what else it is about: a document, the corpus, the model."""
-    problem: str
-
-    def __str__(self) -> str:
-        return f"{self.place}: {self.problem}"
-
 
 Said = Callable[[str], None]
 """Told in a line what was done."""
@@ -214,7 +193,7 @@ class _Stored:
     def _check_rows(self, receipt: Receipt) -> list[Finding]:
         name = f"shard {receipt.shard}"
         try:
-            return list(_hold_rows(self._folder, self._plan, receipt, self.shards))
+            return list(hold_rows(self._folder, self._plan, receipt, self.shards))
         except (KeyError, pa.ArrowException, OSError) as error:
             if isinstance(error, KeyError):
                 return [Finding(name, f"its tables have no column {error}")]
@@ -246,7 +225,7 @@ class _Stored:
                 yield Finding(MANIFEST, f"it names {name}, which no receipt of shard {shard} does")
             elif ours != theirs:
                 yield Finding(MANIFEST, f"it has another size or sha256 of {name} than its receipt")
-        for total in _TOTALS:
+        for total in TOTALS:
             added = sum(getattr(receipt, total) for receipt in receipts)
             if manifest[total] != added:
                 yield Finding(
@@ -292,179 +271,14 @@ class _Stored:
         return [*(f"{tier}/part-{shard:05d}.parquet" for tier in self._plan["tiers"]), *tables]
 
 
-def _hold_rows(
-    folder: Folder,
-    plan: Mapping[str, Any],
-    receipt: Receipt,
-    shards: Sequence[Mapping[str, Any]],
-) -> Iterator[Finding]:
-    """Whether a shard's tables hold the rows and sums that its receipt says."""
-    n = f"{receipt.shard:05d}"
-    name = f"scores/part-{n}.parquet"
-    sums: dict[str, Any] = dict.fromkeys(_TOTALS, 0) | {"loglikelihood": 0.0}
-    ids: set[str] = set()
-    scored: list[tuple[str, int]] = []
-    # Rows are kept before it is known that a document's numbers are not finite.
-    nonfinite: set[str] = set()
-    columns = ["doc_id", "status", "num_tokens_scored", "num_bytes", "loglikelihood"]
-    for rows in _row_groups(folder, name, plan["run_key"], columns):
-        for doc_id, status, tokens, num_bytes, loglikelihood in zip(
-            *(rows[column].to_pylist() for column in columns), strict=True
-        ):
-            if doc_id in ids:
-                yield Finding(name, f"document {doc_id!r} stands in it twice")
-            ids.add(doc_id)
-            if tokens:
-                scored.append((doc_id, tokens))
-            if status == NONFINITE:
-                nonfinite.add(doc_id)
-            sums["documents"] += 1
-            sums["failed"] += status != OK
-            sums["tokens"] += tokens
-            sums["bytes"] += num_bytes
-            # In the order of the rows, as it was added up: the sums have the same bits.
-            sums["loglikelihood"] += loglikelihood or 0.0
-    for total, value in sums.items():
-        if getattr(receipt, total) != value:
-            yield Finding(
-                name,
-                f"its rows have {value:,} {total}, its receipt says {getattr(receipt, total):,}",
-            )
-    planned = shards[receipt.shard]["num_documents"]
-    if planned is not None and not plan["recipe"]["concatenate"] and planned != receipt.documents:
-        yield Finding(name, f"it has {receipt.documents:,} documents, the plan says {planned:,}")
-    if "tokens" in plan["tiers"]:
-        name = f"tokens/part-{n}.parquet"
-        yield from _hold_documents(name, scored, _count_tokens(folder, name, plan["run_key"]))
-    for tier in plan["tiers"]:
-        name = f"{tier}/part-{n}.parquet"
-        if tier in ("topk", "sampled"):
-            yield from _hold_documents(name, scored, _count_arrays(folder, name, plan))
-        elif tier in ("hidden", "logits"):
-            rows_of = _count_rows(folder, name, plan["run_key"])
-            kept = (found for found in rows_of if found[0] not in nonfinite)
-            yield from _hold_documents(name, scored, kept)
-    counts = read_table(folder, f"shards/{n}.counts.parquet")
-    of_status = counts.filter([panel.startswith(STATUS) for panel in counts["panel"].to_pylist()])
-    for total in ("documents", "tokens"):
-        counted = sum(of_status[total].to_pylist())
-        if counted != sums[total]:
-            yield Finding(
-                f"shards/{n}.counts.parquet", f"it counts {counted:,} {total}, of {sums[total]:,}"
-            )
-
-
-def _hold_documents(
-    name: str, scored: Iterable[tuple[str, int]], kept: Iterable[tuple[str, int]]
-) -> Iterator[Finding]:
-    """Whether a table is of the documents that were scored, in order, with all of their tokens."""
-    for wanted, found in zip_longest(scored, kept):
-        if wanted == found:
-            continue
-        there = f"{found[1]:,} tokens of {found[0]!r}" if found else "no document"
-        expected = f"{wanted[1]:,} of {wanted[0]!r}" if wanted else "no more"
-        yield Finding(name, f"it has {there} where the scores have {expected}")
-        return
-
-
-def _count_tokens(folder: Folder, name: str, run_key: str) -> Iterator[tuple[str, int]]:
-    """(doc_id, its tokens) of every row."""
-    lists = [column for column in TOKEN_DTYPES if column != "token_id"]
-    for rows in _row_groups(folder, name, run_key, ["doc_id", "token_id"], same_length=lists):
-        lengths = rows["token_id"].combine_chunks().value_lengths().to_pylist()
-        yield from zip(rows["doc_id"].to_pylist(), lengths, strict=True)
-
-
-def _count_arrays(folder: Folder, name: str, plan: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
-    """(doc_id, its tokens) of every row.
-
-    Raises:
-        ArrowInvalid: if the arrays of a row are not of one length.
-    """
-    tier = name.split("/")[0]
-    columns = schema_of(tier, plan["model"]["vocab_size"]).names
-    for rows in _row_groups(folder, name, plan["run_key"], columns):
-        sizes = {
-            column: pc.binary_length(rows[column]).to_numpy() // BLOBS[column].itemsize
-            for column in columns
-            if column in BLOBS
-        }
-        count = rows["num_tokens"].to_numpy()
-        # What a row has so many of; of draws that is told by the row itself.
-        if tier == "topk":
-            most = count * plan["top_k"]
-        else:
-            most = np.array([int(_add_up(blob.as_buffer())) for blob in rows["num_ids"]])
-        for column, size in sizes.items():
-            wanted = most if column.startswith(("top_", "id_", "count")) else count
-            if (size != wanted).any():
-                raise pa.ArrowInvalid(f"{name} has arrays of {column} of another length")
-        yield from zip(rows["doc_id"].to_pylist(), count.tolist(), strict=True)
-
-
-def _add_up(blob: Any) -> int:
-    return int(np.frombuffer(blob, BLOBS["num_ids"]).sum(dtype=np.int64))
-
-
-def _count_rows(folder: Folder, name: str, run_key: str) -> Iterator[tuple[str, int]]:
-    """(doc_id, its rows of logits or states), of documents whose rows follow each other."""
-    document, count = None, 0
-    columns = ["doc_id", "first_row", "num_rows"]
-    for rows in _row_groups(folder, name, run_key, columns):
-        for doc_id, first, number in zip(*(rows[c].to_pylist() for c in columns), strict=True):
-            if first == 0 or doc_id != document:
-                if document is not None:
-                    yield document, count
-                document, count = doc_id, 0
-            count += number if first == count else 0
-    if document is not None:
-        yield document, count
-
-
-def _row_groups(
-    folder: Folder,
-    name: str,
-    run_key: str,
-    columns: Sequence[str],
-    *,
-    same_length: Sequence[str] = (),
-) -> Iterator[pa.Table]:
-    """Columns of a part, a row group at a time.
-
-    Raises:
-        ArrowInvalid: if it is another run's, or lists of `same_length` do not hold as many values
-            as the last of the columns does.
-    """
-    with _open(folder, name) as file:
-        parquet = pq.ParquetFile(file)
-        stated = (parquet.schema_arrow.metadata or {}).get(b"logitmill.run_key", b"").decode()
-        if stated != run_key:
-            raise pa.ArrowInvalid(f"{name} is of run {stated!r}, not of {run_key!r}")
-        for group in range(parquet.num_row_groups):
-            about = parquet.metadata.row_group(group)
-            values = {
-                column.path_in_schema.split(".")[0]: column.num_values
-                for column in map(about.column, range(about.num_columns))
-            }
-            for other in same_length:
-                if values[other] != values[columns[-1]]:
-                    raise pa.ArrowInvalid(f"{name} has lists of {other} of another length")
-            yield parquet.read_row_group(group, columns=list(columns), use_threads=False)
-
-
 def _blocks(folder: Folder, part: Part) -> Iterator[bytes]:
     """A part's bytes; those of a small one in one request."""
-    if part.bytes <= _BLOCK:
+    if part.bytes <= BLOCK:
         yield folder.read(part.name) or b""
         return
-    with _open(folder, part.name) as file:
-        while block := file.read(_BLOCK):
+    with open_part(folder, part.name) as file:
+        while block := file.read(BLOCK):
             yield block
-
-
-def _open(folder: Folder, name: str) -> Any:
-    """A part's bytes; a block at a time is fetched ahead, where s3fs would fetch 50 MB."""
-    return folder.filesystem.open(folder.path(name), "rb", block_size=_BLOCK)
 
 
 def _list_files(folder: Folder) -> dict[str, int]:

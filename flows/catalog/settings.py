@@ -37,10 +37,13 @@ def check_catalog(name: str, root: Folder) -> None:
     _find_settings(name, root)
 
 
-def open_catalog(name: str, root: Folder) -> Catalog:
+def open_catalog(name: str, root: Folder, *, make: bool = True) -> Catalog:
     """The catalog of this name in pyiceberg's settings, or the one `BESIDE` the runs in `root`.
 
     Files are opened through fsspec, as the runs' are, unless the settings name a `py-io-impl`.
+
+    Args:
+        make: whether the one beside is made where there is none.
 
     Raises:
         ValueError: if the name has no settings, or they open nothing.
@@ -49,7 +52,13 @@ def open_catalog(name: str, root: Folder) -> Catalog:
     from pyiceberg.catalog import load_catalog
 
     if name == BESIDE:
-        Path(root.path("tables")).mkdir(parents=True, exist_ok=True)
+        tables = Path(root.path("tables"))
+        if not make and not tables.exists():
+            raise StoreError(
+                f"catalog: nothing is published beside the runs in {root.uri!r}; name the catalog "
+                "that they are in"
+            )
+        tables.mkdir(parents=True, exist_ok=True)
     for attempt in range(_ATTEMPTS):
         try:
             return load_catalog(name, **properties)

@@ -24,7 +24,8 @@ from typing import Any
 import pyarrow as pa
 
 from ..folder import Folder, StoreError
-from ..operations import operations
+from ..operations import OPERATIONS, operations
+from ..parts import TIERS
 from ..run import Run
 from ..store import MANIFEST, Receipt
 
@@ -96,8 +97,25 @@ def make_table(name: str, run: Run, receipts: Sequence[Receipt]) -> pa.Table:
     if name == "counts":
         return run.summary("counts")
     if name == "shards":
-        return operations(receipts)
+        return _with_all_tiers(operations(receipts))
     return pa.Table.from_pylist([_run_row(run, receipts)], schema=RUNS)
+
+
+def _with_all_tiers(shards: pa.Table) -> pa.Table:
+    """The table with a column of bytes for each tier that a run can keep, 0 where this one has not.
+
+    So that the columns are those of the views over a folder of runs, whatever was published first.
+    """
+    fixed = [name for name in shards.column_names if name not in _bytes_columns(shards)]
+    for tier in TIERS:
+        if (name := f"bytes_{tier}") not in shards.column_names:
+            shards = shards.append_column(name, pa.array([0] * len(shards), pa.int64()))
+    return shards.select([*fixed, *sorted(_bytes_columns(shards))])
+
+
+def _bytes_columns(shards: pa.Table) -> list[str]:
+    known = set(OPERATIONS.names)
+    return [n for n in shards.column_names if n.startswith("bytes_") and n not in known]
 
 
 RUNS = pa.schema(

@@ -30,6 +30,7 @@ def say_estimate(prepared: Prepared, price: float | None) -> None:
     from rich.console import Console
 
     from ..estimate import estimate_run
+    from ..report.wording import size
 
     job, num_shards = prepared.job, len(prepared.plan.shards)
     with Console(stderr=True).status("reading a sample, and scoring it"):
@@ -39,12 +40,12 @@ def say_estimate(prepared: Prepared, price: float | None) -> None:
         f"tokens  about {expected.tokens:,} in {documents}, from "
         f"{counted(expected.num_sampled, 'document')} that were tokenized"
     )
-    sizes = ", ".join(f"{tier} {_size(size)}" for tier, size in expected.sizes.items())
+    sizes = ", ".join(f"{tier} {size(num_bytes)}" for tier, num_bytes in expected.sizes.items())
     packed = ""
     for tier in ("hidden", "logits"):
         if tier in job.tiers:
             packed = f", {tier} before compression"
-    typer.echo(f"storage about {_size(expected.num_bytes)}: {sizes} ({expected.sized_by}{packed})")
+    typer.echo(f"storage about {size(expected.num_bytes)}: {sizes} ({expected.sized_by}{packed})")
     if price is not None:
         cost = price * expected.num_bytes / 1e9
         typer.echo(f"cost    about {cost:,.4g} a month, at {price:g} a GB and month")
@@ -70,10 +71,3 @@ def _time(expected: Estimate) -> str:
         f"about {left} for each process or GPU alone, at {expected.rate.tokens_per_second:,.0f} "
         f"tokens/s ({expected.rate.source}), loading left out"
     )
-
-
-def _size(num_bytes: float) -> str:
-    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if num_bytes >= size:
-            return f"{num_bytes / size:,.2f} {unit}"
-    return f"{num_bytes / 1e3:,.1f} KB"

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..filters.kept import Tally
 
 _MOST_GROUPS = 20
+# What stands for the scores at 0 and 100, which keep all that is below or above.
+_OPEN = {-math.inf: "lowest", math.inf: "highest"}
 
 
 class By(StrEnum):
@@ -48,13 +50,15 @@ def filter(
         str | None,
         typer.Option(
             help="Parquet file of the ids that are kept, or with --text a folder; any fsspec URI. "
-            "Left out, only what would be kept is said."
+            "What another filter wrote is left alone. Left out, only what would be kept is said."
         ),
     ] = None,
     text: Annotated[
         bool,
         typer.Option(
-            "--text", help="Write the documents themselves, read from the corpus again, in shards."
+            "--text",
+            help="Write the documents themselves, read from the corpus again, in shards. Complete "
+            "once its .filter.json says so; run it again after a kill.",
         ),
     ] = False,
     score: Annotated[
@@ -84,20 +88,21 @@ def filter(
     """
 
     def write() -> None:
-        from ..filters import find_cuts, write_kept
-        from ..filters.kept import check_texts, find_place
+        from ..filters import Cuts, find_cuts, write_kept
+        from ..filters.output import check_texts, describe, find_place
         from ..folder import endpoint_options
         from ..run import open_run
 
         low, high = _parse(keep)
         if text and out is None:
             raise ValueError("text: documents need a place; give --out a folder")
-        if out is not None:
-            find_place(out, texts=text, endpoint_url=endpoint_url)
         opened = open_run(run, storage_options=endpoint_options(run, endpoint_url))
+        group = None if by == By.none else by.value
+        if out is not None:
+            about = describe(opened, Cuts(score, (low, high), group, weight.value, {}))
+            find_place(out, about, texts=text, endpoint_url=endpoint_url)
         if text:
             check_texts(opened, endpoint_url)
-        group = None if by == By.none else by.value
         cuts = find_cuts(opened, (low, high), score=score, by=group, weight=weight.value)
         with show_counts() as show:
             kept = write_kept(
@@ -123,7 +128,8 @@ def _parse(keep: str) -> tuple[float, float]:
         ends = (math.nan, math.nan)
     if not 0 <= ends[0] < ends[1] <= 100:
         raise ValueError(
-            f"keep: {keep!r} is not two percentiles, the lower first; give LOW:HIGH as in 30:60"
+            f"keep: {keep!r} is not two percentiles from 0 to 100, the lower first; give LOW:HIGH, "
+            "as in --keep=30:60"
         )
     return ends
 
@@ -136,7 +142,7 @@ def _show(cuts: Cuts, kept: Kept) -> None:
     ]
     largest = sorted(kept.groups.items(), key=lambda item: (-item[1].documents, item[0]))
     for group, tally in largest[:_MOST_GROUPS]:
-        ends = [f"{value:.4g}" for value in cuts.values[group]]
+        ends = [_OPEN.get(value) or f"{value:.4g}" for value in cuts.values[group]]
         rows.append((group or "(none)", *ends, *_numbers(tally)))
     rows.append(("all", "", "", *_numbers(kept.total)))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -91,9 +91,9 @@ def inspect(
 
     `--doc` shows a document of a run that kept `tokens`, `topk`, `sampled` or `logits`: its text,
     coloured by surprisal, with the borders of its windows and its most surprising tokens; where
-    colours are not wanted (`NO_COLOR`, a pipe) its record and a line a token. A page (`--html`)
-    shows what the model expected in each token's place too. Text is read from the corpus again;
-    where that is gone or has changed, token ids are spelled by the model's tokenizer.
+    colours are not wanted (`NO_COLOR`, a pipe) a line a token, and its record after them. A page
+    (`--html`) shows what the model expected in each token's place too. Text is read from the corpus
+    again; where that is gone or has changed, token ids are spelled by the model's tokenizer.
 
     `--verify` reads every part of a run and holds size, sha256, rows and sums to the receipts,
     summaries and manifest to the shards, and the folder to what they name. Documents from all over
@@ -153,7 +153,7 @@ def _inspect(target: str, endpoint_url: str | None, settings: Mapping[str, Any])
 
     options = endpoint_options(target, endpoint_url)
     try:
-        runs = find_runs(Folder(target, options))
+        runs = find_runs(Folder(target, options, field="target"))
     except StoreError:
         runs = []  # Not a place at all, as `org/name` is none.
     if runs:
@@ -208,9 +208,10 @@ def _show_document(
             raise ValueError(f"html: {html!r} cannot be written: {error.strerror}") from None
         typer.echo(html)
         return
-    if not console.is_terminal or console.no_color:
-        _show_record(view.record)
     print_document(view, console)
+    if not console.is_terminal or console.no_color:
+        typer.echo()
+        _show_record(view.record)
 
 
 def _show_record(record: Mapping[str, Any]) -> None:
@@ -272,7 +273,12 @@ def _show_model(
     )
     from ...engine.tokenization import Tokenizer
 
-    folder = find_model(target, storage_options=storage_options, headers_only=True)
+    if Path(target).is_dir() and not Path(target, "config.json").is_file():
+        raise ValueError(f"target: {target!r} is neither a run's folder nor a model's; {_seek()}")
+    try:
+        folder = find_model(target, storage_options=storage_options, headers_only=True)
+    except ValueError as error:
+        raise ValueError(f"{error}; and no run is there; {_seek()}") from None
     # Whether a model would fit a GPU is mostly asked where there is none.
     is_absent = (
         settings["device_memory"] is not None
@@ -306,6 +312,16 @@ def _show_model(
         typer.echo(f"{'not checked':14} {unchecked}")
 
 
+def _seek() -> str:
+    """What was looked for where there is nothing to show."""
+    from ..store import PLAN
+
+    return (
+        f"a run has a {PLAN}, in the folder or one below it, and `logitmill score MODEL CORPUS "
+        "--out FOLDER` makes one; a model has a config.json"
+    )
+
+
 def _show_run(run: Run) -> None:
     from ..store import find_receipts
 
@@ -319,11 +335,13 @@ def _show_run(run: Run) -> None:
     )
     if run.manifest is None:
         num_shards = len(run.plan["corpus"]["shards"])
-        num_done = len(find_receipts(run.folder, num_shards))
+        receipts = find_receipts(run.folder, num_shards).values()
+        num_retried = sum((receipt.attempt or 1) > 1 for receipt in receipts)
+        retried = f", {num_retried:,} of them after a retry" if num_retried else ""
         root = run.uri.rpartition("/")[0] or "."
         command = ["logitmill", "score", run.plan["model"]["name"], run.plan["uri"], "--out", root]
         typer.echo(
-            f"not complete: {num_done:,} of {counted(num_shards, 'shard')} done; "
+            f"not complete: {len(receipts):,} of {counted(num_shards, 'shard')} done{retried}; "
             f"{shlex.join(command)}, with the options it was begun with, does the rest"
         )
     else:

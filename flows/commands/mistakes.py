@@ -22,7 +22,7 @@ def or_exit(action: Callable[[], None]) -> None:
         say_error(name_options(str(error)))
         raise typer.Exit(2) from None
     except (RuntimeError, OSError) as error:
-        say_error(str(error))
+        say_error(name_options(str(error)))
         raise typer.Exit(1) from None
     except KeyboardInterrupt as stop:
         typer.echo("stopped; run the same command again to do the rest", err=True)

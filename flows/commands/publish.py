@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -11,9 +12,18 @@ from .mistakes import or_exit
 from .options import ENDPOINT_HELP
 from .terminal import show_counts
 
+if TYPE_CHECKING:
+    from ..folder import Folder
+
 
 def publish(
-    run: Annotated[str, typer.Argument(help="URI of a run, or of a folder of runs: all of them.")],
+    run: Annotated[
+        str,
+        typer.Argument(
+            help="URI of a run, or of a folder of runs: all of them. With --withdraw also a run's "
+            "key, or the URI that it had."
+        ),
+    ],
     catalog: Annotated[
         str,
         typer.Option(
@@ -40,7 +50,7 @@ def publish(
     Each table gets all of a run in one commit, or nothing, and `runs` comes last. A run that is
     there already stays as it is, so that this can be repeated, after a kill as well. Parts are not
     copied: the tables name them where they lie, and need them there. Withdraw a run before you move
-    or remove it.
+    or remove it; one that is gone is withdrawn by its key.
 
     A catalog NAME is set up as for pyiceberg, in ~/.pyiceberg.yaml or the environment:
     `PYICEBERG_CATALOG__NAME__URI`, as `postgresql+psycopg://...` or the `https://...` of a REST
@@ -52,6 +62,8 @@ def publish(
     `logitmill publish runs`
 
     `logitmill publish s3://scores/6f3a09c2d41b77e0 --catalog lake --corpus web`
+
+    `logitmill publish runs/6f3a09c2d41b77e0 --withdraw`
     """
     or_exit(lambda: _publish(run, catalog, namespace, corpus, date, withdraw, endpoint_url))
 
@@ -65,18 +77,23 @@ def _publish(
     withdraw: bool,
     endpoint_url: str | None,
 ) -> None:
-    from ..catalog import check_catalog, publish_run, root_of, withdraw_run
-    from ..folder import Folder, StoreError, endpoint_options
-    from ..run import find_runs, open_run
+    from ..catalog import check_catalog, publish_run, root_of
+    from ..folder import Folder, endpoint_options
+    from ..run import find_runs, no_run, open_run
     from ..store import MANIFEST
 
     for name, value in (("corpus", corpus), ("date", date)):
         if withdraw and value is not None:
             raise ValueError(f"{name}: {value!r} does not go with --withdraw; leave it out")
     options = endpoint_options(uri, endpoint_url)
-    found = find_runs(Folder(uri, options))
+    place = Folder(uri, options, field="run")
+    found = find_runs(place)
+    if not found and not withdraw:
+        raise no_run(place)
     if not found:
-        raise StoreError(f"run: there is no run in {uri!r}")
+        check_catalog(catalog, root_of(place))
+        _withdraw_gone(place, catalog, namespace)
+        return
     whole = [folder for folder in found if folder.size(MANIFEST) is not None]
     if len(found) == 1:
         whole = found  # What is wrong with it is said by name.
@@ -84,10 +101,8 @@ def _publish(
     for folder in whole:
         opened = open_run(folder.uri, partial=withdraw, storage_options=options)
         if withdraw:
-            root = root_of(folder)
-            key = opened.plan["run_key"]
-            changed = withdraw_run(key, catalog=catalog, root=root, namespace=namespace)
-            said, done = "withdrawn", "was not there"
+            if not _withdraw(folder, opened.plan["run_key"], catalog, namespace):
+                typer.echo(f"{folder.uri}  was not there")
         else:
             with show_counts() as on_progress:
                 published = publish_run(
@@ -98,9 +113,33 @@ def _publish(
                     date=date,
                     on_progress=on_progress,
                 )
-            changed, said, done = published.added, "published", "is there already"
-        files = {name: number for name, number in changed.items() if number}
-        what = ", ".join(f"{name} {counted(number, 'file')}" for name, number in files.items())
-        typer.echo(f"{folder.uri}  {f'{said}: {what}' if files else done}")
+            what = _name_files(published.added)
+            typer.echo(f"{folder.uri}  {f'published: {what}' if what else 'is there already'}")
     if len(whole) < len(found):
         typer.echo(f"left out: {counted(len(found) - len(whole), 'run')} not complete yet")
+
+
+def _withdraw(folder: Folder, key: str, catalog: str, namespace: str) -> bool:
+    """Whether there was something to take out, which is said."""
+    from ..catalog import root_of, withdraw_run
+
+    gone = withdraw_run(key, catalog=catalog, root=root_of(folder), namespace=namespace)
+    what = _name_files(gone)
+    if what:
+        typer.echo(f"{folder.uri}  withdrawn: {what}")
+    return bool(what)
+
+
+def _withdraw_gone(place: Folder, catalog: str, namespace: str) -> None:
+    """Withdraw a run that is where it was no more, by its key; ValueError if no table has it."""
+    key = place.uri.rpartition("/")[2]
+    if not _withdraw(place, key, catalog, namespace):
+        raise ValueError(
+            f"run: there is no run in {place.uri!r}, nor one of key {key!r} in the tables of "
+            f"{catalog!r}; give RUNS/KEY, the URI that it had"
+        )
+
+
+def _name_files(changed: Mapping[str, int]) -> str:
+    files = {name: number for name, number in changed.items() if number}
+    return ", ".join(f"{name} {counted(number, 'file')}" for name, number in files.items())

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..progress import TALLY, counted
+from ..progress import TALLY
 from .dry_run import say_estimate, say_placement
 from .mistakes import or_exit, to_bytes
 from .options import (
@@ -31,11 +29,11 @@ from .options import (
     TrustRemoteCode,
     number,
 )
+from .outline import say_plan, say_result
 from .terminal import hush_prefect, import_all, show_own_lines
-from .words import describe_way, show_outliers, show_totals
 
 if TYPE_CHECKING:
-    from ..request import Prepared, Request
+    from ..request import Request
 
 
 def score(
@@ -353,8 +351,28 @@ def score(
                 _score(request)
         except NothingNew as found:
             typer.echo(str(found))
+        except ValueError as error:
+            if str(error).startswith("model: ") and _are_swapped(model, corpus, endpoint_url):
+                raise ValueError(
+                    f"model: {model!r} is no model, but {corpus!r} is one; the model comes first"
+                ) from None
+            raise
 
     or_exit(run)
+
+
+def _are_swapped(model: str, corpus: str, endpoint_url: str | None) -> bool:
+    """Whether the corpus is a model's folder and the model is none."""
+    from ..folder import Folder, endpoint_options
+
+    def is_model(uri: str) -> bool:
+        place = Folder(uri, endpoint_options(uri, endpoint_url))
+        return place.size("config.json") is not None
+
+    try:
+        return is_model(corpus) and not is_model(model)
+    except (ValueError, OSError):
+        return False
 
 
 def _score(request: Request) -> None:
@@ -362,8 +380,8 @@ def _score(request: Request) -> None:
     from ..score import score_corpus
 
     prepared = prepare(request)
-    _say_plan(prepared)
-    _say_result(score_corpus.run_prepared(prepared), prepared.job.folder.options)
+    say_plan(prepared)
+    say_result(score_corpus.run_prepared(prepared), prepared.job.folder.options)
 
 
 def _forecast(request: Request, price: float | None) -> None:
@@ -372,54 +390,6 @@ def _forecast(request: Request, price: float | None) -> None:
 
     with without_traces(request.out):
         prepared = prepare(request)
-        _say_plan(prepared)
+        say_plan(prepared)
         say_placement(prepared)
         say_estimate(prepared, price)
-
-
-def _say_plan(prepared: Prepared) -> None:
-    request, plan, facts, job = prepared.request, prepared.plan, prepared.facts, prepared.job
-    documents = (
-        f"{counted(plan.num_documents, 'document')}, " if plan.num_documents is not None else ""
-    )
-    recipe = job.recipe
-    typer.echo(
-        f"corpus  {job.corpus.uri}: {documents}{plan.num_bytes / 1e6:,.1f} MB, "
-        f"{counted(len(plan.shards), 'shard')}"
-    )
-    typer.echo(
-        f"model   {request.model}: {facts.architecture}, {describe_way(facts)}, {facts.dtype} on "
-        f"{facts.device}"
-    )
-    typer.echo(f"linears {facts.quantization}")
-    typer.echo(
-        f"recipe  {recipe.name}, context {recipe.context}, prefix {recipe.prefix} ({recipe.hash})"
-    )
-    if prepared.logits_bytes is not None:
-        kind = ("hidden", facts.dtype) if "hidden" in job.tiers else ("logits", job.logits_dtype)
-        typer.echo(f"{kind[0]:7} about {prepared.logits_bytes / 1e9:,.2f} GB, {kind[1]}")
-    typer.echo(f"run     {job.folder.uri}")
-    for line in (prepared.other, prepared.doubt):
-        if line is not None:
-            typer.echo(f"note    {line}")
-
-
-def _say_result(uri: str, storage_options: Mapping[str, Any]) -> None:
-    from ..run import open_run
-
-    run = open_run(uri, storage_options=storage_options)
-    show_outliers(run)
-    show_totals(run)
-    seconds = time.monotonic() - TALLY.started
-    documents = TALLY.total().documents
-    if documents:
-        first = f", first score after {TALLY.first_score:.1f} s" if TALLY.first_score else ""
-        typer.echo(f"scored now: {counted(documents, 'document')} in {seconds:.1f} s{first}")
-    else:
-        typer.echo("scored now: nothing, the run was complete")
-    typer.echo(f"run:    {uri}")
-    typer.echo(f"report: {run.report_path}")
-    counts = run.manifest
-    assert counts is not None
-    if counts["documents"] and counts["failed"] == counts["documents"]:
-        raise RuntimeError(f"none of {counted(counts['documents'], 'document')} could be scored")

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..folder import Folder, endpoint_options
 from ..run import Run, open_run
-from ..store import MANIFEST
+from .choice import find_latest
 from .distributions import Distributions, compare_distributions, find_shared_tier
 from .documents import Documents, compare_documents
 from .shift import Shift, measure_shift
@@ -94,30 +94,6 @@ def compare_runs(
     place = _find_place(ours, theirs, out, endpoint_url)
     comparison = compare(ours, theirs, level=level, on_progress=on_progress)
     return _write(comparison, place, endpoint_url)
-
-
-def find_latest(uri: str, endpoint_url: str | None = None) -> tuple[str, str]:
-    """The last complete run in a folder, after the one before it of the same recipe.
-
-    Raises:
-        ValueError: if there are no two.
-    """
-    folder = Folder(uri, endpoint_options(uri, endpoint_url))
-    complete = []
-    for name in folder.folders():
-        manifest = folder.stats(name).get(f"{name}/{MANIFEST}")
-        if manifest is not None:
-            complete.append((manifest.stamp, name))
-    last: tuple[str, Any] | None = None
-    for _, name in sorted(complete, reverse=True):
-        recipe = (folder.below(name).read_json(MANIFEST) or {}).get("recipe_hash")
-        if last is None:
-            last = name, recipe
-        elif recipe == last[1]:
-            return f"{folder.uri}/{name}", f"{folder.uri}/{last[0]}"
-    raise ValueError(
-        f"run: {folder.uri!r} holds no two complete runs of one recipe, the last of them; name two"
-    )
 
 
 def compare(

@@ -21,9 +21,10 @@ from ..parts import LOGITS_DTYPES
 from ..run import Run
 from .divergences import Candidates, Divergences, diverge, diverge_coarsely
 from .documents import COLUMNS, same_text
+from .flat import join_ids, unpack
 from .pairing import OnProgress, Stream, open_part, pair, part_names
 from .sums import EXACT_VALUES, Grouped, Spread, Spreads
-from .tokens import Estimate, NotComparable, binomial, join_ids, unpack
+from .tokens import Estimate, NotComparable, binomial
 
 PERCENTS = ("99.9", "99", "95", "90", "50", "10", "5", "1")
 EXACT, BOUND = "logits", "topk"

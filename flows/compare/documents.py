@@ -6,17 +6,16 @@ are paired by their ids; one whose text is not the same in both is left out, and
 
 from __future__ import annotations
 
-import heapq
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...engine.records import OK
-from ..outliers import MIN_BYTES, MIN_TOKENS
 from ..run import Run
+from .extremes import BIN, NUM_BINS, Document, Extremes, Found, numbers
 from .pairing import OnProgress, Stream, pair
 from .sums import EXACT_VALUES, Grouped, Moments, Values
 
@@ -24,13 +23,8 @@ COLUMNS = (
     *("source", "language", "status", "num_tokens", "num_tokens_scored", "num_bytes"),
     *("num_words", "zlib_bytes", "loglikelihood", "nll_per_token", "bits_per_byte"),
 )
-BIN = 0.02
-"""Of the picture of both, in bits a byte (or a token)."""
-NUM_BINS = 800
-"""The last takes all from 16 bits up."""
 MAX_NAMED = 20
 """Documents that are named where there is something to say of them."""
-_MAX_EXTREMES = 10
 _GROUP_VALUES = EXACT_VALUES // 128
 _LN2 = math.log(2.0)
 
@@ -58,27 +52,6 @@ class Drift:
     base: float
     """Of all documents as one text: bits over bytes (or tokens)."""
     other: float
-
-
-@dataclass(frozen=True)
-class Document:
-    """A document that stands out."""
-
-    doc_id: str
-    source: str
-    language: str
-    base: float
-    """The measure."""
-    other: float
-    num_bytes: int
-    num_tokens: int
-    residual: float
-    """Other, less what a straight line over all documents gives for the base."""
-
-    @property
-    def delta(self) -> float:
-        """Other less base."""
-        return self.other - self.base
 
 
 @dataclass
@@ -154,7 +127,7 @@ class _Sums:
         self.size = 0
         self.bits = np.zeros(2)
 
-    def add(self, found: _Found, rows: np.ndarray | slice) -> None:
+    def add(self, found: Found, rows: np.ndarray | slice) -> None:
         delta = found.delta[rows]
         self.delta.add(delta)
         self.moments.add(found.base[rows], found.other[rows], delta)
@@ -184,20 +157,6 @@ class _Sums:
         )
 
 
-@dataclass(frozen=True)
-class _Found:
-    """Columns of documents that are compared."""
-
-    base: np.ndarray
-    other: np.ndarray
-    delta: np.ndarray
-    delta_nll: np.ndarray
-    size: np.ndarray
-    """Bytes, or tokens."""
-    bits: np.ndarray
-    """[2, documents]: of base and other."""
-
-
 class _Tally:
     def __init__(self, measure: str) -> None:
         self._measure = measure
@@ -208,7 +167,7 @@ class _Tally:
         self._moved: dict[tuple[str, str], Few] = {}
         self._unscored = 0
         self._counts = np.zeros((NUM_BINS, NUM_BINS), np.int64)
-        self._extremes = _Extremes()
+        self._extremes = Extremes()
 
     def add_alone(self, base_ids: pa.Array, other_ids: pa.Array) -> None:
         for few, ids in zip(self._only, (base_ids, other_ids), strict=True):
@@ -249,18 +208,18 @@ class _Tally:
         neither = pc.and_(pc.not_equal(ours, OK), pc.not_equal(theirs, OK))
         self._unscored += pc.sum(neither).as_py() or 0
 
-    def _find(self, ours: pa.Table, theirs: pa.Table) -> _Found:
-        bits = np.stack([-_numbers(t, "loglikelihood") / _LN2 for t in (ours, theirs)])
+    def _find(self, ours: pa.Table, theirs: pa.Table) -> Found:
+        bits = np.stack([-numbers(t, "loglikelihood") / _LN2 for t in (ours, theirs)])
         if self._measure == BITS_PER_BYTE:
-            size = _numbers(ours, "num_bytes")
-            base, other = (_numbers(t, "bits_per_byte") for t in (ours, theirs))
+            size = numbers(ours, "num_bytes")
+            base, other = (numbers(t, "bits_per_byte") for t in (ours, theirs))
         else:
-            size = _numbers(ours, "num_tokens_scored")
-            base, other = (_numbers(t, "nll_per_token") / _LN2 for t in (ours, theirs))
-        nll = _numbers(theirs, "nll_per_token") - _numbers(ours, "nll_per_token")
-        unlike = _numbers(ours, "num_tokens_scored") != _numbers(theirs, "num_tokens_scored")
+            size = numbers(ours, "num_tokens_scored")
+            base, other = (numbers(t, "nll_per_token") / _LN2 for t in (ours, theirs))
+        nll = numbers(theirs, "nll_per_token") - numbers(ours, "nll_per_token")
+        unlike = numbers(ours, "num_tokens_scored") != numbers(theirs, "num_tokens_scored")
         nll[unlike] = math.nan
-        return _Found(base, other, other - base, nll, size.astype(np.int64), bits)
+        return Found(base, other, other - base, nll, size.astype(np.int64), bits)
 
     def sum_up(self) -> Documents:
         total = self._drift.total
@@ -308,80 +267,9 @@ def _are_measured(ours: pa.Table, theirs: pa.Table, measure: str) -> np.ndarray:
     return pc.fill_null(both, False).to_numpy()
 
 
-def _numbers(table: pa.Table, name: str) -> np.ndarray:
-    return table[name].to_numpy().astype(np.float64)
-
-
 def _fit(moments: Moments) -> tuple[float, float]:
     """Slope and intercept of the least-squares line of the second column over the first."""
     if moments.count < 2 or not moments.covariance(0, 0):
         return math.nan, math.nan
     slope = moments.covariance(0, 1) / moments.covariance(0, 0)
     return slope, float(moments.mean[1] - slope * moments.mean[0])
-
-
-class _Extremes:
-    """The largest differences, kept by the base's value so that any line can be taken off later.
-
-    Within a bin of the base a line hardly rises: what is farthest from it there is among those that
-    differ the most.
-    """
-
-    def __init__(self) -> None:
-        self._heaps: dict[tuple[int, int, int], list[tuple[float, str, Document]]] = {}
-
-    def add(self, table: pa.Table, found: _Found) -> None:
-        column = np.clip((found.base / BIN).astype(np.int64), 0, NUM_BINS - 1)
-        num_bytes, num_tokens = (_numbers(table, n) for n in ("num_bytes", "num_tokens_scored"))
-        is_long = np.where(num_bytes > 0, num_bytes >= MIN_BYTES, num_tokens >= MIN_TOKENS)
-        place = column * 2 + is_long
-        for key in np.unique(place).tolist():
-            rows = np.flatnonzero(place == key)
-            for sign in (1, -1):
-                order = np.argsort(-sign * found.delta[rows], kind="stable")
-                for row in rows[order[:_MAX_EXTREMES]].tolist():
-                    self._push(
-                        (key, key % 2, sign), sign * float(found.delta[row]), table, row, found
-                    )
-
-    def _push(
-        self, key: tuple[int, int, int], far: float, table: pa.Table, row: int, found: _Found
-    ) -> None:
-        heap = self._heaps.setdefault(key, [])
-        if len(heap) == _MAX_EXTREMES and far < heap[0][0]:
-            return
-        doc_id = table["doc_id"][row].as_py()
-        document = Document(
-            doc_id=doc_id,
-            source=table["source"][row].as_py(),
-            language=table["language"][row].as_py(),
-            base=float(found.base[row]),
-            other=float(found.other[row]),
-            num_bytes=table["num_bytes"][row].as_py(),
-            num_tokens=table["num_tokens_scored"][row].as_py(),
-            residual=math.nan,
-        )
-        heapq.heappush(heap, (far, doc_id, document))
-        if len(heap) > _MAX_EXTREMES:
-            heapq.heappop(heap)
-
-    def choose(
-        self, slope: float, intercept: float
-    ) -> tuple[list[Document], list[Document], list[Document]]:
-        """The most worse, the most better, and the farthest from the line."""
-        has_long = any(is_long for _, is_long, _ in self._heaps)
-        kept = {
-            document.doc_id: document
-            for (_, is_long, _), heap in self._heaps.items()
-            for _, _, document in heap
-            if is_long or not has_long
-        }
-        documents = [
-            replace(d, residual=d.other - (intercept + slope * d.base)) for d in kept.values()
-        ]
-        documents.sort(key=lambda d: (-d.delta, d.doc_id))
-        worse = [d for d in documents if d.delta > 0][:_MAX_EXTREMES]
-        better = [d for d in reversed(documents) if d.delta < 0][:_MAX_EXTREMES]
-        far = [d for d in documents if d.residual]
-        far.sort(key=lambda d: (-abs(d.residual), d.doc_id))
-        return worse, better, far[:_MAX_EXTREMES] if not math.isnan(slope) else []

@@ -16,15 +16,12 @@ import pyarrow.compute as pc
 
 from ..run import Run
 from .documents import Few
-from .pairing import OnProgress, Stream, pair
+from .flat import Flat, are_same, find_tier, stream
+from .pairing import OnProgress, pair
 from .sums import EXACT_VALUES, Grouped, Moments, Spread, Spreads
 
 PERCENTS = ("99.9", "99", "95", "90", "75", "50", "25", "10", "5", "1", "0.1")
 _GROUP_VALUES = EXACT_VALUES // 128
-_TIERS = {
-    "tokens": ("token_id", "logprob", "top1_id"),
-    "topk": ("token_id", "logprob", "top_id_low", "top_id_high"),
-}
 # So many documents of other ids, and none of equal ones, and the rest need not be read.
 _ENOUGH_UNLIKE = 64
 
@@ -103,11 +100,6 @@ class Told:
     other_logprob: np.ndarray
 
 
-def find_tier(run: Run) -> str | None:
-    """The tier that holds a run's true tokens, None if it kept none."""
-    return next((tier for tier in _TIERS if tier in run.tiers), None)
-
-
 def check_tokens(base: Run, other: Run) -> None:
     """NotComparable for a run that kept no tokens."""
     for name, run in (("A", base), ("B", other)):
@@ -128,9 +120,9 @@ def compare_tokens(
     """
     check_tokens(base, other)
     tally = _Tally(set(told))
-    streams = [_stream(run, labels=run is base) for run in (base, other)]
+    streams = [stream(run, labels=run is base) for run in (base, other)]
     for ours, theirs in pair(*streams, on_progress=on_progress):
-        tally.add(_Flat.of(ours), _Flat.of(theirs), ours)
+        tally.add(Flat.of(ours), Flat.of(theirs), ours)
         if tally.documents == 0 and tally.unlike.count >= _ENOUGH_UNLIKE:
             break
     if tally.unlike.count > tally.documents:
@@ -140,57 +132,6 @@ def compare_tokens(
     if not tally.documents:
         raise NotComparable("no document was scored in both")
     return tally.sum_up(), tally.told
-
-
-def _stream(run: Run, *, labels: bool) -> Stream:
-    tier = find_tier(run)
-    assert tier is not None
-    columns = list(_TIERS[tier])
-    if tier == "topk" and run.plan["model"]["vocab_size"] <= 1 << 16:
-        columns.remove("top_id_high")
-    return Stream(run, tier, columns, labels)
-
-
-@dataclass(frozen=True)
-class _Flat:
-    """Tokens of documents, one after another."""
-
-    lengths: np.ndarray
-    token_id: np.ndarray
-    logprob: np.ndarray
-    top1_id: np.ndarray
-
-    @classmethod
-    def of(cls, table: pa.Table) -> _Flat:
-        """Of rows of the tier `tokens` or `topk`."""
-        if "top1_id" in table.column_names:
-            lists = table["token_id"]
-            flat = (flatten(table[name]) for name in _TIERS["tokens"])
-            return cls(pc.list_value_length(lists).to_numpy(), *flat)
-        token_id, logprob = unpack(table["token_id"], "<i4"), unpack(table["logprob"], "<f4")
-        lengths = pc.binary_length(table["token_id"]).to_numpy() // 4
-        top_ids = join_ids(table)
-        # The likeliest of each row comes first.
-        top1 = top_ids.reshape(len(token_id), -1)[:, 0] if len(token_id) else top_ids
-        return cls(lengths, token_id, logprob, top1)
-
-
-def flatten(lists: pa.ChunkedArray) -> np.ndarray:
-    """The values of lists, one after another."""
-    return pa.chunked_array([c.flatten() for c in lists.chunks], lists.type.value_type).to_numpy()
-
-
-def unpack(blobs: pa.ChunkedArray, dtype: str) -> np.ndarray:
-    """The numbers of blobs, one after another."""
-    return np.frombuffer(b"".join(blobs.to_pylist()), dtype)
-
-
-def join_ids(table: pa.Table) -> np.ndarray:
-    """Ids of the kept candidates, one after another; of large vocabularies their high bits too."""
-    ids = unpack(table["top_id_low"], "<u2").astype(np.int32)
-    if "top_id_high" in table.column_names:
-        ids |= unpack(table["top_id_high"], "u1").astype(np.int32) << 16
-    return ids
 
 
 class _Sums:
@@ -242,8 +183,8 @@ class _Tally:
         self._by_document = Moments(2)
         """Of each document: its sum of excess loss, and its tokens."""
 
-    def add(self, ours: _Flat, theirs: _Flat, table: pa.Table) -> None:
-        is_same = _are_same(ours, theirs)
+    def add(self, ours: Flat, theirs: Flat, table: pa.Table) -> None:
+        is_same = are_same(ours, theirs)
         self.unlike.add(table["doc_id"].filter(pa.array(~is_same)))
         table = table.filter(pa.array(is_same))
         lengths = ours.lengths[is_same]
@@ -337,18 +278,6 @@ class _Tally:
             same_top=total.same_top(),
             groups=sorted(groups, key=lambda g: (-g.tokens, g.source, g.language)),
         )
-
-
-def _are_same(ours: _Flat, theirs: _Flat) -> np.ndarray:
-    """Whether documents have the same token ids in both."""
-    same = ours.lengths == theirs.lengths
-    mine, yours = np.repeat(same, ours.lengths), np.repeat(same, theirs.lengths)
-    differ = ours.token_id[mine] != theirs.token_id[yours]
-    lengths = ours.lengths[same]
-    if len(lengths):
-        starts = np.cumsum([0, *lengths[:-1]])
-        same[same] = ~np.logical_or.reduceat(differ, starts)
-    return same
 
 
 def _clustered(by_document: Moments) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from ..origin import find_row, shard_names
+from ..index import shard_names
 from ..parts import LOGITS_DTYPES
 from ..run import Run
 
@@ -60,7 +60,7 @@ def _mass(logprobs: np.ndarray) -> np.ndarray:
 
 def _of_logits(run: Run, doc_id: str, rows: slice) -> Candidates:
     """The likeliest of the tier `logits`; no more of it is held than a row group."""
-    shard, _ = find_row(run, doc_id)
+    shard, _ = run.find(doc_id)
     dtype = np.dtype(LOGITS_DTYPES[run.plan["logits_dtype"]]).newbyteorder("<")
     found: list[tuple[np.ndarray, np.ndarray]] = []
     folder = run.folder

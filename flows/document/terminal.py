@@ -37,9 +37,9 @@ def print_document(view: View, console: Console) -> None:
     """Print it: in colours where the console has them, else as a table of all its tokens."""
     head = Text(show(view.record["doc_id"]), "bold")
     labels = [show(view.record[name]) for name in ("source", "language") if view.record[name]]
-    console.print(head, Text(", ".join(labels)))
-    console.print(Text(summarize(view)))
-    console.print(Text(show(view.origin)))
+    console.print(head, Text(", ".join(labels)), soft_wrap=True)
+    console.print(Text(summarize(view)), soft_wrap=True)
+    console.print(Text(show(view.origin)), soft_wrap=True)
     stretch = describe_stretch(view)
     if stretch is not None:
         console.print(Text(f"{stretch}; --from and --to show others"))

@@ -19,7 +19,7 @@ from ...engine.intake import split_context
 from ...engine.records import Document
 from ...engine.tokenization import Tokenizer
 from ..folder import endpoint_options, one_line
-from ..origin import find_corpus, find_row, read_documents
+from ..origin import find_corpus, read_documents
 from ..run import Run
 
 PARTIAL, NO_BYTES = "\u00b7", "\u2205"
@@ -104,7 +104,7 @@ def find_document(run: Run, doc_id: str, endpoint_url: str | None) -> Document:
     Raises:
         ValueError: if the corpus is gone or changed, saying so.
     """
-    shard, row = find_row(run, doc_id)
+    shard, row = run.find(doc_id)
     try:
         spec = find_corpus(run.plan, endpoint_url)
         found = next(islice(read_documents(run, spec, [shard]), row, None), None)

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..origin import shard_names
+from ..index import shard_names
 from ..run import Run
 
 

@@ -65,7 +65,7 @@ def connect(
     Raises:
         ValueError: if there is no run, or nothing published.
     """
-    folder = Folder(root, storage_options)
+    folder = Folder(root, storage_options, field="run")
     db = _open(":memory:")
     if not folder.is_local:
         db.register_filesystem(folder.filesystem)
@@ -86,7 +86,7 @@ def write_database(root: str, path: str, *, endpoint_url: str | None = None) -> 
     Raises:
         ValueError: if there is no run, or the file is there and no database.
     """
-    folder = Folder(root, endpoint_options(root, endpoint_url))
+    folder = Folder(root, endpoint_options(root, endpoint_url), field="run")
     db = _open(path)
     try:
         if not folder.is_local:

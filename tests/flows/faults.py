@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import random
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +14,7 @@ from typing import Any
 from fault_table import COLUMNS, PROPERTY
 from flow_helpers import digests
 from logitmill.flows import Run
-from logitmill.flows.folder import find_live
+from logitmill.flows.scratch import find_live
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,57 @@ class Fault:
         for column, count in seen.items():
             self._row[column] += count
         assert seen == dict.fromkeys(seen, 0)
+
+
+@contextmanager
+def striking(
+    fault: Fault,
+    strike: Callable[[], None],
+    is_time: Callable[[], bool],
+    times: int,
+    longest: float,
+) -> Iterator[None]:
+    """Has the fault happen at random moments, `longest` seconds apart at most, while it is time.
+
+    No more once it has happened so many `times` in all.
+    """
+    done, rng = threading.Event(), random.Random(fault.times)
+
+    def run() -> None:
+        while fault.times < times and not done.is_set():
+            if not is_time():
+                done.wait(0.1)
+            elif not done.wait(rng.uniform(0, longest)):
+                fault.strike()
+                strike()
+
+    with ThreadPoolExecutor(1) as pool:
+        striker = pool.submit(run)
+        try:
+            yield
+        finally:
+            done.set()
+        striker.result()
+
+
+def finish(score: Callable[[], Run]) -> Run:
+    """The run once it is complete: an error that is said in a line has it run again."""
+    for _ in range(10):
+        found = attempt(score)
+        if not isinstance(found, str):
+            return found
+    raise AssertionError("it did not complete")
+
+
+def attempt(score: Callable[[], Run]) -> Run | str:
+    """The run, or else what it ended with, which is a line."""
+    try:
+        return score()
+    except Exception as error:
+        said, kind = str(error), type(error)
+    print(f"ended with {kind.__name__}: {said}")
+    assert said and "\n" not in said
+    return said
 
 
 def _ids(run: Run) -> list[str]:

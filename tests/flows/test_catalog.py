@@ -429,6 +429,27 @@ def test_the_command_publishes_what_is_complete_and_takes_it_out_again(
     assert keys_of(whole) == {}
 
 
+def test_a_run_that_is_gone_is_withdrawn_by_its_key(
+    copy: Copy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone, other = copy("aaaa"), copy("bbbb")
+    publish(str(Path(gone.uri).parent))
+    shutil.rmtree(gone.uri)
+    capsys.readouterr()
+    publish(gone.uri, withdraw=True)
+    assert capsys.readouterr().out.startswith(f"{gone.uri}  withdrawn: runs 1 file, shards 1 file")
+    assert set(keys_of(other)) == {"bbbb"}
+    for place, said in (
+        (gone.uri, f"run: there is no run in '{gone.uri}', nor one of key 'aaaa' in the tables"),
+        (str(tmp_path / "elsewhere/aaaa"), "--catalog: nothing is published beside the runs in"),
+    ):
+        with pytest.raises(typer.Exit) as raised:
+            publish(place, withdraw=True)
+        assert raised.value.exit_code == 2
+        assert capsys.readouterr().err.startswith(f"error: {said}")
+    assert not (tmp_path / "elsewhere").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

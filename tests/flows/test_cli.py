@@ -219,6 +219,8 @@ def test_each_mistake_names_its_field(
     assert code == 2 and "Missing argument 'corpus'" in err and "--help" in err
     code, _, err = in_process(capsys, "score", tmp_path / "none", corpus)
     assert code == 2 and err.startswith("error: MODEL: there is no folder")
+    code, _, err = in_process(capsys, "score", corpus, demo_folder)
+    assert code == 2 and f"'{demo_folder}' is one; the model comes first" in err
 
 
 def test_fields_are_named_as_options_but_not_what_is_quoted() -> None:
@@ -346,14 +348,19 @@ def test_inspect_and_report(
     assert code == 0 and "0 of 5 layers resident, 5 read from disk for every batch" in out
     code, _, err = in_process(capsys, "inspect", finished.uri, "--quantization", "fp8")
     assert code == 2 and err.startswith("error: --quantization: ") and "is a run" in err
-    code, _, err = in_process(capsys, "inspect", tmp_path / "nothing")
-    assert code == 2 and len(err.splitlines()) == 1
+    for nothing in (tmp_path, tmp_path / "nothing"):
+        code, _, err = in_process(capsys, "inspect", nothing)
+        assert code == 2 and len(err.splitlines()) == 1
+        assert "a run has a plan.json" in err and "score MODEL CORPUS --out" in err
 
     code, out, _ = in_process(capsys, "report", finished.uri, "--out", tmp_path / "r.html")
     assert code == 0 and out.strip() == str(tmp_path / "r.html")
     assert finished.plan["run_key"] in (tmp_path / "r.html").read_text()
     code, _, err = in_process(capsys, "report", tmp_path)
     assert code == 2 and err.startswith(f"error: run: there is no run in '{tmp_path}'")
+    for place, said in (("no/r.html", "lies in a folder that is not there"), ("", "Is a dir")):
+        code, _, err = in_process(capsys, "report", finished.uri, "--out", tmp_path / place)
+        assert code == 2 and err.startswith(f"error: --out: '{tmp_path / place}' ") and said in err
 
 
 def test_a_run_is_verified(
@@ -671,7 +678,7 @@ def test_what_is_kept_is_announced_once(
     )
     assert code == 0
     assert (out + err).count("logits") == 1
-    assert "1 document, 0.0 MB, 1 shard" in out
+    assert "1 document, 22 B, 1 shard" in out
     assert re.search("^scored now: 1 document in ", out, re.MULTILINE)
     assert re.search("^1 document, [0-9]+ tokens, ", out, re.MULTILINE)
 

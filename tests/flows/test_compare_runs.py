@@ -123,10 +123,17 @@ def test_mistakes_of_the_command(plain: Run, quantized: Run, tmp_path: Path) -> 
     runner = CliRunner()
     elsewhere = shutil.copytree(quantized.uri, tmp_path / "elsewhere" / "b")
     nowhere = str(tmp_path / "nowhere")
+    shutil.copytree(plain.uri, tmp_path / "runs/a")
+    beside = shutil.copytree(quantized.uri, tmp_path / "runs/b")
     for arguments, words in (
         ([plain.uri, nowhere], "run: there is no run in"),
         ([plain.uri, str(elsewhere)], "--out: .* are in different folders"),
         ([nowhere], "holds no two complete runs of one recipe"),
+        ([str(elsewhere)], "is one run, and two are compared; none of its recipe is beside it"),
+        (
+            [str(beside)],
+            f"two are compared; name one of its recipe beside it, as {tmp_path}/runs/a",
+        ),
         ([plain.uri, plain.uri, "--out", "s3://k:s@bucket/x"], "holds a credential"),
     ):
         result = runner.invoke(app, ["compare", *arguments])

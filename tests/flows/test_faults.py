@@ -12,13 +12,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from botocore.exceptions import (
+    ClientError,
+    EndpointConnectionError,
+    NoCredentialsError,
+    ProfileNotFound,
+)
 from flow_helpers import Score, digests, write_lines
-from logitmill.flows import Run, open_run, score_corpus, shards
+from logitmill.engine.remote import remedy, scrub
+from logitmill.flows import Run, open_run, score_corpus, scratch, shards
 from logitmill.flows.corpus import CorpusSpec, read_shard
-from logitmill.flows.folder import Folder, StoreError, sweep
+from logitmill.flows.folder import Folder, StoreError, endpoint_options, one_line
 from logitmill.flows.progress import Attempt
 from logitmill.flows.request import Request, prepare
+from logitmill.flows.scratch import sweep
 from prefect import Flow
+from s3fs.errors import translate_boto_error
 
 GOOD = {"text": "def f(x):\n    return x + 1\n"}
 
@@ -150,7 +159,7 @@ def test_mistakes_are_refused_before_anything_runs(
         ({"corpus": str(tmp_path / "torn.parquet")}, r"torn\.parquet"),
         ({"corpus": str(corpus / "*.rs")}, r"\*\.rs.*matches nothing"),
         ({"corpus": spec(id_column="key")}, "id_column='key': 'k' stands twice"),
-        ({"out": str(tmp_path / "file" / "runs")}, "out: '.*/file/runs' cannot be written: .*Not"),
+        ({"out": str(tmp_path / "file/runs")}, "out: '.*/runs' cannot be .*: '.*/file' is a file"),
         ({"model": str(bare_model)}, "tokenizer: the model folder '.*bare' has none"),
         ({"model": str(broken_model)}, "model.norm.weight in .* holds NaN"),
         ({"model": str(demo_folder) + "x"}, "model: there is no folder '.*modelx'"),
@@ -194,6 +203,58 @@ def test_output_that_cannot_be_written_is_named(
         out="memory://ro",
     )
     assert "read-only" in said and "signature" not in said
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("file", "out: 'file' cannot be written: '.*/file' is a file; name a folder"),
+        ("file/below", "out: 'file/below' cannot be written: '.*/file' is a file; name a folder"),
+        (
+            "barred",
+            "out: 'barred' cannot be written: Permission denied to write in '.*/barred'; na",
+        ),
+    ],
+)
+def test_a_place_that_is_none_is_named_and_no_file_of_ours(
+    place: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> str:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "barred/.tmp-x"))
+
+    # Of root's nothing is barred.
+    monkeypatch.setattr(scratch, "mkdtemp", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "barred").mkdir()
+    for use in (Folder.check_writable, lambda folder: folder.write("name", b"")):
+        with pytest.raises(StoreError, match=said) as raised:
+            use(Folder(place))
+        assert ".tmp" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "helps"),
+    [
+        (EndpointConnectionError(endpoint_url="http://nowhere"), "; check endpoint_url or AWS_END"),
+        (
+            NoCredentialsError(),
+            "; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or",
+        ),
+        (ProfileNotFound(profile="x"), "; check AWS_PROFILE"),
+        (
+            translate_boto_error(ClientError({"Error": {"Code": "InvalidAccessKeyId"}}, "get")),
+            "; check what the credentials may do there: AWS_ACCESS_KEY_ID and",
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_helps_against_an_error_of_s3_is_said(kind: Exception, helps: str) -> None:
+    for said in (one_line(kind), scrub(kind, {})):
+        assert helps in said
+    assert remedy(PermissionError(13, "no")) == remedy(OSError("x")) == ""
+    with pytest.raises(ValueError, match="endpoint_url: 'localhost:9' is no server's URL; give"):
+        endpoint_options("s3://bucket", "localhost:9")
 
 
 # ---- storage that fails, shards that are poisoned

@@ -32,6 +32,7 @@ from logitmill.flows.filters import (
     kept_between,
     kl_to,
     min_k,
+    output,
     percentiles,
     write_kept,
 )
@@ -391,7 +392,7 @@ def test_a_filter_is_applied_to_ids_and_texts(run: Run, lines: Path, tmp_path: P
 
     texts = write_kept(run, cuts, str(tmp_path / "texts"), texts=True)
     assert texts == kept == write_kept(run, cuts, None)
-    names = sorted(path.name for path in (tmp_path / "texts").iterdir())
+    names = sorted(path.name for path in (tmp_path / "texts").glob("*.parquet"))
     assert len(names) > 1 and names == sorted({*names} & {Path(p).name for p in run.paths()})
     table = pq.read_table(tmp_path / "texts")
     stored = {row["id"]: row["text"] for row in map(json.loads, lines.read_text().splitlines())}
@@ -400,6 +401,38 @@ def test_a_filter_is_applied_to_ids_and_texts(run: Run, lines: Path, tmp_path: P
     again = tmp_path / "again"
     write_kept(run, cuts, str(again), texts=True)
     assert all((again / n).read_bytes() == (tmp_path / "texts" / n).read_bytes() for n in names)
+
+
+def test_what_was_killed_is_gone_on_with(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts, out = find_cuts(run, (20, 70)), tmp_path / "texts"
+
+    def stop(done: int, total: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    def about() -> dict[str, Any]:
+        return json.loads((out / ".filter.json").read_text())
+
+    with pytest.raises(KeyboardInterrupt):
+        write_kept(run, cuts, str(out), texts=True, on_progress=stop)
+    begun = {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
+    assert 0 < len(begun) < len(run.paths()) and not about()["complete"]
+    with pytest.raises(ValueError, match=r"out: .* already, not of this filter; give another"):
+        write_kept(run, find_cuts(run, (20, 60)), str(out), texts=True)
+    read: list[int] = []
+    read_documents = output.read_documents
+    monkeypatch.setattr(
+        output, "read_documents", lambda *a: read.extend(a[2]) or read_documents(*a)
+    )
+    kept = write_kept(run, cuts, str(out), texts=True)
+    assert len(read) == len(list(out.glob("*.parquet"))) - len(begun)
+    assert about()["complete"]
+    assert sum(part["documents"] for part in about()["parts"]) == kept.total.kept_documents
+    write_kept(run, cuts, str(tmp_path / "whole"), texts=True)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == files
 
 
 def test_a_corpus_that_changed_is_not_written(run: Run, tmp_path: Path) -> None:
@@ -444,11 +477,22 @@ def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     total = next(line for line in said.splitlines() if line.startswith("all"))
     assert total.split()[1:3] == [str(kept.num_rows), str(NUM_DOCUMENTS - 1)]
     assert "1 document without the score not kept" in said
+    bytes_before = out.read_bytes()
+    assert in_process(capsys, "filter", run.uri, "--keep", "30:60", "--out", out)[0] == 0
+    assert out.read_bytes() == bytes_before
+    (tmp_path / "mine.parquet").write_text("not to be lost")
+    for keeps, path in (("30:61", out), ("30:60", tmp_path / "mine.parquet")):
+        code, _, err = in_process(capsys, "filter", run.uri, "--keep", keeps, "--out", path)
+        assert code == 2 and f"--out: '{path}' is there already, and not of this filter" in err
+    assert (tmp_path / "mine.parquet").read_text() == "not to be lost"
+    said = in_process(capsys, "filter", run.uri, "--keep", "0:100", "--by", "none")[1]
+    assert "lowest  highest" in said and "inf" not in said
     (tmp_path / "full").mkdir()
     out.rename(tmp_path / "full/part.parquet")
     for arguments, message in (
-        (("--keep", "60:30"), "--keep: '60:30' is not two percentiles, the lower first"),
+        (("--keep", "60:30"), "--keep: '60:30' is not two percentiles from 0 to 100"),
         (("--keep", "30"), "--keep: '30' is not two percentiles"),
+        (("--keep", "-5:20"), "from 0 to 100, the lower first; give LOW:HIGH, as in --keep=30:60"),
         (("--keep", "30:60", "--text"), "text: documents need a place; give --out a folder"),
         (("--keep", "30:60", "--out", tmp_path / "x"), f"--out: '{tmp_path / 'x'}' is no Parquet"),
         (("--keep", "30:60", "--text", "--out", out), f"--out: '{out}' is a file"),

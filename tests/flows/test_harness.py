@@ -292,6 +292,8 @@ def test_a_chat_is_rendered_as_hf_renders_it(lm: LogitmillLM, hf: Any) -> None:
         ({"quantization": "int2"}, "quantization: 'int2'"),
         ({"max_length": 2048}, "max_length: 2048 is not within 2 ... 1024"),
         ({"max_length": "long"}, "max_length: 'long' is not a whole number"),
+        ({"revision": 12}, "revision: 12 is not text"),
+        ({"chat_template_args": 3}, "chat_template_args: 3 is not a dictionary"),
         ({"max_batch_tokens": 0}, "max_batch_tokens: 0 is not at least 1"),
         ({"prefix_token_id": 4096}, "prefix_token_id: 4096 is not in .* 4096"),
         ({"add_bos_token": "yes"}, "add_bos_token: 'yes' is not True or False"),
@@ -305,6 +307,20 @@ def test_a_mistake_is_named_before_the_model_is_loaded(
     monkeypatch.setattr("logitmill.flows.harness.load_pipeline", None)
     with pytest.raises(ValueError, match=message):
         LogitmillLM(**{"pretrained": str(demo_folder), "device": "cpu", **arguments})
+
+
+def test_a_mistake_in_the_command_is_one_line(
+    demo_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = f"pretrained={demo_folder},quantisation=fp8"
+    with pytest.raises(ValueError, match="model_args: quantisation is not known"):
+        LogitmillLM.create_from_arg_string(given)
+    monkeypatch.setattr(sys.modules["__main__"], "cli_evaluate", cli_evaluate, raising=False)
+    with pytest.raises(SystemExit) as ended:
+        LogitmillLM.create_from_arg_string(given)
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: model_args: quantisation is not known; logitmill takes pretr")
 
 
 @pytest.mark.parametrize(

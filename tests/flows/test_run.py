@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
+import pyarrow.parquet as pq
 import pytest
 import s3fs
 from flow_helpers import note_reads
-from logitmill.flows import Run, open_run
+from logitmill.flows import Run, index, open_run
 from logitmill.flows.folder import Folder
+from logitmill.flows.index import shard_names
 from logitmill.flows.store import find_receipts
 
 
@@ -79,6 +81,27 @@ def test_a_document_is_its_row_and_its_tokens(finished: Run) -> None:
     found = finished.document(row["doc_id"])
     assert found.pop("tokens")["logprob"].tolist() == table_row(finished, 3)
     assert found == row
+
+
+def read_ids(path: str) -> list[str]:
+    return pq.read_table(path)["doc_id"].to_pylist()
+
+
+def test_documents_are_found_in_bounded_memory(
+    finished: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [
+        (shard, row, doc_id)
+        for shard, name in shard_names(finished).items()
+        for row, doc_id in enumerate(read_ids(finished.folder.path(name)))
+    ]
+    for held in (0, 60, 1 << 20):
+        monkeypatch.setattr(index, "_HELD_BYTES", held)
+        one = index.Index(finished)
+        for _ in range(2):
+            assert [(*one.find(doc_id), doc_id) for _, _, doc_id in rows] == rows
+        assert sum(ids.nbytes for ids in one._held.values()) <= held
+    assert len(one._held) == len(finished.paths())
 
 
 def test_what_is_not_there_is_named(finished: Run, tmp_path: Path) -> None:

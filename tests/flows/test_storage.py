@@ -281,8 +281,13 @@ def test_credentials_come_from(
     )
     folder = Folder(f"s3://bucket/by-{source[:6]}", there(s3_server))
     if source == "none":
-        with pytest.raises(StoreError, match="cannot be written: Unable to locate credentials"):
+        helps = (
+            "Unable to locate credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_"
+        )
+        with pytest.raises(StoreError, match=f"out: .* cannot be written: {helps}"):
             folder.check_writable()
+        with pytest.raises(OSError, match=f"^run: .*plan.json cannot be read: {helps}"):
+            open_run(folder.uri, storage_options=there(s3_server))
     else:
         folder.check_writable()
         assert folder.folders() == []
@@ -356,7 +361,7 @@ def test_other_stores_name_their_package(
     for field in good:
         with pytest.raises(ValueError, match=rf"{uri}'.*: pip install {package}$"):
             score_corpus(**{**good, field: uri})
-    with pytest.raises(StoreError, match=rf"^out: '{uri}' .*pip install {package}$"):
+    with pytest.raises(StoreError, match=rf"^run: '{uri}' .*pip install {package}$"):
         open_run(uri)
 
 

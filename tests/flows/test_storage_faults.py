@@ -235,7 +235,7 @@ def test_a_full_disk_is_named_and_a_rerun_completes(
 ) -> None:
     """Parts are written to /dev/full."""
     started = time.monotonic()
-    make, calls = folder._make_scratch, 0
+    make, calls = folder.make_scratch, 0
 
     def make_full(within: Path) -> tuple[Path, int]:
         nonlocal calls
@@ -249,7 +249,7 @@ def test_a_full_disk_is_named_and_a_rerun_completes(
     spec = CorpusSpec(uri=str(corpus), shard_bytes=3_000)
     where = re.escape(str(scratch / "logitmill")) if place == "s3" else f"{out}/[0-9a-f]+"
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "_make_scratch", make_full)
+        patch.setattr(folder, "make_scratch", make_full)
         with pytest.raises(
             RuntimeError, match=rf"shard \d: out: the disk of '{where}', .* full \(No space left"
         ) as raised:

@@ -6,8 +6,9 @@ import hashlib
 import json
 import logging
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ import pytest
 from direct import score_directly
 from flow_helpers import write_lines
 from logitmill.engine import EngineSettings, Pipeline, pipeline
+from logitmill.engine.records import TokenRecords
 from logitmill.flows import Run, open_run, parts
 from logitmill.flows.corpus import CorpusSpec
-from logitmill.flows.distributions import TopKWriter, read_draws, read_top_k
+from logitmill.flows.distributions import SampledWriter, TopKWriter, read_draws, read_top_k
 from logitmill.flows.estimate import TABLES, estimate_run
 from logitmill.flows.folder import Part
 from logitmill.flows.request import Request, prepare
@@ -49,6 +51,32 @@ def probabilities(demo: Pipeline, found: dict[str, Any]) -> np.ndarray:
     z = demo.get_logits([0, *found["token_id"][:-1]]).double().numpy()
     p = np.exp(z - z.max(1, keepdims=True))
     return p / p.sum(1, keepdims=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "most"),
+    [
+        (lambda path: TopKWriter(path, {}, top_k=256, vocab_size=500), 3_932_160),
+        (
+            lambda path: SampledWriter(path, {}, num_draws=64, draw_seed=0, vocab_size=500),
+            15_728_640,
+        ),
+    ],
+    ids=["topk", "sampled"],
+)
+def test_a_document_that_no_value_can_hold_is_named(tmp_path: Path, make: Any, most: int) -> None:
+    one = score_of(most + 1)
+    with pytest.raises(
+        ValueError, match=f"tiers: document 'long' has {most + 1:,} .* {most:,} that"
+    ):
+        make(tmp_path / "part").add(one)
+
+
+def score_of(num_tokens: int) -> Any:
+    """A document of so many tokens, which take no memory."""
+    none = np.broadcast_to(np.zeros((), np.float32), num_tokens)
+    tokens = TokenRecords(**{field.name: none for field in fields(TokenRecords)})
+    return SimpleNamespace(record=SimpleNamespace(doc_id="long"), tokens=tokens)
 
 
 def test_top_k_is_what_the_engine_gives(run: Run, demo: Pipeline) -> None:

@@ -12,12 +12,10 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,7 @@ import s3fs
 from ceph import Ceph
 from cluster import Cluster, wait_for
 from debian import NoPackageError
-from faults import Fault, Whole
+from faults import Fault, Whole, attempt, finish, striking
 from flow_helpers import Score, free_port, start_flow
 from logitmill.flows import Run, shards
 from logitmill.flows.corpus import CorpusSpec
@@ -42,50 +40,6 @@ TIMES = 50 if LONG else 1
 CountFault = Callable[[str, Whole], Fault]
 
 pytestmark = pytest.mark.slow
-
-
-@contextmanager
-def striking(
-    fault: Fault, strike: Callable[[], None], is_time: Callable[[], bool], longest: float
-) -> Iterator[None]:
-    """Has the fault happen at random moments, `longest` seconds apart at most, while it is time."""
-    done, rng = threading.Event(), random.Random(fault.times)
-
-    def run() -> None:
-        while fault.times < TIMES and not done.is_set():
-            if not is_time():
-                done.wait(0.1)
-            elif not done.wait(rng.uniform(0, longest)):
-                fault.strike()
-                strike()
-
-    with ThreadPoolExecutor(1) as pool:
-        striker = pool.submit(run)
-        try:
-            yield
-        finally:
-            done.set()
-        striker.result()
-
-
-def finish(score: Callable[[], Run]) -> Run:
-    """The run once it is complete: an error that is said in a line has it run again."""
-    for _ in range(10):
-        found = attempt(score)
-        if not isinstance(found, str):
-            return found
-    raise AssertionError("it did not complete")
-
-
-def attempt(score: Callable[[], Run]) -> Run | str:
-    """The run, or else what it ended with, which is a line."""
-    try:
-        return score()
-    except Exception as error:
-        said, kind = str(error), type(error)
-    print(f"ended with {kind.__name__}: {said}")
-    assert said and "\n" not in said
-    return said
 
 
 # ---- Prefect's server
@@ -157,7 +111,7 @@ def test_a_prefect_server_that_is_killed_and_started_again(
 
     with temporary_settings({PREFECT_API_URL: prefect_server.url}):
         while fault.times < TIMES:
-            with striking(fault, strike, is_time, 4):
+            with striking(fault, strike, is_time, TIMES, 4):
                 run = finish(lambda: score(modules, tiers=["tokens"], workers=cluster.address))
             fault.check(run)
             shutil.rmtree(tmp_path / "runs")
@@ -235,7 +189,7 @@ def test_an_s3_server_that_is_killed_and_started_again(
         lasting_s3.start()
 
     while fault.times < TIMES:
-        with striking(fault, strike, cluster.is_at_work, 4):
+        with striking(fault, strike, cluster.is_at_work, TIMES, 4):
             run = finish(
                 lambda: score(
                     modules,

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from cluster import Cluster, wait_for
-from faults import Fault, Whole
+from faults import Fault, Whole, finish, striking
 from flow_helpers import Score, digests, start_flow
 from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.corpus.plan import Shard
@@ -124,22 +124,18 @@ def test_workers_that_are_killed_cost_the_shards_in_their_hands(
     tmp_path: Path,
 ) -> None:
     fault, rng = count_fault("worker killed", whole), random.Random(4)
+
+    def strike() -> None:
+        wait_for(lambda: bool(cluster.workers()))
+        os.kill(rng.choice(sorted(cluster.workers().values())), signal.SIGKILL)
+
+    def is_time() -> bool:
+        return any(tmp_path.glob("runs/*/plan.json")) and cluster.is_at_work()
+
     while fault.times < TIMES:
-        done = threading.Event()
-
-        def kill(done: threading.Event = done) -> None:
-            while not done.wait(rng.uniform(1.0, 6.0)) and fault.times < TIMES:
-                if any(tmp_path.glob("runs/*/plan.json")) and cluster.is_at_work():
-                    os.kill(rng.choice(sorted(cluster.workers().values())), signal.SIGKILL)
-                    fault.strike()
-
-        killer = threading.Thread(target=kill)
-        killer.start()
-        try:
-            run = score(modules, tiers=["tokens"], workers=cluster.address)
-        finally:
-            done.set()
-            killer.join()
+        with striking(fault, strike, is_time, TIMES, 7):
+            # A shard whose workers are killed three times is left to the next run.
+            run = finish(lambda: score(modules, tiers=["tokens"], workers=cluster.address))
         fault.check(run)
         shutil.rmtree(tmp_path / "runs")
         wait_for(lambda: len(cluster.workers()) == 2)
@@ -172,6 +168,8 @@ def test_a_worker_that_hangs_is_started_anew(
     fault = count_fault("worker hung", whole)
     fault.strike()
     fault.check(run)
+    # What it had was lost with it, and tried again.
+    assert 2 in run.operations()["attempt"].to_pylist()
     assert not Path(f"/proc/{victim}").exists()
     wait_for(lambda: len(cluster.workers()) == 2)
     assert address in caplog.text
