@@ -38,6 +38,9 @@ class Work:
     windows: list[Window]
     tokens: TokenRecords
     num_done: int = 0
+    """Windows that have run."""
+    score: DocumentScore | None = None
+    """Once all of them have."""
 
     def release(self) -> None:
         """Let go of the sequence, where others hold what is read: many begin alike."""

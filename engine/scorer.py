@@ -253,13 +253,18 @@ class Scorer:
 
     def _release(self, batch: _Batch, on_batch: BatchSink | None) -> Iterator[DocumentScore]:
         _count(batch.pieces, on_batch)
+        for piece in batch.pieces:
+            work = piece.work
+            work.num_done += 1
+            if work.num_done == len(work.windows):
+                # Now, while the device has the next batches, and not once the last one is done.
+                work.score = self._finish(work)
         for item in batch.complete:
             if isinstance(item, DocumentScore):
                 yield item
-                continue
-            item.work.num_done += 1
-            if item.work.num_done == len(item.work.windows):
-                yield self._finish(item.work)
+            elif item.window is item.work.windows[-1]:
+                assert item.work.score is not None, "batches of earlier windows are done by now"
+                yield item.work.score
 
     def _rounds(
         self, documents: Iterable[Document], budget: int

@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python infra/benchmarks/harness.py [--questions 150] [--batch-size 16]
 
 Multiple choice as the harness asks it: a request for each of four options, all with the context of
-their question, about 500 tokens of the standard library's source. Seconds are those of the CPU time of
-this process, which other work on the machine changes little, and of the clock. Loading is left out;
-the largest difference between the two is shown.
+their question, about 500 tokens of the source of the standard library. Seconds are of the CPU time
+of this process, which other work on the machine changes little, and of the clock. Loading is left
+out; the largest difference between the two is shown.
 """
 
 from __future__ import annotations
