@@ -26,6 +26,7 @@ bench qwen0.5b-mixed --top-k 20 --top-k 128 --repeat 2
 # 114 GB of logits in host memory, some at a time; a virtual machine gives memory that it has never
 # touched at half the speed.
 bench llama8b-mixed --quantization fp8 --keep logits --repeat 2
+bench llama8b-mixed --quantization fp8 --keep sampled --keep vocabulary --keep hidden --repeat 2
 # Once to write the checkpoint, and again to see how soon the first batch is done.
 ${LOGITMILL:-logitmill} bench llama8b-mixed --from-disk --limit 1 --repeat 1 || failed=1
 bench llama8b-mixed --from-disk --limit 80 --repeat 1
