@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from ..engine.records import DocumentScore
 from .distributions import COLUMNS, read_top_k
 from .folder import Folder
-from .parts import BLOBS, rows_of
+from .parts import BLOBS, PartFile, rows_of
 
 
 class Distributions:
@@ -71,7 +70,7 @@ class Distributions:
     def _rows(self, name: str, doc_id: str) -> Iterator[dict[str, Any]]:
         """The rows of a document, a row group at a time."""
         with self._folder.filesystem.open(self._folder.path(name), "rb") as file:
-            for rows in rows_of(pq.ParquetFile(file), doc_id):
+            for rows in rows_of(PartFile(file), doc_id):
                 yield from rows.to_pylist()
 
 

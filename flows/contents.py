@@ -10,11 +10,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ..engine.records import NONFINITE, OK, TOKEN_DTYPES
 from .folder import Folder
-from .parts import BLOBS, schema_of
+from .parts import BLOBS, PartFile, schema_of
 from .publish import read_table
 from .store import Receipt
 from .summary import STATUS
@@ -181,7 +180,7 @@ def _row_groups(
             as the last of the columns does.
     """
     with open_part(folder, name) as file:
-        parquet = pq.ParquetFile(file)
+        parquet = PartFile(file)
         stated = (parquet.schema_arrow.metadata or {}).get(b"logitmill.run_key", b"").decode()
         if stated != run_key:
             raise pa.ArrowInvalid(f"{name} is of run {stated!r}, not of {run_key!r}")
@@ -194,7 +193,7 @@ def _row_groups(
             for other in same_length:
                 if values[other] != values[columns[-1]]:
                     raise pa.ArrowInvalid(f"{name} has lists of {other} of another length")
-            yield parquet.read_row_group(group, columns=list(columns), use_threads=False)
+            yield parquet.read_row_group(group, columns=list(columns))
 
 
 def open_part(folder: Folder, name: str) -> Any:

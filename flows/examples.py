@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from .distributions import read_draws, read_top_k
 from .folder import StoreError
-from .parts import LOGITS_DTYPES
+from .parts import LOGITS_DTYPES, PartFile
 from .rows import read_states
 
 if TYPE_CHECKING:
@@ -75,12 +74,12 @@ class Reader:
 
     # ---- a row a document
 
-    def _read_documents(self, parquet: pq.ParquetFile) -> Iterator[Source]:
+    def _read_documents(self, parquet: PartFile) -> Iterator[Source]:
         leave: tuple[str, ...] = () if self.spans else ("byte_start", "byte_end")
         leave += ("logprob",) if self.tier == "sampled" else ()
         names = [name for name in parquet.schema_arrow.names if name not in leave]
         for group in range(parquet.num_row_groups):
-            table = parquet.read_row_group(group, columns=names, use_threads=False)
+            table = parquet.read_row_group(group, columns=names)
             columns = {name: table.column(name).combine_chunks() for name in names}
             own = (columns.pop(n).to_pylist() for n in ("doc_id", "num_tokens", "first_input"))
             for i, (doc_id, num_tokens, first_input) in enumerate(zip(*own, strict=True)):
@@ -126,7 +125,7 @@ class Reader:
 
     # ---- rows of whole distributions
 
-    def _read_rows(self, parquet: pq.ParquetFile, name: str) -> Iterator[Source]:
+    def _read_rows(self, parquet: PartFile, name: str) -> Iterator[Source]:
         column = "states" if self.tier == "hidden" else "logprobs"
         about = {k.decode(): v.decode() for k, v in (parquet.schema_arrow.metadata or {}).items()}
         tokens = self._read_tokens(name.replace(f"{self.tier}/", "tokens/"))
@@ -135,9 +134,7 @@ class Reader:
         held: list[torch.Tensor] = []
         num_held = first = 0
         for group in range(parquet.num_row_groups):
-            rows = parquet.read_row_group(
-                group, columns=["doc_id", "first_row", column], use_threads=False
-            )
+            rows = parquet.read_row_group(group, columns=["doc_id", "first_row", column])
             for row in rows.to_pylist():
                 if row["first_row"] == 0:
                     document, held, num_held, first = None, [], 0, 0
@@ -194,7 +191,7 @@ class Reader:
         names = ["doc_id", "token_id", *(("byte_start", "byte_end") if self.spans else ())]
         with self.run.open_part(name) as parquet:
             for group in range(parquet.num_row_groups):
-                table = parquet.read_row_group(group, columns=names, use_threads=False)
+                table = parquet.read_row_group(group, columns=names)
                 columns = {n: table.column(n).combine_chunks() for n in names}
                 for i, doc_id in enumerate(columns.pop("doc_id").to_pylist()):
                     values = {n: column[i].values.to_numpy() for n, column in columns.items()}

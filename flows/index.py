@@ -52,7 +52,7 @@ class Index:
         if shard in self._held:
             return self._held[shard]
         with self._run.open_part(name) as parquet:
-            ids = parquet.read(["doc_id"], use_threads=False)["doc_id"]
+            ids = parquet.read(["doc_id"])["doc_id"]
         if self._num_bytes + ids.nbytes <= _HELD_BYTES:
             self._held[shard] = ids
             self._num_bytes += ids.nbytes

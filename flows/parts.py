@@ -141,6 +141,22 @@ BLOBS: dict[str, np.dtype] = {
 """What the bytes of a document's arrays are, in `TOPK` and `SAMPLED`."""
 
 
+class PartFile(pq.ParquetFile):
+    """A Parquet file that the calling thread reads alone.
+
+    Threads of Arrow's may hold Python's file for longer than a call, and a process that ends while
+    they do is aborted.
+    """
+
+    def read(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """All rows of some columns, or of all of them."""
+        return super().read(columns, use_threads=False)
+
+    def read_row_group(self, i: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """A row group's rows of some columns, or of all of them."""
+        return super().read_row_group(i, columns, use_threads=False)
+
+
 def schema_of(tier: str, vocab_size: int) -> pa.Schema:
     """The columns of a tier for a vocabulary: without the high parts of ids where all are 0."""
     schema = SCHEMAS[tier]
@@ -149,14 +165,12 @@ def schema_of(tier: str, vocab_size: int) -> pa.Schema:
     return pa.schema([field for field in schema if not field.name.endswith("id_high")])
 
 
-def rows_of(parquet: pq.ParquetFile, doc_id: str) -> Iterator[pa.Table]:
+def rows_of(parquet: PartFile, doc_id: str) -> Iterator[pa.Table]:
     """A document's rows in a part, by the row groups that have some."""
     for group in range(parquet.num_row_groups):
-        ids = parquet.read_row_group(group, columns=["doc_id"], use_threads=False)["doc_id"]
+        ids = parquet.read_row_group(group, columns=["doc_id"])["doc_id"]
         if pc.any(pc.equal(ids, doc_id)).as_py():
-            yield parquet.read_row_group(group, use_threads=False).filter(
-                pc.field("doc_id") == doc_id
-            )
+            yield parquet.read_row_group(group).filter(pc.field("doc_id") == doc_id)
 
 
 def write_table(table: pa.Table, path: Path) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .folder import Folder, Part
 from .operations import operations
-from .parts import write_table
+from .parts import PartFile, write_table
 from .store import MANIFEST, PLAN, REPORT, Receipt, find_receipts
 from .summary import merge_counts, merge_outliers
 from .vocabulary import merge_vocabulary
@@ -174,4 +173,4 @@ def _fetch(folder: Folder, name: str) -> bytes:
 
 
 def _parse(data: bytes) -> pa.Table:
-    return pq.ParquetFile(io.BytesIO(data)).read(use_threads=False)
+    return PartFile(io.BytesIO(data)).read()

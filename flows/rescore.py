@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..engine.checkpoint import digest, find_model, read_config
 from ..engine.pipeline import EngineSettings, Pipeline, load_pipeline, name_device
@@ -24,7 +23,7 @@ from .corpus import CorpusSpec, read_shard
 from .corpus.plan import Plan, Shard
 from .folder import Folder, endpoint_options, one_line
 from .origin import find_corpus
-from .parts import SCORES
+from .parts import SCORES, PartFile
 from .run import Run
 from .store import Receipt
 from .versions import versions
@@ -336,16 +335,14 @@ def _take(
 ) -> pa.Table:
     """Rows of a part in order, or all; no more than the row groups that hold them is read."""
     with folder.filesystem.open(folder.path(name), "rb") as file:
-        parquet = pq.ParquetFile(file)
+        parquet = PartFile(file)
         if rows is None:
-            return parquet.read(columns, use_threads=False)
+            return parquet.read(columns)
         taken, first = [parquet.schema_arrow.empty_table()], 0
         for group in range(parquet.num_row_groups):
             count = parquet.metadata.row_group(group).num_rows
             wanted = sorted(row - first for row in rows if first <= row < first + count)
             if wanted:
-                taken.append(
-                    parquet.read_row_group(group, columns=columns, use_threads=False).take(wanted)
-                )
+                taken.append(parquet.read_row_group(group, columns=columns).take(wanted))
             first += count
         return pa.concat_tables(taken)

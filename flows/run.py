@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from .distributions import read_draws, read_top_k
 from .folder import Folder, StoreError
 from .index import Index, shard_names
-from .parts import LOGITS_DTYPES, rows_of, schema_of
+from .parts import LOGITS_DTYPES, PartFile, rows_of, schema_of
 from .store import MANIFEST, PLAN, REPORT, find_receipts
 
 if TYPE_CHECKING:
@@ -346,17 +345,13 @@ class Run:
     def _read(self, name: str, columns: Sequence[str] | None) -> pa.Table:
         with self.open_part(name) as parquet:
             _check_columns(columns, parquet.schema_arrow.names)
-            return parquet.read(list(columns) if columns is not None else None, use_threads=False)
+            return parquet.read(list(columns) if columns is not None else None)
 
     @contextmanager
-    def open_part(self, name: str) -> Iterator[pq.ParquetFile]:
-        """A part, to be read by this thread alone (`use_threads=False`).
-
-        Threads of Arrow's may hold Python's file for longer than a call, and a process that ends
-        while they do is aborted.
-        """
+    def open_part(self, name: str) -> Iterator[PartFile]:
+        """A part of the run, by its name below the folder."""
         with self.folder.filesystem.open(self.folder.path(name), "rb") as file:
-            yield pq.ParquetFile(file)
+            yield PartFile(file)
 
 
 def _check_columns(columns: Sequence[str] | None, there: Sequence[str]) -> None:

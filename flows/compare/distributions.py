@@ -14,10 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from ...engine.pipeline import EngineSettings
-from ..parts import LOGITS_DTYPES
+from ..parts import LOGITS_DTYPES, PartFile
 from ..run import Run
 from .divergences import Candidates, Divergences, diverge, diverge_coarsely
 from .documents import COLUMNS, same_text
@@ -220,7 +219,7 @@ class _Chunks:
         self._names = part_names(run, EXACT)
         self._dtype = np.dtype(LOGITS_DTYPES[run.plan["logits_dtype"]]).newbyteorder("<")
         self._vocab_size = run.plan["model"]["vocab_size"]
-        self._open: tuple[int, ExitStack, pq.ParquetFile] | None = None
+        self._open: tuple[int, ExitStack, PartFile] | None = None
         # An entry for every few megabytes that are stored.
         self._places: dict[str, list[_Chunk]] = {}
         for part in range(len(self._names)):
@@ -236,7 +235,7 @@ class _Chunks:
 
     def _index(self, part: int) -> None:
         with open_part(self._run, self._names[part]) as file:
-            rows = file.read(["doc_id", "num_rows"], use_threads=False)
+            rows = file.read(["doc_id", "num_rows"])
             counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         places = ((group, row) for group, count in enumerate(counts) for row in range(count))
         columns = (rows[name].to_pylist() for name in ("doc_id", "num_rows"))
@@ -250,13 +249,11 @@ class _Chunks:
     def read(self, doc_id: str) -> Iterator[np.ndarray]:
         """A document's log-probabilities, [rows, V] at a time."""
         for chunk in self._places.get(doc_id, ()):
-            group = self._part(chunk.part).read_row_group(
-                chunk.group, ["logprobs"], use_threads=False
-            )
+            group = self._part(chunk.part).read_row_group(chunk.group, ["logprobs"])
             blob = group["logprobs"][chunk.row].as_buffer()
             yield np.frombuffer(blob, self._dtype).reshape(chunk.num_rows, self._vocab_size)
 
-    def _part(self, part: int) -> pq.ParquetFile:
+    def _part(self, part: int) -> PartFile:
         if self._open is None or self._open[0] != part:
             self.__exit__()
             stack = ExitStack()

@@ -21,8 +21,8 @@ from tempfile import TemporaryDirectory, gettempdir
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from ..parts import PartFile
 from ..run import Run
 
 _LABELS = ["source", "language"]
@@ -58,7 +58,7 @@ class Stream:
             labels = None
             if self.labels:
                 with open_part(self.run, part_names(self.run, "scores")[part]) as scores:
-                    labels = scores.read(["doc_id", *_LABELS], use_threads=False)
+                    labels = scores.read(["doc_id", *_LABELS])
             yield Groups(file, ["doc_id", *self.columns], labels)
 
 
@@ -70,16 +70,16 @@ def part_names(run: Run, tier: str) -> list[str]:
 
 
 @contextmanager
-def open_part(run: Run, name: str) -> Iterator[pq.ParquetFile]:
+def open_part(run: Run, name: str) -> Iterator[PartFile]:
     """A file of a run, read by this thread alone."""
     with run.folder.filesystem.open(run.folder.path(name), "rb") as file:
-        yield pq.ParquetFile(file)
+        yield PartFile(file)
 
 
 class Groups:
     """A part's rows by their number; the row groups last used are held."""
 
-    def __init__(self, file: pq.ParquetFile, columns: list[str], labels: pa.Table | None) -> None:
+    def __init__(self, file: PartFile, columns: list[str], labels: pa.Table | None) -> None:
         self._file, self._columns, self._labels = file, columns, labels
         counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         self.starts = np.cumsum([0, *counts])
@@ -91,14 +91,14 @@ class Groups:
 
     def ids(self) -> pa.Array:
         """Documents of all rows."""
-        return _whole(self._file.read(["doc_id"], use_threads=False)["doc_id"])
+        return _whole(self._file.read(["doc_id"])["doc_id"])
 
     def read(self, group: int) -> pa.Table:
         """All rows of a group."""
         if group in self._held:
             self._held.move_to_end(group)
             return self._held[group]
-        table = self._file.read_row_group(group, self._columns, use_threads=False)
+        table = self._file.read_row_group(group, self._columns)
         if self._labels is not None:
             at = pc.index_in(_whole(table["doc_id"]), _whole(self._labels["doc_id"]))
             for name in _LABELS:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from ..index import shard_names
-from ..parts import LOGITS_DTYPES
+from ..parts import LOGITS_DTYPES, PartFile
 from ..run import Run
 
 MOST = 10
@@ -65,19 +64,15 @@ def _of_logits(run: Run, doc_id: str, rows: slice) -> Candidates:
     found: list[tuple[np.ndarray, np.ndarray]] = []
     folder = run.folder
     with folder.filesystem.open(folder.path(shard_names(run, "logits")[shard]), "rb") as file:
-        parquet = pq.ParquetFile(file)
+        parquet = PartFile(file)
         for group in range(parquet.num_row_groups):
-            places = parquet.read_row_group(
-                group, columns=["doc_id", "first_row", "num_rows"], use_threads=False
-            )
+            places = parquet.read_row_group(group, columns=["doc_id", "first_row", "num_rows"])
             for i, place in enumerate(places.to_pylist()):
                 first = max(rows.start, place["first_row"])
                 last = min(rows.stop, place["first_row"] + place["num_rows"])
                 if place["doc_id"] != doc_id or first >= last:
                     continue
-                blob = parquet.read_row_group(group, columns=["logprobs"], use_threads=False)[
-                    "logprobs"
-                ][i]
+                blob = parquet.read_row_group(group, columns=["logprobs"])["logprobs"][i]
                 logprobs = np.frombuffer(blob.as_py(), dtype).reshape(place["num_rows"], -1)
                 found.append(_likeliest(logprobs[first - place["first_row"] :][: last - first]))
     ids, logprobs = (np.concatenate(arrays) for arrays in zip(*found, strict=True))

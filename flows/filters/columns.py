@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..index import shard_names
+from ..parts import PartFile
 from ..run import Run
 
 
@@ -17,9 +17,9 @@ def read_groups(run: Run, tier: str, columns: Sequence[str]) -> Iterator[pa.Tabl
     folder = run.folder
     for name in shard_names(run, tier).values():
         with folder.filesystem.open(folder.path(name), "rb") as file:
-            parquet = pq.ParquetFile(file)
+            parquet = PartFile(file)
             for group in range(parquet.num_row_groups):
-                yield parquet.read_row_group(group, columns=list(columns), use_threads=False)
+                yield parquet.read_row_group(group, columns=list(columns))
 
 
 def floats(column: pa.ChunkedArray) -> np.ndarray:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from ..index import shard_names
+from ..parts import PartFile
 from ..run import Run
 from .cuts import Cuts, check_documents, group_scores
 from .output import Ids, Texts, Write
@@ -92,7 +92,7 @@ def write_kept(
 def _read(run: Run, name: str, cuts: Cuts) -> pa.Table:
     columns = ["doc_id", "source", "language", "status", "num_bytes", cuts.score]
     with run.folder.filesystem.open(run.folder.path(name), "rb") as file:
-        return pq.ParquetFile(file).read(columns, use_threads=False)
+        return PartFile(file).read(columns)
 
 
 def _count(kept: Kept, rows: pa.Table, cuts: Cuts, chosen: np.ndarray) -> None:
