@@ -62,7 +62,7 @@ def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
     facts = report_facts(folder.uri, plan, receipts)
     from .report import render_report
 
-    html = render_report(tables["counts"], tables["outliers"], facts, operations(receipts))
+    html = render_report(**tables, facts=facts, operations=operations(receipts))
     folder.write(REPORT, html.encode())
     manifest = {
         "format": 1,
@@ -96,8 +96,8 @@ def rewrite_report(run: Run, out: str | None) -> str:
         raise ValueError(f"out: {out!r} lies in a folder that is not there; make it first")
     receipts = list(find_receipts(run.folder, len(run.plan["corpus"]["shards"])).values())
     facts = report_facts(run.uri, run.plan, receipts)
-    counts, outliers = run.summary("counts"), run.summary("outliers")
-    html = render_report(counts, outliers, facts, operations(receipts)).encode()
+    tables = {name: run.summary(name) for name in find_merges(run.plan)}
+    html = render_report(**tables, facts=facts, operations=operations(receipts)).encode()
     if out is None:
         run.folder.write(REPORT, html)
         return run.report_path

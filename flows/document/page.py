@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 from .. import report
 from ..report.panel import Cells
 from ..report.template import REPORT, fill, mark_up
-from ..report.wording import number, plural, show
+from ..report.wording import number, plural, show, show_piece
 from .view import View
 from .words import (
     COLUMNS,
@@ -27,7 +27,6 @@ from .words import (
     lines,
     most_surprising,
     name_levels,
-    show_piece,
     summarize,
 )
 

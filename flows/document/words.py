@@ -8,12 +8,10 @@ from itertools import pairwise
 
 import numpy as np
 
-from ..report.wording import MAX_LABEL, NOTHING, number, percent, plural, show, size
+from ..report.wording import MAX_LABEL, NOTHING, number, percent, plural, show, show_piece, size
 from .view import BITS, View
 
 MOST_SURPRISING = 10
-_PIECE = 24
-_SIGNS = {ord(" "): "\u2423", ord("\n"): "\u21b5", ord("\t"): "\u21e5"}
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,6 @@ class Line:
 COLUMNS = ("place", "token", "first choice", "bits", "rank", "entropy", "window")
 NUM_TEXT = 3
 """Columns that are text; the rest are numbers."""
-
-
-def show_piece(text: str, limit: int = _PIECE) -> str:
-    """A token's text in one line: its spaces, line breaks and tabs can be seen."""
-    return show(text.translate(_SIGNS), limit)
 
 
 def summarize(view: View) -> str:

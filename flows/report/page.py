@@ -45,6 +45,7 @@ def render_report(
     outliers: pa.Table,
     facts: Mapping[str, Any],
     operations: pa.Table | None = None,
+    vocabulary: pa.Table | None = None,
 ) -> str:
     """The report of a run as one HTML page.
 
@@ -55,8 +56,9 @@ def render_report(
             recipe, recipe_hash, engine, tiers, versions, device, created, seconds, documents,
             tokens, bytes`. Any of them may be missing.
         operations: schema `operations.OPERATIONS`, of all shards.
+        vocabulary: schema `vocabulary.VOCABULARY`.
     """
-    material = Material(Totals.of(counts), Explorer.of(counts), facts, operations)
+    material = Material(Totals.of(counts), Explorer.of(counts), facts, operations, vocabulary)
     totals, rows = material.totals, outliers.to_pylist()
     heatmap = Heatmap.of(rows, facts.get("recipe") or {})
     links = {document.doc_id: document.id for document in heatmap.documents}

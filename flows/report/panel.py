@@ -75,6 +75,8 @@ class Material:
     facts: Mapping[str, Any]
     operations: pa.Table | None = None
     """What `operations.operations` returns, if it is known."""
+    vocabulary: pa.Table | None = None
+    """Schema `vocabulary.VOCABULARY`, if the run has it."""
 
 
 @dataclass(frozen=True)

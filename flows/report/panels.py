@@ -13,6 +13,7 @@ from .operations import operations_panel
 from .panel import Material, Panel
 from .positions import position_panel, window_panel
 from .tokens import calibration_panel, rank_panel
+from .vocabulary import vocabulary_panel
 
 PANELS: tuple[Callable[[Material], Panel | None], ...] = (
     histogram_panel,
@@ -21,6 +22,7 @@ PANELS: tuple[Callable[[Material], Panel | None], ...] = (
     window_panel,
     calibration_panel,
     rank_panel,
+    vocabulary_panel,
     operations_panel,
 )
 """In the order of the page."""

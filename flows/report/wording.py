@@ -6,8 +6,9 @@ import math
 
 NOTHING = "\u2013"
 """What stands for a number that there is none of."""
-MAX_LABEL, MAX_TEXT = 48, 300
-"""Characters of a name in a chart or table, and of any other text."""
+MAX_LABEL, MAX_TEXT, MAX_PIECE = 48, 300, 24
+"""Characters of a name in a chart or table, of any other text, and of a token."""
+_SIGNS = {ord(" "): "\u2423", ord("\n"): "\u21b5", ord("\t"): "\u21e5"}
 
 
 def show(text: str, limit: int = MAX_TEXT) -> str:
@@ -15,6 +16,11 @@ def show(text: str, limit: int = MAX_TEXT) -> str:
     if len(text) > limit:
         text = text[: limit * 2 // 3] + "\u2026" + text[len(text) - limit // 3 :]
     return text.translate(_VISIBLE)
+
+
+def show_piece(text: str, limit: int = MAX_PIECE) -> str:
+    """A token's text in one line: its spaces, line breaks and tabs can be seen."""
+    return show(text.translate(_SIGNS), limit)
 
 
 def show_lines(text: str) -> str:

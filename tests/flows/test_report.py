@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from logitmill.engine.frequencies import Frequency
 from logitmill.engine.recipes import PRESETS, Recipe
 from logitmill.engine.records import DocumentRecord, DocumentScore
 from logitmill.flows.report import describe_recipe, render_report, totals, wording
@@ -24,6 +25,7 @@ from logitmill.flows.report.documents import histogram_panel
 from logitmill.flows.report.explorer import Explorer
 from logitmill.flows.report.panel import Material, make_scale
 from logitmill.flows.summary import COUNTS, OUTLIERS, Summary
+from logitmill.flows.vocabulary import tabulate
 from report_runs import EVIL, FACTS, OPERATIONS, SHORT, make, make_mixed, make_run
 
 
@@ -467,6 +469,28 @@ def test_many_shards_share_bars() -> None:
     assert "A bar stands for 21 shards that follow each other." in words
     assert "shards 0 to 20: 20,000 tokens/s, 840,000 tokens" in words
     assert "shards 987 to 999: 20,000 tokens/s" in words
+
+
+def test_the_vocabulary_is_told_by_tokens_and_sources() -> None:
+    ones = np.ones(5)
+    a = Frequency(np.array([9.0, 1.0, 4.0, 4.0, 2.0]), ones, np.array([3, 7, 5, 3, 2]))
+    b = Frequency(np.array([2.0, 0.0, 0.0, 0.0, 0.0]), ones, np.array([1, 0, 0, 1, 0]))
+    table = tabulate({"a": a, EVIL: b}, ["  the", EVIL, "x", "x", ""])
+    made = make_run()
+    html = render_report(made.counts(), made.outliers(), FACTS, vocabulary=table)
+    assert EVIL not in html
+    words = Page(html).words
+    # 4 observed of 11 expected, variance 2.
+    assert "\u2423\u2423the: observed 4, expected 11.0" in words
+    assert "\u2423\u2423the 4 11.0 0.36 -4.9" in words
+    assert "x: observed 5, expected 4.0" in words
+    o, e = np.array([3, 7, 5, 3, 2]) / 20, np.array([9, 1, 4, 4, 2]) / 20
+    assert f"20 {(o * np.log2(o / e)).sum():.3f}" in words
+    assert "Vocabulary" not in Page(render(made)).words
+    alike = Frequency(np.array([1.0, 1.0, 3.0]), np.ones(3), np.array([2, 2, 1]))
+    named = tabulate({"": alike}, ["x", "x", ""])
+    words = Page(render_report(made.counts(), made.outliers(), FACTS, vocabulary=named)).words
+    assert "x #0: observed 2" in words and "x #1: observed 2" in words and "#2: observed 1" in words
 
 
 def test_ranks_that_did_not_come_have_their_place() -> None:
