@@ -15,7 +15,8 @@ from ..kernels.frequencies import EXPECTED, OBSERVED, UNIT, VARIANCE
 from .transfer import to_device
 
 MAX_SOURCES = 64
-"""Sources that are told apart unless it is said otherwise: each takes 24 V bytes on the device."""
+"""Sources that are told apart unless it is said otherwise: each takes 24 V bytes on the device, and
+as many again in a batch that has it."""
 OTHER = "(other)"
 """The source of all that come after as many."""
 
@@ -38,7 +39,7 @@ class Frequencies:
 
     A row counts if it has a distribution, those of documents that others make `nonfinite` too.
     Probabilities are added as multiples of 2^-36, so that equal documents give equal sums in any
-    batches and order.
+    batches and order; a source may have fewer than 2^27 rows that are sure of one token.
     """
 
     def __init__(self, max_sources: int = MAX_SOURCES) -> None:

@@ -134,10 +134,11 @@ class Head:
         for part in self.blocks.cut(len(rows.hidden_RD)):
             logits_RV = self._model.logits(rows.hidden_RD[part])
             told.append(_tell(logits_RV, rows, part, extras, packed_7R[:, part], sums)[1])
-        # Of a batch that memory runs out for, which is run again, nothing was counted so far.
-        sums.commit()
         more = {name: torch.cat([one[name] for one in told])[: rows.count] for name in told[0]}
-        return _send(packed_7R[:, : rows.count].contiguous(), more)
+        columns = _send(packed_7R[:, : rows.count].contiguous(), more)
+        # Last: of a batch that memory runs out for, which is run again, nothing may be counted.
+        sums.commit()
+        return columns
 
     def logits(
         self, rows: Rows, outbox: Outbox, *, normalised: bool, extras: Extras = BARE

@@ -154,11 +154,16 @@ def scrub(error: BaseException, options: Mapping[str, Any]) -> str:
 
 def remedy(error: BaseException) -> str:
     """ "; what to set" where S3 was not reached or lets nobody in, otherwise ""."""
-    works = _REMEDIES.get(type(error).__name__, "")
+    works = _REMEDIES.get(type(error).__name__, "") if _is_of_s3(error) else ""
     # s3fs has a client's error for the cause of what it makes of it.
-    if isinstance(error, PermissionError) and hasattr(error.__cause__, "response"):
+    if isinstance(error, PermissionError) and _is_of_s3(error.__cause__):
         works = _REFUSED
     return f"; {works}" if works else ""
+
+
+def _is_of_s3(error: BaseException | None) -> bool:
+    """Whether S3's client raised an error: others have some of the same names."""
+    return type(error).__module__.split(".")[0] == "botocore"
 
 
 def is_io(error: BaseException) -> bool:

@@ -23,7 +23,8 @@ from .vocabulary import merge_vocabulary
 if TYPE_CHECKING:
     from .run import Run
 
-_READERS, _AHEAD = 16, 64
+# Files that are fetched ahead, and their bytes at most: a vocabulary by source may have 100 MB.
+_READERS, _AHEAD, _AHEAD_BYTES = 16, 64, 64 << 20
 # Of a plan, what the command that gives it again says besides.
 _SETTINGS = (
     *("top_k", "num_draws", "draw_seed", "logits_dtype", "vocabulary", "reading", "shard_bytes"),
@@ -150,15 +151,20 @@ def read_tables(folder: Folder, name: str, receipts: Iterable[Receipt]) -> Itera
 
 def _read_ahead(folder: Folder, name: str, receipts: Iterable[Receipt]) -> Iterator[pa.Table]:
     # Files are fetched side by side, and parsed here: side by side that takes longer.
-    fetching: deque[Future[bytes]] = deque()
+    fetching: deque[tuple[Future[bytes], int]] = deque()
+    num_bytes = 0
     with ThreadPoolExecutor(_READERS) as pool:
         for receipt in receipts:
             table = f"shards/{receipt.shard:05d}.{name}.parquet"
-            fetching.append(pool.submit(_fetch, folder, table))
-            if len(fetching) > _AHEAD:
-                yield _parse(fetching.popleft().result())
+            size = sum(part.bytes for part in receipt.parts if part.name == table)
+            while fetching and (len(fetching) == _AHEAD or num_bytes + size > _AHEAD_BYTES):
+                future, held = fetching.popleft()
+                yield _parse(future.result())
+                num_bytes -= held
+            fetching.append((pool.submit(_fetch, folder, table), size))
+            num_bytes += size
         while fetching:
-            yield _parse(fetching.popleft().result())
+            yield _parse(fetching.popleft()[0].result())
 
 
 def read_table(folder: Folder, name: str) -> pa.Table:

@@ -29,8 +29,8 @@ VOCABULARY = pa.schema(
 """One row a source and token that was expected or observed at all. `expected` is the sum of
 p(token) over the scored rows, `observed` how often the token was the one that followed; `variance`,
 the sum of p (1 - p), is that of `observed` if the model were right. `token` is its text, bytes that
-are none as `\\xe2`, empty where there is no tokenizer. Of more sources than 64, those that come
-later are one, `(other)`."""
+are none as `\\xe2`, empty where there is no tokenizer. Of more than 64 sources of a shard, or of
+the run, the later ones are one, `(other)`, also where other shards tell them apart."""
 
 _SUMS = {"expected": np.float64, "variance": np.float64, "observed": np.int64}
 
@@ -38,17 +38,17 @@ _SUMS = {"expected": np.float64, "variance": np.float64, "observed": np.int64}
 def tabulate(found: Mapping[str, Frequency], tokens: Sequence[str]) -> pa.Table:
     """What the engine found of a shard as a table, sources in order; `tokens` are all spelled."""
     tables = [VOCABULARY.empty_table()]
+    spelled = pa.array(tokens, pa.string())
     for source in sorted(found):
         own = found[source]
         ids = np.flatnonzero((own.observed > 0) | (own.expected > 0)).astype(np.int32)
         columns = {name: getattr(own, name)[ids] for name in _SUMS}
-        spelled = [tokens[i] for i in ids.tolist()] if tokens else [""] * len(ids)
         tables.append(
             pa.table(
                 {
                     "source": pa.repeat(pa.scalar(source), len(ids)),
                     "token_id": ids,
-                    "token": pa.array(spelled, pa.string()),
+                    "token": spelled.take(ids) if tokens else pa.repeat("", len(ids)),
                     **columns,
                 },
                 schema=VOCABULARY,
@@ -64,7 +64,7 @@ def merge_vocabulary(tables: Iterable[pa.Table]) -> pa.Table:
     is_known = np.zeros(0, bool)
     for table in tables:
         for source, own in _split(table):
-            if source not in sums and len(sums) >= MAX_SOURCES:
+            if source not in sums and len(sums.keys() - {OTHER}) >= MAX_SOURCES:
                 source = OTHER
             ids = own["token_id"].to_numpy()
             room = int(ids.max(initial=-1)) + 1

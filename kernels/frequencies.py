@@ -12,7 +12,7 @@ from .logits import RowStatistics
 
 UNIT = 2.0**-36
 """What sums count in. Sums of whole numbers have the same bits in any order, which those of floats
-have not; 2^27 rows that are sure of one token fit in an int64."""
+have not; fewer than 2^27 rows that are sure of one token fit in an int64."""
 EXPECTED, VARIANCE, OBSERVED = range(3)
 """What is added up: sum p, sum p (1 - p), both in `UNIT`, and how often a token was the target."""
 _ROWS = 16

@@ -7,8 +7,11 @@ import platform
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import date
+from typing import Any
 
-from ...engine.pipeline import EngineSettings
+from ...engine.families import NotNative, find_family
+from ...engine.pipeline import NO_STATES, EngineSettings
+from ...kernels.logits import MAX_K
 from ..versions import versions
 from .breakdown import Breakdown
 from .ceilings import Ceilings
@@ -127,6 +130,7 @@ def measure(request: Request, *, command: str = "") -> Iterator[Record]:
         shared=bool(request.peers),
         times=request.shards if request.stores else None,
     )
+    _check_passes(request, subject.config)
     for settings in request.cases:
         settings.resolve_scheme(subject.config)
     first, *others = request.cases
@@ -134,6 +138,19 @@ def measure(request: Request, *, command: str = "") -> Iterator[Record]:
     for settings in others:
         alone = replace(request, top_k=(), keep=(), peers=(), stores=(), processes=())
         yield _measure_case(subject, alone, settings, command, None)
+
+
+def _check_passes(request: Request, config: Mapping[str, Any]) -> None:
+    """ValueError for passes that a model of this config.json cannot run."""
+    most = MAX_K
+    try:
+        most = min(most, find_family(config["architectures"][0]).spec(config).vocab_size)
+    except NotNative:
+        if "hidden" in request.keep:
+            raise ValueError(f"keep: 'hidden' cannot be measured: {NO_STATES}") from None
+    for k in request.top_k:
+        if not 1 <= k <= most:
+            raise ValueError(f"top_k: {k} is not an integer within 1 ... {most}")
 
 
 class _Start:

@@ -11,8 +11,8 @@ from ..logits import RowStatistics
 
 _PER_UNIT = tl.constexpr(1 / UNIT)
 _EXPECTED, _VARIANCE = tl.constexpr(EXPECTED), tl.constexpr(VARIANCE)
-# From here on a float32 is a whole number or a half, which 0.5 more rounds as it should.
-_WHOLE = tl.constexpr(2.0**22)
+# From here on a float32 is a whole number, which 0.5 more may round to another one.
+_WHOLE = tl.constexpr(2.0**23)
 # Columns and rows of a program.
 _BLOCK, _ROWS, _WARPS = 512, 64, 4
 

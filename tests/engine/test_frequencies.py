@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from logitmill.engine import Document, Frequencies, Pipeline, pipeline
+from logitmill.engine import Document, Frequencies, Pipeline, head, pipeline
 from oracles import table_model
 
 TEXTS = ["import os\n" * 30, "def f(x):\n    return x\n", "é", "class A:\n    pass\n" * 5, ""]
@@ -113,22 +113,25 @@ def test_sources_beyond_the_room_are_told_together(demo: Pipeline) -> None:
             Frequencies(max_sources=wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(("where", "call"), [("logits", 2), ("results", 1)])
 def test_memory_that_runs_out_counts_nothing_twice(
-    demo_folder: Path, demo: Pipeline, monkeypatch: pytest.MonkeyPatch
+    demo_folder: Path, demo: Pipeline, monkeypatch: pytest.MonkeyPatch, where: str, call: int
 ) -> None:
+    """In a chunk of a batch, or when all are done and their results are put together."""
     expected = count(demo)
     pipe = pipeline(demo_folder, device="cpu", logits_memory=64 * 4096 * 12)
-    run, calls = pipe._model.logits, [0]
+    holder, name = (pipe._model, "logits") if where == "logits" else (head, "_send")
+    run, calls = getattr(holder, name), [0]
 
-    def fail_once(hidden: torch.Tensor) -> torch.Tensor:
+    def fail_once(*given: Any) -> Any:
         calls[0] += 1
-        if calls[0] == 2:
+        if calls[0] == call:
             raise torch.OutOfMemoryError
-        return run(hidden)
+        return run(*given)
 
-    monkeypatch.setattr(pipe._model, "logits", fail_once)
+    monkeypatch.setattr(holder, name, fail_once)
     found = count(pipe)
-    assert calls[0] > 3
+    assert calls[0] > call
     for source, frequency in found.items():
         assert np.array_equal(frequency.observed, expected[source].observed)
         assert np.array_equal(frequency.expected, expected[source].expected)

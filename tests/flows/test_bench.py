@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import sys
 import types
 from pathlib import Path
@@ -139,6 +140,8 @@ def test_the_list_of_workloads(
         (["demo-mixed", "--repeat", "0"], "--repeat: 0 is not at least 1"),
         (["demo-mixed", "--limit", "0"], "--limit: 0 is not at least 1"),
         (["demo-mixed", "--fidelity", "--top-k", "5"], "--top-k: it is of speed, and this is of"),
+        (["demo-mixed", "--top-k", "0"], "--top-k: 0 is not an integer within 1 ... 256"),
+        (["demo-mixed", "--top-k", "257"], "--top-k: 257 is not an integer within 1 ... 256"),
         (["model", "x.txt", "--from-disk"], "--from-disk: 'model' is read from disk anyway"),
     ],
 )
@@ -151,6 +154,25 @@ def test_a_mistake_names_its_field(
     status, out, err = bench(monkeypatch, capsys, *arguments, "--device", "cpu")
     assert (status, out) == (2, "")
     assert message in " ".join(err.split())
+
+
+def test_states_of_a_model_that_transformers_runs_are_refused_before_it_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    demo_folder: Path,
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(
+        demo_folder, tmp_path / "other", ignore=lambda *_: ["model.safetensors"]
+    )
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "architectures": ["OtherForCausalLM"]})
+    )
+    (tmp_path / "a.txt").write_text("import os")
+    told = bench(monkeypatch, capsys, folder, tmp_path / "a.txt", "--keep", "hidden")
+    assert told[:2] == (2, "")
+    assert "--keep: 'hidden' cannot be measured: transformers runs" in " ".join(told[2].split())
 
 
 def test_the_page_is_what_its_records_say() -> None:

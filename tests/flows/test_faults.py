@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import ssl
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import requests
 from botocore.exceptions import (
     ClientError,
     EndpointConnectionError,
@@ -255,6 +257,13 @@ def test_what_helps_against_an_error_of_s3_is_said(kind: Exception, helps: str) 
     assert remedy(PermissionError(13, "no")) == remedy(OSError("x")) == ""
     with pytest.raises(ValueError, match="endpoint_url: 'localhost:9' is no server's URL; give"):
         endpoint_options("s3://bucket", "localhost:9")
+
+
+def test_what_helps_with_s3_is_not_said_of_other_servers() -> None:
+    refused = PermissionError(13, "no")
+    refused.__cause__ = requests.HTTPError(response=requests.Response())
+    for error in (refused, requests.exceptions.SSLError("certificate"), ssl.SSLError("x")):
+        assert remedy(error) == ""
 
 
 # ---- storage that fails, shards that are poisoned

@@ -94,6 +94,8 @@ def test_tables_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary, "MAX_SOURCES", 2)
     bounded = merge_vocabulary(tables)
     assert bounded["source"].unique().to_pylist() == ["(other)", "a", "b"]
+    # What is called (other) takes no source's place.
+    assert merge_vocabulary([bounded]).equals(bounded)
     total = sum(f.observed.sum() for shard in shards for f in shard.values())
     assert sum(bounded["observed"].to_pylist()) == total
     assert merge_vocabulary([]).equals(VOCABULARY.empty_table())
