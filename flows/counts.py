@@ -47,7 +47,8 @@ and know no documents or bytes.
 model has read the c inputs that its window holds. Counted is what was read and not what was scored,
 since recipes begin to score at unlike places: after 1 input, in the middle of the window, or near
 the end of one that is filled up on its left. What a window knows at the beginning of a document is
-no choice of the recipe, and in `position`: a run of one window a document has no rows here.
+no choice of the recipe, and in `position`: a run of one window a document has no rows here, unless
+`conditional` cut contexts on their left.
 
 `length` is floor(log2(bytes)) of a document, floor(log2(tokens)) where it is ids, 0 of nothing;
 `ALL_LENGTHS` where lengths are not told apart, as in all counts of tokens: with them a shard of one

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import pyarrow as pa
@@ -11,12 +12,12 @@ if TYPE_CHECKING:
 
 # Ids that are held once they are read: of some hundreds of thousands of documents.
 _HELD_BYTES = 32 << 20
-_LENGTH = len("00000.parquet"), len(".parquet")
 
 
 def shard_names(run: Run, tier: str = "scores") -> dict[int, str]:
     """A tier's parts below the run's folder, by the shard that they are of, in order."""
-    return {int(name[-_LENGTH[0] : -_LENGTH[1]]): name for name in run.parts(tier)}
+    # "scores/part-00017.parquet"; from shard 100,000 on with more digits.
+    return {int(PurePath(name).stem.rpartition("-")[2]): name for name in run.parts(tier)}
 
 
 class Index:

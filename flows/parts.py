@@ -145,8 +145,11 @@ class PartFile(pq.ParquetFile):
     """A Parquet file that the calling thread reads alone.
 
     Threads of Arrow's may hold Python's file for longer than a call, and a process that ends while
-    they do is aborted.
+    they do is aborted. Those that fetch ahead (`pre_buffer`) do, too.
     """
+
+    def __init__(self, source: Any) -> None:
+        super().__init__(source, pre_buffer=False)
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of some columns, or of all of them."""

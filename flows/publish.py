@@ -89,10 +89,12 @@ def rewrite_report(run: Run, out: str | None) -> str:
     """Render a run's report anew, in its place or into the local file `out`; returns where.
 
     Raises:
-        ValueError: if `out` cannot be written.
+        ValueError: if `out` cannot be written, or is no page's name.
     """
     from .report import render_report
 
+    if out is not None and not out.endswith(".html"):
+        raise ValueError(f"out: {out!r} is no page's name; give one that ends in .html")
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise ValueError(f"out: {out!r} lies in a folder that is not there; make it first")
     receipts = list(find_receipts(run.folder, len(run.plan["corpus"]["shards"])).values())

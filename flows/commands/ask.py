@@ -94,7 +94,10 @@ def _answer(db, question: str, limit: int | None) -> None:  # type: ignore[no-un
                 "(FORMAT csv, HEADER)"
             )
         else:
-            found = db.sql(question if is_sql else f"FROM {question}").limit(limit)
-            found.show(max_rows=limit, max_width=0 if sys.stdout.isatty() else 10_000)
+            found = db.sql(question if is_sql else f"FROM {question}")
+            shown = found.limit(limit)
+            shown.show(max_rows=limit, max_width=0 if sys.stdout.isatty() else 10_000)
+            if len(found.limit(limit + 1)) > limit:
+                typer.echo(f"the first {limit} rows; --limit shows more, --csv all of them")
     except duckdb.Error as error:
         raise ValueError(f"question: {' '.join(str(error).split())}") from None

@@ -186,6 +186,8 @@ def _show_document(
     from ..folder import endpoint_options
     from ..run import open_run
 
+    if html is not None and not html.endswith(".html"):
+        raise ValueError(f"html: {html!r} is no page's name; give one that ends in .html")
     if html is not None and not Path(html).absolute().parent.is_dir():
         raise ValueError(f"html: {html!r} lies in a folder that is not there; make it first")
     stretch = Stretch.between(*ends, most=_MOST_IN_PAGE if html is not None else _MOST)

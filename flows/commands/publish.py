@@ -20,8 +20,8 @@ def publish(
     run: Annotated[
         str,
         typer.Argument(
-            help="URI of a run, or of a folder of runs: all of them. With --withdraw also a run's "
-            "key, or the URI that it had."
+            help="URI of a run, or of a folder of runs: all of them. With --withdraw also the URI "
+            "that a run had which is gone."
         ),
     ],
     catalog: Annotated[
@@ -50,7 +50,7 @@ def publish(
     Each table gets all of a run in one commit, or nothing, and `runs` comes last. A run that is
     there already stays as it is, so that this can be repeated, after a kill as well. Parts are not
     copied: the tables name them where they lie, and need them there. Withdraw a run before you move
-    or remove it; one that is gone is withdrawn by its key.
+    or remove it; one that is gone is withdrawn by the URI that it had.
 
     A catalog NAME is set up as for pyiceberg, in ~/.pyiceberg.yaml or the environment:
     `PYICEBERG_CATALOG__NAME__URI`, as `postgresql+psycopg://...` or the `https://...` of a REST
@@ -82,7 +82,7 @@ def _publish(
     from ..run import find_runs, no_run, open_run
     from ..store import MANIFEST
 
-    for name, value in (("corpus", corpus), ("date", date)):
+    for name, value in (("--corpus", corpus), ("--date", date)):
         if withdraw and value is not None:
             raise ValueError(f"{name}: {value!r} does not go with --withdraw; leave it out")
     options = endpoint_options(uri, endpoint_url)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import islice
+
 from ..folder import Folder, endpoint_options
 from ..store import MANIFEST, PLAN
 
@@ -18,8 +21,8 @@ def find_latest(uri: str, endpoint_url: str | None = None) -> tuple[str, str]:
     if folder.read_json(PLAN) is not None:
         raise _one_run(folder)
     complete = _find_complete(folder)
-    for last, recipe in complete[:1]:
-        for name, other in complete[1:]:
+    for last, recipe in islice(complete, 1):
+        for name, other in complete:
             if other == recipe:
                 return f"{folder.uri}/{name}", f"{folder.uri}/{last}"
     raise ValueError(
@@ -28,15 +31,18 @@ def find_latest(uri: str, endpoint_url: str | None = None) -> tuple[str, str]:
     )
 
 
-def _find_complete(folder: Folder) -> list[tuple[str, str | None]]:
-    """Complete runs in a folder, the last first, and the hash of each one's recipe."""
+def _find_complete(folder: Folder) -> Iterator[tuple[str, str | None]]:
+    """Complete runs in a folder, the last first, and the hash of each one's recipe.
+
+    Manifests name every part of a run, so they are read as they are asked for.
+    """
     stamps = []
     for name in folder.folders():
         manifest = folder.stats(name).get(f"{name}/{MANIFEST}")
         if manifest is not None:
             stamps.append((manifest.stamp, name))
-    names = [name for _, name in sorted(stamps, reverse=True)]
-    return [(n, (folder.below(n).read_json(MANIFEST) or {}).get("recipe_hash")) for n in names]
+    for _, name in sorted(stamps, reverse=True):
+        yield name, (folder.below(name).read_json(MANIFEST) or {}).get("recipe_hash")
 
 
 def _one_run(run: Folder) -> ValueError:
@@ -44,9 +50,10 @@ def _one_run(run: Folder) -> ValueError:
     root, _, own = run.uri.rpartition("/")
     beside = Folder(root or ".", run.options, field="run")
     recipe = (run.read_json(PLAN) or {}).get("recipe_hash")
-    names = [name for name, other in _find_complete(beside) if other == recipe and name != own]
+    same = (name for name, other in _find_complete(beside) if other == recipe and name != own)
+    names = list(islice(same, _MOST_NAMED))
     if names:
-        others = ", ".join(f"{beside.uri}/{name}" for name in names[:_MOST_NAMED])
+        others = ", ".join(f"{beside.uri}/{name}" for name in names)
         works = f"name one of its recipe beside it, as {others}"
     else:
         works = (

@@ -75,11 +75,17 @@ def find_place(
     if out.endswith(".parquet"):
         raise ValueError(f"out: {out!r} is a file; documents go to a folder, give its name")
     folder = Folder(out, options)
-    there = sum(name.endswith(".parquet") for name in folder.stats(""))
-    if there and not _is_of(about, folder.read_json(ABOUT)):
+    found = folder.read_json(ABOUT)
+    there = {name.strip("/") for name in (*folder.stats(""), *folder.folders())}
+    found = found if isinstance(found, dict) else None
+    if found is not None and found.keys() >= about.keys():
+        # Another filter's, whose parts are gone.
+        there -= {ABOUT}
+    if there and not _is_of(about, found):
+        some = ", ".join(sorted(there)[:2])
         raise ValueError(
-            f"out: {out!r} holds {there:,} Parquet files already, not of this filter; give another "
-            "folder"
+            f"out: {out!r} holds something already that is not of this filter ({some}); give "
+            "another folder"
         )
     folder.check_writable()
     return folder, ""
@@ -129,7 +135,7 @@ class Texts:
         parts: list[dict[str, Any]] = []
         # A part is put in place whole, and its name and bytes follow from the filter.
         there = {name.strip("/"): size for name, size in self._folder.sizes("").items()}
-        if not (self._folder.read_json(ABOUT) or {}).get("complete"):
+        if not self._is_whole(there):
             self._folder.write_json(ABOUT, {**self._about, "complete": False})
         with self._folder.scratch() as scratch:
 
@@ -144,6 +150,15 @@ class Texts:
 
             yield write
         self._folder.write_json(ABOUT, {**self._about, "complete": True, "parts": parts})
+
+    def _is_whole(self, there: Mapping[str, int]) -> bool:
+        """Whether this filter has completed the folder, and nothing is missing of it."""
+        found = self._folder.read_json(ABOUT) or {}
+        return (
+            _is_of(self._about, found)
+            and found["complete"]
+            and all(there.get(part["name"]) == part["bytes"] for part in found["parts"])
+        )
 
     def _write(self, path: Path, shard: int, rows: pa.Table, chosen: np.ndarray) -> None:
         with pq.ParquetWriter(path, self._schema, compression="zstd") as writer:

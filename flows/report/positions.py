@@ -85,8 +85,10 @@ def position_panel(material: Material) -> Panel:
 def window_panel(material: Material) -> Panel | None:
     """Surprisal and entropy by what was read, in windows that begin within their document."""
     totals = material.totals
+    recipe = _find_recipe(material.facts.get("recipe") or {})
     by_bin = dict(sorted(totals.by(WINDOW, "bin").items()))
-    if not by_bin:
+    # A context that was cut has one window a document, and none that is a later one.
+    if not by_bin or (recipe is not None and recipe.name == "conditional"):
         return None
     about = (
         "A document longer than a window is read in several, and a later one does not show the "
@@ -94,7 +96,6 @@ def window_panel(material: Material) -> Panel | None:
         "that they show: as high as this falls, so high is the saw-tooth that the recipe's "
         "windows leave along a document. A flat line is a recipe that costs nothing."
     )
-    recipe = _find_recipe(material.facts.get("recipe") or {})
     place = _IN_WINDOW
     if recipe is not None and recipe.context is not None:
         place = replace(place, last=recipe.context)
@@ -140,19 +141,20 @@ def _why_no_windows(recipe: Recipe | None, last_bin: int) -> list[str]:
             "Every document was read in one window, so no token lacks what stands before it there."
         ]
     return [
-        "Position in the window is not shown: no document was read in several windows, or the run "
-        "was scored by a version that did not count it."
+        "Position in the window is not shown: no document was read in several windows, or the "
+        "run's summary has no counts of it."
     ]
 
 
 def _height(by_bin: Mapping[int, Row], total: Row, place: _Place) -> str:
     """What tokens of later windows take with the least context and with the most, in words."""
     sums = sum_by(by_bin.values(), lambda row: None)[None]
-    begin, end = min(by_bin), max(by_bin) + 1
+    shown = _enough(by_bin)
+    begin, end = min(shown), max(shown) + 1
     share = percent(ratio(sums["tokens"], total["tokens"]))
     said = f"{plural(sums['tokens'], 'token')} ({share}) stand in later windows"
     if end - begin <= BINS_PER_OCTAVE:
-        first, _ = _ends(begin)
+        first, _ = _ends(min(by_bin))
         return f"{said}, each with a context of {plural(first, 'token')} or more."
     spans = []
     for start in (begin, end - BINS_PER_OCTAVE):

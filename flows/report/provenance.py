@@ -50,6 +50,7 @@ _FACTS = {
     "num_draws": "Draws kept",
     "draw_seed": "Seed of draws",
     "logits_dtype": "Log-probabilities kept in",
+    "vocabulary": "Vocabulary added up",
     "reading": "Documents made of",
     "shard_bytes": "Bytes of a shard",
     "versions": "Versions",
@@ -115,9 +116,10 @@ def plain(value: Any) -> str:
 
 
 def repeat_command(facts: Mapping[str, Any]) -> str | None:
-    """The command that gives this run's scores again."""
+    """The command that gives this run's scores again, None if there is none."""
     model, corpus, recipe = facts.get("model"), facts.get("corpus"), facts.get("recipe") or {}
-    if not (model and corpus):
+    # A revision is named in Python alone.
+    if not (model and corpus) or "revision" in (facts.get("reading") or {}):
         return None
     words = ["logitmill", "score", str(model), str(corpus)]
     if facts.get("uri"):
@@ -141,7 +143,9 @@ def _list_settings(facts: Mapping[str, Any]) -> list[str]:
         name: value for name, value in (facts.get("reading") or {}).items() if name != "source"
     }
     given |= {name: facts.get(name) for name in _KEPT}
-    if facts.get("shard_bytes") not in (None, CorpusSpec.shard_bytes):
+    # One stream is one shard, whatever is asked for.
+    is_stream = (facts.get("recipe") or {}).get("concatenate")
+    if not is_stream and facts.get("shard_bytes") not in (None, CorpusSpec.shard_bytes):
         given["shard_mb"] = f"{facts['shard_bytes'] / 1e6:.12g}"
     engine = facts.get("engine") or {}
     given["dtype"] = engine.get("dtype")

@@ -358,7 +358,10 @@ def test_inspect_and_report(
     assert finished.plan["run_key"] in (tmp_path / "r.html").read_text()
     code, _, err = in_process(capsys, "report", tmp_path)
     assert code == 2 and err.startswith(f"error: run: there is no run in '{tmp_path}'")
-    for place, said in (("no/r.html", "lies in a folder that is not there"), ("", "Is a dir")):
+    for place, said in (
+        ("no/r.html", "lies in a folder that is not there"),
+        ("r.md", "ends in .html"),
+    ):
         code, _, err = in_process(capsys, "report", finished.uri, "--out", tmp_path / place)
         assert code == 2 and err.startswith(f"error: --out: '{tmp_path / place}' ") and said in err
 

@@ -150,6 +150,21 @@ def test_the_last_two_runs_of_a_folder(plain: Run, quantized: Run, tmp_path: Pat
     assert (base, other) == (f"{tmp_path}/b", f"{tmp_path}/a")
 
 
+def test_no_more_manifests_are_read_than_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(6):
+        (tmp_path / f"r{n}").mkdir()
+        (tmp_path / f"r{n}/manifest.json").write_text(json.dumps({"recipe_hash": "abc"[n % 3]}))
+        os.utime(tmp_path / f"r{n}/manifest.json", (n, n))
+    read, read_json = [], Folder.read_json
+    monkeypatch.setattr(
+        Folder, "read_json", lambda self, name: read.append(name) or read_json(self, name)
+    )
+    assert comparison.find_latest(str(tmp_path)) == (f"{tmp_path}/r2", f"{tmp_path}/r5")
+    assert read.count("manifest.json") == 4
+
+
 def test_runs_on_s3_and_the_flow(plain: Run, quantized: Run, s3: str) -> None:
     from logitmill.flows.compare.flow import compare_scheduled
 

@@ -419,7 +419,9 @@ def test_what_was_killed_is_gone_on_with(
         write_kept(run, cuts, str(out), texts=True, on_progress=stop)
     begun = {path.name: path.stat().st_mtime_ns for path in out.glob("*.parquet")}
     assert 0 < len(begun) < len(run.paths()) and not about()["complete"]
-    with pytest.raises(ValueError, match=r"out: .* already, not of this filter; give another"):
+    with pytest.raises(
+        ValueError, match=r"out: .* already that is not of this filter .*; give another"
+    ):
         write_kept(run, find_cuts(run, (20, 60)), str(out), texts=True)
     read: list[int] = []
     read_documents = output.read_documents
@@ -433,6 +435,28 @@ def test_what_was_killed_is_gone_on_with(
     write_kept(run, cuts, str(tmp_path / "whole"), texts=True)
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert {path.name: path.read_bytes() for path in out.iterdir()} == files
+
+
+def test_what_stands_for_parts_that_were_removed_is_not_believed(run: Run, tmp_path: Path) -> None:
+    first, second = find_cuts(run, (20, 70)), find_cuts(run, (10, 90))
+    out = tmp_path / "texts"
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    for cuts in (first, second):
+        write_kept(run, first, str(out), texts=True)
+        for part in out.glob("*.parquet"):
+            part.unlink()
+        with pytest.raises(KeyboardInterrupt):
+            write_kept(run, cuts, str(out), texts=True, on_progress=stop)
+        about = json.loads((out / ".filter.json").read_text())
+        assert not about["complete"]
+        assert about["percentiles"] == list(cuts.percentiles)
+    with pytest.raises(ValueError, match="not of this filter"):
+        write_kept(run, first, str(out), texts=True)
+    kept = write_kept(run, second, str(out), texts=True)
+    assert pq.read_table(out).num_rows == kept.total.kept_documents
 
 
 def test_a_corpus_that_changed_is_not_written(run: Run, tmp_path: Path) -> None:
@@ -498,7 +522,7 @@ def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
         (("--keep", "30:60", "--text", "--out", out), f"--out: '{out}' is a file"),
         (
             ("--keep", "30:60", "--text", "--out", tmp_path / "full"),
-            "holds 1 Parquet files already",
+            "holds something already",
         ),
         (("--keep", "30:60", "--score", "x"), "score: 'x' is not one of"),
     ):

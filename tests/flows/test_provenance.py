@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import shlex
+from dataclasses import fields
+from typing import Any
 
 from logitmill.flows import Run
 from logitmill.flows.cli import app
+from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.publish import report_facts
 from logitmill.flows.report.provenance import repeat_command
 from typer.main import get_command
@@ -47,3 +50,16 @@ def test_the_command_of_a_run_asks_for_its_settings(finished: Run) -> None:
     }
     assert {name: asked[name] for name in expected} == expected
     assert report_facts(run.uri, finished.plan, [])["top_k"] is None
+
+
+def test_what_no_option_says_is_not_in_the_command() -> None:
+    stream: dict[str, Any] = {"name": "strided", "concatenate": True}
+    facts = {"model": "m", "corpus": "c", "recipe": stream, "shard_bytes": 1 << 60}
+    assert repeat_command(facts) == "logitmill score m c --recipe strided"
+    options = {o for p in get_command(app).commands["score"].params for o in p.opts}  # type: ignore[attr-defined]
+    none = {"uri", "storage_options", "shard_bytes", "source"}
+    for field in fields(CorpusSpec):
+        if field.name not in none:
+            command = repeat_command({**facts, "reading": {field.name: "x"}})
+            said = command is not None and f"--{field.name.replace('_', '-')} x" in command
+            assert said == (f"--{field.name.replace('_', '-')}" in options), field.name

@@ -311,6 +311,31 @@ def test_later_windows_that_overlap_far_have_no_tooth() -> None:
     assert "stand in later windows, each with a context of 46 tokens or more." in page.words
 
 
+def test_few_tokens_at_an_end_say_nothing_of_windows() -> None:
+    made = cut_run(64)
+    recipe = Recipe(name="rolling", context=1024, overlap=1000)
+    # 20 tokens after 1,000 of context, which no other token has.
+    score = make("odd", np.full(1044, 2.0), "abcd" * 1044)
+    score.windows = recipe.windows(1045, has_prefix=True)
+    score.tokens.logprob[-20:] = -90.0
+    made.add(score)
+    page = Page(render(made, recipe={**SHORT, "context": 64}))
+    assert "with 39 to 64 tokens 2.00. Had" in page.words
+
+
+def test_contexts_that_were_cut_are_no_later_windows() -> None:
+    recipe, made = Recipe(name="conditional", context=64), Summary()
+    (window,) = recipe.windows(200, has_prefix=True, num_context=120)
+    score = make("d", np.full(window.num_targets, 2.0), "abcd" * window.num_targets)
+    score.windows = [window]
+    made.add(score)
+    assert "window" not in {
+        a["id"] for a in Page(render(made, recipe=asdict(recipe))).tags("section")
+    }
+    # The same tokens of a recipe that has later windows.
+    assert "window" in {a["id"] for a in Page(render(made, recipe=SHORT)).tags("section")}
+
+
 def test_calibration_error_by_hand() -> None:
     made = Summary()
     score = make("d", np.full(40, 1.0), "abcd" * 40)

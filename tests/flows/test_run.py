@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import duckdb
@@ -102,6 +103,13 @@ def test_documents_are_found_in_bounded_memory(
             assert [(*one.find(doc_id), doc_id) for _, _, doc_id in rows] == rows
         assert sum(ids.nbytes for ids in one._held.values()) <= held
     assert len(one._held) == len(finished.paths())
+
+
+def test_shards_of_more_digits_are_told_apart() -> None:
+    shards = [17, 99_999, 100_000, 100_017]
+    names = [f"scores/part-{shard:05d}.parquet" for shard in shards]
+    run: Any = SimpleNamespace(parts=lambda tier: names)
+    assert shard_names(run) == dict(zip(shards, names, strict=True))
 
 
 def test_what_is_not_there_is_named(finished: Run, tmp_path: Path) -> None:

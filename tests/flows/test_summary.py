@@ -21,7 +21,7 @@ from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
 from logitmill.flows import counts as counts_module
 from logitmill.flows import outliers as outliers_module
 from logitmill.flows import publish
-from logitmill.flows.folder import Folder
+from logitmill.flows.folder import Folder, Part
 from logitmill.flows.store import Receipt
 from logitmill.flows.summary import (
     ALL_LENGTHS,
@@ -560,3 +560,28 @@ def test_tables_of_many_shards_add_up_however_they_are_put_together(
         assert sum(len(table) for table in read) == sum(len(table) for table in tables[name])
         assert (len(read) == 150, len(read) == 1) == (num_bytes == 1, num_bytes == 1 << 30)
         assert merge(read).equals(merge(tables[name]))
+
+
+def test_large_tables_are_not_fetched_far_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, receipts, fetched = Folder(str(tmp_path)), [], []
+    file = io.BytesIO()
+    pq.write_table(summarize([]).counts(), file)
+    for shard in range(20):
+        name = f"shards/{shard:05d}.counts.parquet"
+        folder.write(name, file.getvalue())
+        receipts.append(Receipt(shard, (Part(name, 100, ""),), 0, 0, 0, 0, 0.0, 1.0, "none", {}))
+    real = Folder.read
+
+    def read(self: Folder, name: str) -> bytes | None:
+        fetched.append(name)
+        return real(self, name)
+
+    monkeypatch.setattr(Folder, "read", read)
+    monkeypatch.setattr(publish, "_TABLE_BYTES", 0)
+    monkeypatch.setattr(publish, "_AHEAD_BYTES", 250)
+    for i, _ in enumerate(publish.read_tables(folder, "counts", receipts)):
+        # Those before, this one, and one more.
+        assert len(fetched) <= i + 2
+    assert len(fetched) == 20

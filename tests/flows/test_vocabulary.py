@@ -138,7 +138,7 @@ def test_the_command(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     _, said, _ = in_process(capsys, "vocabulary", run.uri, "--source", "one")
     assert "one: " in said and "two: " not in said
     status, _, said = in_process(capsys, "vocabulary", run.uri, "--source", "none")
-    assert status == 2 and "'none' is not one of 'one', 'two'" in said
+    assert status == 2 and "--source: 'none' is not one of 'one', 'two'" in said
     plan = Path(run.uri, "plan.json")
     kept = plan.read_text()
     plan.write_text(json.dumps({**json.loads(kept), "vocabulary": None}))
