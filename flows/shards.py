@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
@@ -52,8 +53,8 @@ _turn = threading.Lock()
 """Held by the task whose shard the engine is given. Others read theirs, or write it."""
 
 _clock = threading.Lock()
-_ended = 0.0
-"""When the engine was done with a shard last."""
+_spans: deque[tuple[float, float]] = deque(maxlen=64)
+"""Moments in which the engine was given the last shards, and was done with them."""
 
 
 def stop(attempt: str) -> None:
@@ -229,12 +230,15 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
 
 
 def _count_seconds(started: float) -> float:
-    """Seconds that the engine had a shard, until now; the end of the shard before is not its."""
-    global _ended
+    """Seconds that the engine had a shard, until now; the end of the shard before is not its.
+
+    A small shard may be done before the one that it follows is.
+    """
     now = time.monotonic()
     with _clock:
-        seconds, _ended = max(0.0, now - max(started, _ended)), now
-    return seconds
+        before = [ended for began, ended in _spans if began < started]
+        _spans.append((started, now))
+    return max(0.0, now - max(started, *before, 0.0))
 
 
 def _end_if_stopped(job: Job) -> None:

@@ -261,10 +261,11 @@ def test_the_engine_is_passed_on_with_the_last_batch_of_a_shard(
 
 
 def test_seconds_of_shards_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_ended", 0.0)
-    monkeypatch.setattr(shards.time, "monotonic", iter([20.0, 26.0, 40.0]).__next__)
-    # From 10 to 20, from 18 to 26, from 30 to 40.
-    assert [shards._count_seconds(started) for started in (10.0, 18.0, 30.0)] == [10.0, 6.0, 10.0]
+    monkeypatch.setattr(shards, "_spans", deque())
+    monkeypatch.setattr(shards.time, "monotonic", iter([20.0, 26.0, 40.0, 51.0, 53.0]).__next__)
+    # From 10 to 20, from 18 to 26, from 30 to 40; from 50 to 51 while the one from 45 had until 53.
+    started = (10.0, 18.0, 30.0, 50.0, 45.0)
+    assert list(map(shards._count_seconds, started)) == [10.0, 6.0, 10.0, 1.0, 8.0]
 
 
 def test_an_engine_makes_room_once_nobody_uses_it(
