@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 import weakref
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
