@@ -92,7 +92,8 @@ class Usage:
     observed: int
     expected: float
     z: float
-    """(observed - expected) / sqrt(variance): beyond 5 or so, no matter of chance."""
+    """(observed - expected) / sqrt(variance), which counts as 1 at least: beyond 5 or so, no matter
+    of chance."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +135,8 @@ def find_bias(table: pa.Table, source: str | None = None, count: int = 10) -> Bi
     observed, expected, variance = (
         own[name].to_numpy() for name in ("observed", "expected", "variance")
     )
-    # What is hardly ever expected has a variance below what is told apart.
-    z = (observed - expected) / np.sqrt(np.maximum(variance, UNIT))
+    # A token that is hardly ever expected and there once is no news: rare ones come, some of many.
+    z = (observed - expected) / np.sqrt(np.maximum(variance, 1.0))
     order = np.argsort(z, kind="stable")
     seen = observed > 0
     o = observed[seen] / observed.sum()

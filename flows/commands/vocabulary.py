@@ -26,7 +26,8 @@ def vocabulary(
     """Show which tokens a model expects too seldom and too often, of a run scored with it.
 
     A token is expected as often as its probabilities add up to. z is how far what was observed lies
-    from that, in standard deviations of what would be observed if the model were right.
+    from that, in standard deviations of what would be observed if the model were right, or in
+    tokens where that is less than one.
 
     The run needs its vocabulary: `logitmill score MODEL CORPUS --vocabulary`. All of the table, for
     any tool that reads Parquet: RUN/summary/vocabulary.parquet.

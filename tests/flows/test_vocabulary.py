@@ -113,7 +113,7 @@ def test_bias_by_its_definition() -> None:
     assert found.num_tokens == 10
     o, e = np.array([0.3, 0.4, 0.3]), np.array([0.6, 0.1, 0.3])
     assert found.divergence == pytest.approx((o * np.log2(o / e)).sum())
-    assert [(u.token, u.observed, u.z) for u in found.too_seldom] == [("y", 4, 6.0)]
+    assert [(u.token, u.observed, u.z) for u in found.too_seldom] == [("y", 4, 3.0)]
     assert [(u.token, u.expected, u.z) for u in found.too_often] == [("x", 6.0, -2.0)]
     whole = find_bias(table)
     assert whole.num_tokens == 12
@@ -124,11 +124,11 @@ def test_bias_by_its_definition() -> None:
         find_bias(table, count=0)
 
 
-def test_what_is_never_expected_is_told_first() -> None:
-    frequency = Frequency(np.array([9.0, 0.0]), np.array([1.0, 0.0]), np.array([8, 1]))
-    found = find_bias(tabulate({"": frequency}, []))
-    (first,) = found.too_seldom
-    assert first.token_id == 1 and first.z > 1e4 and np.isfinite(found.divergence)
+def test_rare_tokens_are_told_once_they_come_often() -> None:
+    expected, variance = np.array([50.0, 0.0, 0.01]), np.array([9.0, 0.0, 0.01])
+    found = find_bias(tabulate({"": Frequency(expected, variance, np.array([44, 7, 1]))}, []))
+    assert [(u.token_id, u.z) for u in found.too_seldom] == [(1, 7.0), (2, 0.99)]
+    assert [u.z for u in found.too_often] == [-2.0] and np.isfinite(found.divergence)
 
 
 def test_the_command(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
