@@ -52,10 +52,9 @@ def _follow(uri: str, endpoint_url: str | None) -> None:
             for seen in follow_run(folder):
                 show(seen)
     except KeyboardInterrupt as stop:
-        if type(stop) is not KeyboardInterrupt:
-            raise
         typer.echo("no longer followed; the run itself goes on", err=True)
-        raise typer.Exit(130) from None
+        # Another kind is SIGTERM's (`mistakes`).
+        raise typer.Exit(130 if type(stop) is KeyboardInterrupt else 143) from None
     show_totals(open_run(folder.uri, storage_options=options))
 
 

@@ -172,7 +172,10 @@ def test_the_command_ends_with_the_run(
     assert re.fullmatch(r"100%  5 of 5 shards  8 documents  [\d,]+ tokens  [\d,]+ tokens/s\n", err)
 
 
-def test_ctrl_c_ends_the_following_and_not_the_run(finished: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_following_and_not_the_run(
+    number: signal.Signals, status: int, finished: Run, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(finished.uri, tmp_path / "run"))
     (copy / "manifest.json").unlink()
     (copy / "shards/00001.json").unlink()
@@ -184,10 +187,10 @@ def test_ctrl_c_ends_the_following_and_not_the_run(finished: Run, tmp_path: Path
     )
     assert process.stderr is not None
     line = process.stderr.readline()
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, said = process.communicate(timeout=60)
     assert re.search(r"4 of 5 shards", line)
-    assert (process.returncode, said) == (130, "no longer followed; the run itself goes on\n")
+    assert (process.returncode, said) == (status, "no longer followed; the run itself goes on\n")
 
 
 def test_following_needs_no_orchestrator(finished: Run) -> None:
