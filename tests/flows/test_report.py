@@ -280,7 +280,7 @@ def test_position_in_the_window_is_as_high_as_the_saw_tooth() -> None:
     ("length", "context", "words"),
     [
         (400, 512, "Every document was read in one window"),
-        (512, 64, "scored by a version that did not count it"),
+        (512, 64, "summary has no counts of it"),
     ],
 )
 def test_without_later_windows_words_say_why(length: int, context: int, words: str) -> None:
