@@ -21,7 +21,7 @@ from ..run import Run
 from .divergences import Candidates, Divergences, diverge, diverge_coarsely
 from .documents import COLUMNS, same_text
 from .flat import join_ids, unpack
-from .pairing import OnProgress, Stream, open_part, pair, part_names
+from .pairing import OnProgress, Stream, pair, part_names
 from .sums import EXACT_VALUES, Grouped, Spread, Spreads
 from .tokens import Estimate, NotComparable, binomial
 
@@ -234,7 +234,7 @@ class _Chunks:
             self._open = None
 
     def _index(self, part: int) -> None:
-        with open_part(self._run, self._names[part]) as file:
+        with self._run.open_part(self._names[part]) as file:
             rows = file.read(["doc_id", "num_rows"])
             counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         places = ((group, row) for group, count in enumerate(counts) for row in range(count))
@@ -257,7 +257,7 @@ class _Chunks:
         if self._open is None or self._open[0] != part:
             self.__exit__()
             stack = ExitStack()
-            self._open = part, stack, stack.enter_context(open_part(self._run, self._names[part]))
+            self._open = part, stack, stack.enter_context(self._run.open_part(self._names[part]))
         return self._open[2]
 
 

@@ -54,10 +54,10 @@ class Stream:
     @contextmanager
     def open(self, part: int) -> Iterator[Groups]:
         """The row groups of a part."""
-        with open_part(self.run, self.parts()[part]) as file:
+        with self.run.open_part(self.parts()[part]) as file:
             labels = None
             if self.labels:
-                with open_part(self.run, part_names(self.run, "scores")[part]) as scores:
+                with self.run.open_part(part_names(self.run, "scores")[part]) as scores:
                     labels = scores.read(["doc_id", *_LABELS])
             yield Groups(file, ["doc_id", *self.columns], labels)
 
@@ -67,13 +67,6 @@ def part_names(run: Run, tier: str) -> list[str]:
     assert run.manifest is not None, "only complete runs are compared"
     parts = sorted(run.manifest["parts"], key=lambda part: part["shard"])
     return [part["name"] for part in parts if part["name"].startswith(f"{tier}/")]
-
-
-@contextmanager
-def open_part(run: Run, name: str) -> Iterator[PartFile]:
-    """A file of a run, read by this thread alone."""
-    with run.folder.filesystem.open(run.folder.path(name), "rb") as file:
-        yield PartFile(file)
 
 
 class Groups:
@@ -244,7 +237,7 @@ def _stored_bytes(stream: Stream) -> int:
     """Of the columns of a stream, as Parquet holds them."""
     wanted, total = {"doc_id", *stream.columns}, 0
     for name in stream.parts():
-        with open_part(stream.run, name) as file:
+        with stream.run.open_part(name) as file:
             for i in range(file.num_row_groups):
                 group = file.metadata.row_group(i)
                 for j in range(group.num_columns):

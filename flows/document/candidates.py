@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..index import shard_names
-from ..parts import LOGITS_DTYPES, PartFile
+from ..parts import LOGITS_DTYPES
 from ..run import Run
 
 MOST = 10
@@ -62,9 +62,7 @@ def _of_logits(run: Run, doc_id: str, rows: slice) -> Candidates:
     shard, _ = run.find(doc_id)
     dtype = np.dtype(LOGITS_DTYPES[run.plan["logits_dtype"]]).newbyteorder("<")
     found: list[tuple[np.ndarray, np.ndarray]] = []
-    folder = run.folder
-    with folder.filesystem.open(folder.path(shard_names(run, "logits")[shard]), "rb") as file:
-        parquet = PartFile(file)
+    with run.open_part(shard_names(run, "logits")[shard]) as parquet:
         for group in range(parquet.num_row_groups):
             places = parquet.read_row_group(group, columns=["doc_id", "first_row", "num_rows"])
             for i, place in enumerate(places.to_pylist()):

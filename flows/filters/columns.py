@@ -8,16 +8,13 @@ import numpy as np
 import pyarrow as pa
 
 from ..index import shard_names
-from ..parts import PartFile
 from ..run import Run
 
 
 def read_groups(run: Run, tier: str, columns: Sequence[str]) -> Iterator[pa.Table]:
     """Columns of a tier, a row group at a time."""
-    folder = run.folder
     for name in shard_names(run, tier).values():
-        with folder.filesystem.open(folder.path(name), "rb") as file:
-            parquet = PartFile(file)
+        with run.open_part(name) as parquet:
             for group in range(parquet.num_row_groups):
                 yield parquet.read_row_group(group, columns=list(columns))
 

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 
 from ..index import shard_names
-from ..parts import PartFile
 from ..run import Run
 from .cuts import Cuts, check_documents, group_scores
 from .output import Ids, Texts, Write
@@ -91,8 +90,8 @@ def write_kept(
 
 def _read(run: Run, name: str, cuts: Cuts) -> pa.Table:
     columns = ["doc_id", "source", "language", "status", "num_bytes", cuts.score]
-    with run.folder.filesystem.open(run.folder.path(name), "rb") as file:
-        return PartFile(file).read(columns)
+    with run.open_part(name) as parquet:
+        return parquet.read(columns)
 
 
 def _count(kept: Kept, rows: pa.Table, cuts: Cuts, chosen: np.ndarray) -> None:
