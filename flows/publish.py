@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 
 from .folder import Folder, Part
+from .kept import OF_TIERS
 from .operations import operations
 from .parts import PartFile, write_table
 from .store import MANIFEST, PLAN, REPORT, Receipt, find_receipts
@@ -26,9 +27,7 @@ if TYPE_CHECKING:
 # Files that are fetched ahead, and their bytes at most: a vocabulary by source may have 100 MB.
 _READERS, _AHEAD, _AHEAD_BYTES = 16, 64, 64 << 20
 # Of a plan, what the command that gives it again says besides.
-_SETTINGS = (
-    *("top_k", "num_draws", "draw_seed", "logits_dtype", "vocabulary", "reading", "shard_bytes"),
-)
+_SETTINGS = (*OF_TIERS, "logits_dtype", "vocabulary", "reading", "shard_bytes")
 _TABLE_BYTES = 1 << 20
 
 Merge = Callable[[Iterable[pa.Table]], pa.Table]
