@@ -65,22 +65,23 @@ def pack_alike(
 
 
 def rounds_alike(
-    items: Iterable[tuple[_T, int, np.ndarray | None]], budget: int
+    items: Iterable[tuple[_T, int, np.ndarray | None]], budget: int, *, first: int | None = None
 ) -> Iterator[list[tuple[_T, Branch | None]]]:
     """`rounds` of items whose tokens count once where they and the item before begin alike.
 
     Items are (item, weight, ids), of which ids that are given weigh themselves what the item before
-    in the round does not begin with, though at least `weight`; and no more of them is held.
+    in the round does not begin with, though at least `weight`; and no more of them is held. The
+    first round may be given a budget of its own.
     """
     group: list[tuple[_T, Branch | None]] = []
-    total = 0
+    total, room = 0, budget if first is None else first
     before: np.ndarray | None = None
     for item, least, ids in items:
         added = None if ids is None else branch(before, ids)
         weight = least if added is None else max(least, len(added.ids))
-        if group and total + weight > budget:
+        if group and total + weight > room:
             yield group
-            group, total = [], 0
+            group, total, room = [], 0, budget
             if ids is not None:
                 added = branch(None, ids)
                 weight = max(least, len(ids))

@@ -33,7 +33,8 @@ StatesSink = Callable[[int, str, int, torch.Tensor], None]
 BatchSink = Callable[[int, int], None]
 """(scored tokens, their bytes) of a batch that is done, long before its documents may be."""
 
-# Batches' worth of tokens that are sorted and packed together.
+# Batches' worth of tokens that are sorted and packed together, but for the first: the model waits
+# for it.
 _ROUND_BATCHES = 4
 # Batches made ready ahead of the model.
 _READY = 4
@@ -159,7 +160,7 @@ class Scorer:
 
     def _packed_batches(self, documents: Iterable[Document]) -> Iterator[_Batch]:
         """Full batches: windows are sorted by length within a few batches' worth of tokens."""
-        for group in self._rounds(documents, _ROUND_BATCHES * self._budget):
+        for group in self._rounds(documents, _ROUND_BATCHES):
             pieces = [item for item in group if isinstance(item, _Piece)]
             others = [p for p in pieces if not p.shares]
             lengths = [p.window.stop - p.window.start for p in others]
@@ -182,7 +183,7 @@ class Scorer:
 
     def _batches_in_order(self, documents: Iterable[Document]) -> Iterator[_Batch]:
         """Batches of consecutive windows, so that rows come out in the order of the input."""
-        for group in self._rounds(documents, self._budget):
+        for group in self._rounds(documents, 1):
             for _, run in groupby(group, lambda item: isinstance(item, _Piece) and item.shares):
                 items = list(run)
                 batch = self._batch([item for item in items if isinstance(item, _Piece)])
@@ -267,10 +268,14 @@ class Scorer:
                 yield item.work.score
 
     def _rounds(
-        self, documents: Iterable[Document], budget: int
+        self, documents: Iterable[Document], num_batches: int
     ) -> Iterator[list[_Piece | DocumentScore]]:
-        """Consecutive windows whose tokens fit a budget, what they share counted and held once."""
-        for group in rounds_alike(self._pieces(documents), budget):
+        """Consecutive windows of so many batches' worth of tokens, the first round of one.
+
+        What windows share is counted and held once.
+        """
+        budget = num_batches * self._budget
+        for group in rounds_alike(self._pieces(documents), budget, first=self._budget):
             for item, branch in group:
                 if isinstance(item, _Piece):
                     item.branch = branch
