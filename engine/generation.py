@@ -154,7 +154,8 @@ class Generator:
         padded[: sum(lengths)] = np.concatenate(ids)
         with torch.inference_mode(), on(model.device):
             ids_T = to_device(torch.from_numpy(padded), model.device)
-            hidden_TD = model.hidden(ids_T, lengths, self._kept.read_whole(list(sequences)))
+            attend = self._kept.read_whole(list(sequences), lengths, model.device)
+            hidden_TD = model.hidden(ids_T, lengths, attend)
             last = to_device(torch.tensor(lengths).cumsum(0) - 1, model.device)
             return self._logits(hidden_TD[last])
 
@@ -177,7 +178,7 @@ class Generator:
             padded[: len(fresh)] = [growing.ids[-1] for growing in fresh.values()]
             with torch.inference_mode(), on(model.device):
                 ids_S = to_device(torch.from_numpy(padded), model.device)
-                attend = self._kept.read_last(list(fresh), lengths)
+                attend = self._kept.read_last(list(fresh), lengths, model.device)
                 hidden_SD = model.hidden_of_last(ids_S, lengths, attend)
                 logits_BV = self._logits(hidden_SD[: len(fresh)])
             if not stale:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from logitmill.engine import Pipeline, pipeline
-from logitmill.engine.kept import KeptRows
+from logitmill.engine.kept import KeptRows, Places
 from logitmill.engine.samplers import drawing, greedy, min_p, top_k, top_p
 from oracles import markov_model, reference_logits, save, table_model, zipf
 from scipy.stats import chisquare
@@ -118,7 +118,7 @@ def test_rows_come_back_from_where_they_were_put(kept_as: str | None) -> None:
     given = torch.randn(150, 2, 7)
     slots, at = torch.arange(150) % 3, torch.arange(150) // 3
     for part in (slice(0, 60), slice(60, 150)):
-        rows.write(slots[part], at[part], given[part])
+        rows.write(Places(slots[part], at[part], int(at[part][-1]) + 1), given[part])
     found = rows.read(torch.tensor([2, 0]), 50)
     for i, slot in enumerate((2, 0)):
         expected = given[slots == slot]
@@ -238,3 +238,18 @@ def test_a_hook_is_there_while_tokens_are_generated(demo: Pipeline) -> None:
         logits = demo.get_logits([*prompt, *found])[len(prompt) - 1 : -1]
     assert logits.argmax(-1).tolist() == found
     assert found != next(demo.sample([prompt], max_tokens=6, stop=[])).ids.tolist()
+
+
+@pytest.mark.parametrize("kept_as", [None, "int8", "int4"])
+def test_a_slot_keeps_nothing_of_the_sequence_before(demo: Pipeline, kept_as: str | None) -> None:
+    """A shorter one follows where another was no number."""
+    spoilt, prompt = [7] * 90, list(range(40, 60))
+
+    def spoil(layer: int, states: torch.Tensor, tokens: Any) -> torch.Tensor | None:
+        return states * float("nan") if layer == 0 and tokens.ids_T[0] == 7 else None
+
+    settings: dict[str, Any] = {"max_tokens": 6, "stop": [], "batch_size": 1, "kept_as": kept_as}
+    alone = next(demo.sample([prompt], **settings)).ids.tolist()
+    with demo.hooked(spoil):
+        _, after = demo.sample([spoilt, prompt], **settings)
+    assert after.ids.tolist() == alone
