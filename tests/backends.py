@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 
-def load_hf(folder: Path, **arguments: Any) -> Any:
-    """The backend `hf` in float32 on the CPU, a request at a time."""
+def load_hf(folder: Path, *, dtype: str = "float32", **arguments: Any) -> Any:
+    """The backend `hf` on the CPU, a request at a time."""
     from lm_eval.models.huggingface import HFLM
 
     return HFLM(
         pretrained=str(folder),
         device="cpu",
-        dtype="float32",
+        dtype=dtype,
         batch_size=1,
         # Its cache mixes up "import" -> " os" and "" -> "import os", which share inputs.
         logits_cache=False,

@@ -140,6 +140,22 @@ def test_rolling_requests_come_out_as_those_of_hf(lm: LogitmillLM, hf: Any) -> N
     assert answers == pytest.approx(expected, rel=RELATIVE, abs=ABSOLUTE)
 
 
+@pytest.mark.slow
+def test_drawn_texts_come_out_as_those_of_hf_in_float64(lm: LogitmillLM, demo_folder: Path) -> None:
+    """Of up to thousands of nats, of which hf in float32 is 1e-3 off."""
+    rng = random.Random(3)
+    texts = []
+    for size in (1, 30, 300, 300, 1000, 4000):
+        text = rng.choice([CODE, CODE, ODD])
+        first = rng.randrange(len(text) - min(size, len(text) - 1))
+        texts.append((text[first : first + size],))
+    exact = load_hf(demo_folder, dtype="float64")
+    expected = ask(exact, "loglikelihood_rolling", texts)
+    assert min(expected) < -1000
+    answers = ask(lm, "loglikelihood_rolling", texts)
+    assert answers == pytest.approx(expected, rel=1e-7, abs=ABSOLUTE)
+
+
 def test_white_space_alone_is_no_context(demo_folder: Path) -> None:
     """Where no BOS stands in front the harness has no token of it, and `hf` fails."""
     model = LogitmillLM(str(demo_folder), device="cpu", add_bos_token=False)
