@@ -358,16 +358,20 @@ class ParquetReader:
         import pyarrow.parquet as pq
 
         with self._location.open(self._name) as stream:
-            # One row group's needed columns are fetched at a time, in few large requests.
+            # A request a needed column of a row group, by this thread alone: threads of Arrow's may
+            # hold Python's file for longer than a call, and a process that ends then is aborted.
             file = pq.ParquetFile(
-                stream, metadata=self._footer, pre_buffer=True, page_checksum_verification=True
+                stream, metadata=self._footer, pre_buffer=False, page_checksum_verification=True
             )
             first = 0
             for index, group in enumerate(self._groups()):
                 low, high = max(start, first), min(stop, first + group.num_rows)
                 if low < high:
                     batches = file.iter_batches(
-                        _BATCH_ROWS, row_groups=[index], columns=list(dict.fromkeys(names))
+                        _BATCH_ROWS,
+                        row_groups=[index],
+                        columns=list(dict.fromkeys(names)),
+                        use_threads=False,
                     )
                     yield from self._group_rows(batches, index, first, low, high)
                 first += group.num_rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import itertools
 import json
 import logging
@@ -416,6 +417,29 @@ def test_parquet_batches_read_only_needed_columns(
     (document,) = read(path, language_column="lang")
     assert document.language == "de"
     assert asked == [["text", "lang"]]
+
+
+def test_no_thread_of_arrows_reads_a_parquet_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [f"text {n}" for n in range(300)]
+    path = write_parquet(tmp_path / "x.parquet", {"text": rows, "id": rows}, row_group_size=50)
+    readers: set[threading.Thread] = set()
+
+    class Watched(io.FileIO):
+        def readinto(self, buffer: Any) -> int | None:
+            readers.add(threading.current_thread())
+            return super().readinto(buffer)
+
+    def watch(self: Location, name: str) -> io.BufferedReader:
+        return io.BufferedReader(Watched(path))
+
+    spec = CorpusSpec(uri=str(path), id_column="id")
+    plan = plan_corpus(spec)
+    monkeypatch.setattr(Location, "open", watch)
+    assert texts(documents(spec, plan)) == rows
+    # Python knows those that it has not started as dummies.
+    assert readers and not any(isinstance(t, threading._DummyThread) for t in readers)
 
 
 def test_bad_parquet_values_are_rows_that_say_so(tmp_path: Path) -> None:
