@@ -18,7 +18,8 @@ from .parts import BLOBS, DocumentsWriter, schema_of
 _OWN_BYTES, _TAIL_BYTES, _TOP_BYTES, _PAIR_BYTES = 16, 4, 5, 4
 
 
-# What a value of a Parquet file may hold, less what may lie before it in a page.
+# What a value of a Parquet file may hold, less what may lie before it in a page. Arrow's large
+# types hold more, for which Parquet has no page.
 _VALUE_BYTES = (1 << 31) - (1 << 27)
 
 
@@ -38,21 +39,23 @@ class ArraysWriter(DocumentsWriter):
         about = {kept[0]: str(kept[1]), "vocab_size": str(vocab_size)}
         schema = schema_of(self.tier, vocab_size)
         super().__init__(path, schema, {**metadata, **about}, token_bytes)
-        self._kept, self._most = kept, _VALUE_BYTES // (2 * max(2, kept[1]))
+        self._kept = kept
+        self.most_tokens = _VALUE_BYTES // (2 * max(2, kept[1]))
+        """Scored tokens of a document, at most."""
 
-    def add(self, score: DocumentScore) -> None:
-        """Append a document, if it was scored.
-
-        Raises:
-            ValueError: for one of more tokens than a value can hold the arrays of.
-        """
-        if len(score.tokens) > self._most:
+    def check(self, doc_id: str, num_tokens: int) -> None:
+        """ValueError for a document of more scored tokens than a value can hold the arrays of."""
+        if num_tokens > self.most_tokens:
             name, number = self._kept
             raise ValueError(
-                f"tiers: document {score.record.doc_id!r} has {len(score.tokens):,} scored tokens, "
-                f"more than the {self._most:,} that a row of {self.tier} holds with {name} "
-                f"{number}; cut it in two, ask for fewer, or leave {self.tier} out"
+                f"tiers: document {doc_id!r} has {num_tokens:,} scored tokens, more than the "
+                f"{self.most_tokens:,} that a row of {self.tier} holds with {name} {number}; cut "
+                f"it in two, ask for fewer, or leave {self.tier} out"
             )
+
+    def add(self, score: DocumentScore) -> None:
+        """Append a document, if it was scored; ValueError as `check` has it."""
+        self.check(score.record.doc_id, len(score.tokens))
         super().add(score)
 
 

@@ -178,7 +178,7 @@ def _score(job: Job, shard: Shard, attempt: Attempt, pipe: Pipeline) -> Receipt:
         turn = _Turn()
         # Its documents are read and tokenized from here on, while another shard has its turn.
         scores = pipe.score(
-            read_shard(job.corpus, shard),
+            writers.check(read_shard(job.corpus, shard)),
             recipe=job.recipe,
             on_batch=on_batch,
             # What rows may take is known once the shard before is through.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..engine.checkpoint import find_model
+from ..engine.intake import Intake, join_stream
 from ..engine.pipeline import Pipeline
-from .distributions import SampledWriter, TopKWriter
+from ..engine.records import Document
+from ..engine.tokenization import Tokenizer
+from .distributions import ArraysWriter, SampledWriter, TopKWriter
 from .parts import DocumentsWriter, ScoresWriter, TokensWriter
 from .rows import HiddenWriter, LogitsWriter, RowsWriter
 
@@ -26,7 +30,8 @@ class Writers:
         self.all: list[Writer] = []
         self.wanted: dict[str, Any] = {}
         """What `Pipeline.score` is asked for besides records."""
-        vocab_size = pipe.vocab_size
+        self._job = job
+        self._vocab_size = vocab_size = pipe.vocab_size
         if "tokens" in job.tiers:
             self.all.append(TokensWriter(folder / "tokens", metadata))
         if "topk" in job.tiers:
@@ -55,3 +60,44 @@ class Writers:
         if self.rows is not None:
             self.all.append(self.rows)
         self.all.append(ScoresWriter(folder / "scores", metadata))
+
+    def check(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents to score, each once it is certain that the parts can hold it.
+
+        Where the recipe reads them as one stream, that is the document.
+
+        Raises:
+            ValueError: for one that is too long, while there is nothing of it to lose.
+        """
+        writers = [writer for writer in self.all if isinstance(writer, ArraysWriter)]
+        most = min((writer.most_tokens for writer in writers), default=None)
+        if most is not None and self._job.recipe.concatenate:
+            documents = join_stream(documents)
+        for document in documents:
+            if most is not None and _most_tokens(document) > most:
+                num_tokens = self._count_scored(document)
+                for writer in writers:
+                    writer.check(document.doc_id, num_tokens)
+            yield document
+
+    def _count_scored(self, document: Document) -> int:
+        """Tokens that are scored of a document, 0 of one that cannot be."""
+        job = self._job
+        folder = find_model(
+            job.model, storage_options=dict(job.model_options), headers_only=job.is_elsewhere
+        )
+        tokenizer = Tokenizer.load(folder, trust_remote_code=job.engine.trust_remote_code)
+        intake = Intake(job.recipe, tokenizer, self._vocab_size)
+        return sum(len(item.tokens) for item in intake.take([document]))
+
+
+def _most_tokens(document: Document) -> int:
+    """No fewer than a document has, by the bytes that its characters take at most.
+
+    A chat's template and a tokenizer that rewrites text may make a few more of it: what slips
+    through is refused when it is written.
+    """
+    if document.input_ids is not None:
+        return len(document.input_ids)
+    texts = (document.text or "", document.context or "", str(document.messages or ""))
+    return 4 * sum(map(len, texts))

@@ -20,13 +20,14 @@ from direct import score_directly
 from flow_helpers import write_lines
 from logitmill.engine import EngineSettings, Pipeline, pipeline
 from logitmill.engine.records import TokenRecords
-from logitmill.flows import Run, open_run, parts
+from logitmill.flows import Run, distributions, open_run, parts, shards
 from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.distributions import SampledWriter, TopKWriter, read_draws, read_top_k
 from logitmill.flows.estimate import TABLES, estimate_run
 from logitmill.flows.folder import Part
 from logitmill.flows.request import Request, prepare
 from logitmill.flows.store import Receipt
+from logitmill.flows.summary import Summary
 from logitmill.flows.verify import verify_run
 
 ALL: Any = {"tiers": ["tokens", "topk", "sampled", "hidden"], "top_k": 7, "num_draws": 9}
@@ -70,6 +71,28 @@ def test_a_document_that_no_value_can_hold_is_named(tmp_path: Path, make: Any, m
         ValueError, match=f"tiers: document 'long' has {most + 1:,} .* {most:,} that"
     ):
         make(tmp_path / "part").add(one)
+
+
+@pytest.mark.parametrize("recipe", ["rolling", "strided"])
+def test_a_document_that_is_too_long_is_refused_before_it_is_scored(
+    recipe: str, corpus: Path, demo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score(**options: Any) -> Run:
+        return score_directly(demo_folder, corpus, tmp_path, recipe=recipe, **options)
+
+    kept: Any = {"tiers": ["topk", "sampled"], "top_k": 7, "num_draws": 5}
+    lengths = score().table("scores")["num_tokens_scored"].to_pylist()
+    # As many as the longest has, and one fewer.
+    monkeypatch.setattr(distributions, "_VALUE_BYTES", 2 * 7 * max(lengths))
+    assert score(**kept).table("topk")["num_tokens"].to_pylist() == lengths
+    monkeypatch.setattr(distributions, "_VALUE_BYTES", 2 * 7 * max(lengths) - 1)
+    monkeypatch.setattr(Summary, "add", lambda *_: pytest.fail("it was scored"))
+    monkeypatch.setattr(shards, "get_run_logger", logging.getLogger)
+    shutil.rmtree(tmp_path)
+    with pytest.raises(
+        ValueError, match=rf"has {max(lengths):,} scored .* the {max(lengths) - 1:,} that a row of"
+    ):
+        score(**kept)
 
 
 def score_of(num_tokens: int) -> Any:
