@@ -30,7 +30,8 @@ _tokens = Counter("logitmill_tokens", "Scored tokens of finished shards.")
 _bytes = Counter("logitmill_bytes", "UTF-8 bytes of the scored tokens of finished shards.")
 _shards = Counter("logitmill_shards", "Shards, by how they ended: done or failed.", ["outcome"])
 _retries = Counter(
-    "logitmill_shard_retries", "Shards that were begun again: their worker failed, died or hung."
+    "logitmill_shard_retries",
+    "Attempts at shards after the first: the one before failed, or was lost with its worker.",
 )
 _device_seconds = Counter(
     "logitmill_device_seconds", "Seconds that devices were at work on finished shards."
@@ -96,9 +97,9 @@ def record_failure() -> None:
     _shards.labels("failed").inc()
 
 
-def record_retry() -> None:
-    """Count a shard that is begun again."""
-    _retries.inc()
+def record_retries(count: int = 1) -> None:
+    """Count attempts at a shard that is begun again."""
+    _retries.inc(count)
 
 
 def record_progress(seen: Seen) -> None:

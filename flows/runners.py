@@ -125,8 +125,9 @@ class _Cluster:
         """When each worker that has tasks was last seen to get on."""
         self._flying: dict[str, tuple[Future, int]] = {}
         """Tasks in flight, and their shards, by Dask's names of them."""
-        self._lost: Counter[int] = Counter()
-        """Tasks that were lost with their workers, by shard."""
+        self._begun: Counter[int] = Counter()
+        """Attempts at each shard, as far as it is known: a task that fails makes another one."""
+        self._noting = threading.Lock()
         self._client.subscribe_topic(self._topic, self._hear)
 
     def count(self) -> int:
@@ -146,8 +147,9 @@ class _Cluster:
             "job": self._job,
             "shard": shard,
             "topic": self._topic,
-            "num_lost": self._lost[shard.index],
+            "num_begun": self._begun[shard.index],
         }
+        self._note_attempt(shard.index, self._begun[shard.index] + 1)
         future = self._runner.submit(shards.score_shard, parameters)
         self._flying[future.wrapped_future.key] = future, shard.index
         return future
@@ -161,7 +163,6 @@ class _Cluster:
             result = future.result(raise_on_failure=False)
         except (KilledWorker, CommClosedError, CancelledError, AsyncCancelledError) as error:
             TALLY.drop(self._key(shard.index))
-            self._lost[shard.index] += 1
             _mark_lost(future)
             return Lost(type(error).__name__)
         except Exception as error:
@@ -219,12 +220,21 @@ class _Cluster:
     def _hear(self, event: tuple[float, Any]) -> None:
         """A worker says how far it is with its shards."""
         said = event[1]
+        self._note_attempt(said["shard"], said["attempt"])
         # The last word of a task may come after its result.
         if all(shard != said["shard"] for _, shard in list(self._flying.values())):
             return
         is_news = TALLY.report(self._key(said["shard"]), Count(**said["count"]))
         if is_news or said["is_loading"]:
             self._moved[said["worker"]] = time.monotonic()
+
+    def _note_attempt(self, shard: int, number: int) -> None:
+        """An attempt at a shard has begun, which may be known, or is about to."""
+        with self._noting:
+            begun = self._begun[shard]
+            if number > begun:
+                self._begun[shard] = number
+                metrics.record_retries(number - max(begun, 1))
 
     @contextmanager
     def _plain_errors(self) -> Iterator[None]:
@@ -282,7 +292,6 @@ def run_all(
         if isinstance(result, Lost):
             losses[shard.index] += 1
             if losses[shard.index] < _MOST_LOSSES:
-                metrics.record_retry()
                 lost.append(shard)
                 continue
             result = Lost(f"its worker was lost {_MOST_LOSSES} times ({result})")

@@ -25,6 +25,7 @@ from ..engine.checkpoint import digest, find_model
 from ..engine.frequencies import Frequencies
 from ..engine.pipeline import EngineSettings, Pipeline, load_pipeline
 from ..engine.records import OK, DocumentScore
+from . import metrics
 from .corpus import read_shard
 from .corpus.plan import Shard
 from .folder import one_line
@@ -84,33 +85,35 @@ class Stopped(Exception):
     cache_policy=NO_CACHE,
     persist_result=False,
 )
-def score_shard(job: Job, shard: Shard, topic: str | None = None, num_lost: int = 0) -> Receipt:
+def score_shard(job: Job, shard: Shard, topic: str | None = None, num_begun: int = 0) -> Receipt:
     """Score one shard, leave its parts and its receipt; returns the receipt.
 
-    With `topic`, a Dask worker says there how far it is. `num_lost` tasks of the same shard were
-    lost with their workers before.
+    With `topic`, a Dask worker says there how far it is. `num_begun` attempts at the same shard
+    were begun by tasks that were lost with their workers.
     """
     # A task reaches other processes with copies of all that it refers to; what they share is here.
     from . import shards
 
-    return shards.complete(job, shard, topic, num_lost)
+    return shards.complete(job, shard, topic, num_begun)
 
 
-def complete(job: Job, shard: Shard, topic: str | None = None, num_lost: int = 0) -> Receipt:
+def complete(job: Job, shard: Shard, topic: str | None = None, num_begun: int = 0) -> Receipt:
     """What the task does."""
     receipt = Receipt.read(job.folder, shard.index)
     if receipt is None or not job.folder.holds(receipt.parts):
         key = (job.attempt, shard.index)
+        # A call that is no task of Prefect's has no count.
+        number = num_begun + (task_run.run_count or 1)
+        if topic is None and number > 1:
+            metrics.record_retries()
         try:
             with (
                 TALLY.attempt(key) as attempt,
-                _report(key, topic),
+                _report(key, topic, number),
                 _engine.use(job, is_worker=topic is not None) as pipe,
             ):
                 receipt = _score(job, shard, attempt, pipe)
-                # A call that is no task of Prefect's has no count.
-                started = num_lost + (task_run.run_count or 1)
-                receipt = replace(receipt, attempt=started)
+                receipt = replace(receipt, attempt=number)
                 receipt.write(job.folder)
         except Exception as error:
             if isinstance(error, TooManyLogits):
@@ -123,8 +126,11 @@ def complete(job: Job, shard: Shard, topic: str | None = None, num_lost: int = 0
 
 
 @contextmanager
-def _report(key: tuple[str, int], topic: str | None) -> Iterator[None]:
-    """Say on a topic of the Dask cluster, every second, what is done of a shard."""
+def _report(key: tuple[str, int], topic: str | None, number: int) -> Iterator[None]:
+    """Say on a topic of the Dask cluster, now and every second, what is done of a shard.
+
+    `number` is that of the attempt: whoever loses the worker is to know of it.
+    """
     if topic is None:
         yield
         return
@@ -133,15 +139,18 @@ def _report(key: tuple[str, int], topic: str | None) -> Iterator[None]:
     worker, ended = get_worker(), threading.Event()
 
     def say() -> None:
-        while not ended.wait(_REPORT_SECONDS):
+        while True:
             count = TALLY.running().get(key, Count())
             said = {
                 "shard": key[1],
+                "attempt": number,
                 "worker": worker.address,
                 "count": asdict(count),
                 "is_loading": _engine.is_loading,
             }
             worker.log_event(topic, said)
+            if ended.wait(_REPORT_SECONDS):
+                break
 
     thread = threading.Thread(target=say, name="logitmill-report", daemon=True)
     thread.start()

@@ -15,6 +15,7 @@ from logitmill.flows.corpus import CorpusSpec, read_shard
 from logitmill.flows.folder import Part
 from logitmill.flows.operations import OPERATIONS, operations
 from logitmill.flows.store import Receipt
+from prometheus_client import REGISTRY
 from test_cli import in_process
 
 FIRST = Receipt(
@@ -78,7 +79,9 @@ def test_a_receipt_says_at_which_attempt_its_shard_was_done(
 
     spec = CorpusSpec(uri=str(corpus), shard_bytes=2500)
     monkeypatch.setattr(shards, "read_shard", unlucky)
+    before = REGISTRY.get_sample_value("logitmill_shard_retries_total") or 0.0
     run = score(spec)
+    assert REGISTRY.get_sample_value("logitmill_shard_retries_total") == before + 3
     attempts = run.operations()["attempt"].to_pylist()
     assert len(attempts) > 3
     assert attempts == [1, 3, 2] + [1] * (len(attempts) - 3)

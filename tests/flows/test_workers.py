@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -9,16 +10,21 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import CancelledError
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cluster import Cluster, wait_for
 from faults import Fault, Whole, finish, striking
 from flow_helpers import Score, digests, start_flow
+from logitmill.flows import runners
 from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.corpus.plan import Shard
 from logitmill.flows.runners import Lost, run_all
+from prometheus_client import REGISTRY
 
 TIMES = 50 if os.environ.get("LOGITMILL_LONG") else 2
 """Kills of each kind."""
@@ -101,6 +107,54 @@ def test_a_deadly_shard_is_given_up_and_takes_no_other_with_it() -> None:
     assert set(results) == set(range(40))
     # Those that flew beside a deadly one when it was first met are done again, once or twice.
     assert max(pool.starts.count(i) for i in given_up ^ set(range(40))) < 3
+
+
+class LostFuture:
+    """A task whose worker has died."""
+
+    wrapped_future = SimpleNamespace(key="task")
+
+    def result(self, raise_on_failure: bool) -> Any:
+        raise CancelledError
+
+    task_run_id = None
+
+
+def test_an_attempt_that_failed_and_one_that_was_lost_are_both_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    submitted: list[int] = []
+
+    def submit(task: Any, parameters: dict[str, Any]) -> Any:
+        submitted.append(parameters["num_begun"])
+        return LostFuture()
+
+    client = SimpleNamespace(subscribe_topic=lambda topic, hear: None)
+    runner = SimpleNamespace(client=client, submit=submit)
+    monkeypatch.setattr(runners, "_mark_lost", lambda future: None)
+    job: Any = SimpleNamespace(attempt="a")
+    pool = runners._Cluster(job, runner, 900.0, logging.getLogger())
+    retries = partial(REGISTRY.get_sample_value, "logitmill_shard_retries_total")
+    before = retries() or 0.0
+
+    def say(attempt: int) -> None:
+        count = {"documents": 0, "bytes": 0, "tokens": 0, "device_seconds": 0.0}
+        said = {"shard": 5, "attempt": attempt, "worker": "w", "count": count, "is_loading": False}
+        pool._hear((0.0, said))
+
+    lost = pool.submit(SHARDS[5])
+    for attempt in (1, 1, 2):
+        say(attempt)
+    assert isinstance(pool.result(SHARDS[5], lost), Lost)
+    # The worker's last word may come late.
+    say(2)
+    pool.submit(SHARDS[5])
+    say(3)
+    assert submitted == [0, 2] and retries() == before + 2
+    # Where no word came, the task that was lost is one all the same.
+    pool.submit(SHARDS[6])
+    pool.submit(SHARDS[6])
+    assert submitted == [0, 2, 0, 1] and retries() == before + 3
 
 
 # ---- real ones

@@ -40,7 +40,7 @@ def scraped():
         metrics.record_shard(RECEIPT)
         metrics.record_shard(RECEIPT)
         metrics.record_failure()
-        metrics.record_retry()
+        metrics.record_retries()
         metrics.record_progress(Seen(fraction=0.75, shards=3, num_shards=4, documents=9, workers=2,
                                      tokens_per_second=130000.0, busy=0.97,
                                      seconds_left=90.0))
