@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..engine import frequencies
+
 COUNTS = pa.schema(
     {
         "panel": pa.string(),
@@ -67,7 +69,7 @@ POSITION, WINDOW = "position", "window"
 CALIBRATION, RANK = "calibration", "rank"
 TOKEN_PANELS = (TOKEN_NLL, ENTROPY, POSITION, WINDOW, CALIBRATION, RANK)
 
-OTHER = "(other)"
+OTHER = frequencies.OTHER
 """The source, or the day, of what is not told apart."""
 ALL_LENGTHS = -1
 

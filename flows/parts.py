@@ -18,6 +18,7 @@ LOGITS_DTYPES = {"float32": np.float32, "float16": np.float16}
 # Rows buffered before a row group is written: documents, and bytes of tokens or logits.
 _GROUP_DOCUMENTS = 8192
 _GROUP_BYTES = 32 << 20
+_BATCH_ROWS = 1 << 16
 
 _DOCUMENT_TYPES: dict[str, pa.DataType] = {
     "doc_id": pa.string(),
@@ -148,8 +149,14 @@ class PartFile(pq.ParquetFile):
     they do is aborted. Those that fetch ahead (`pre_buffer`) do, too.
     """
 
-    def __init__(self, source: Any) -> None:
-        super().__init__(source, pre_buffer=False)
+    def __init__(self, source: Any, dictionaries: Sequence[str] = ()) -> None:
+        """Of an open file or a buffer; `dictionaries` are columns to read dictionary-encoded."""
+        super().__init__(source, pre_buffer=False, read_dictionary=list(dictionaries))
+
+    def stream(self) -> pa.RecordBatchReader:
+        """All rows, so many at a time that memory is used again and again."""
+        batches = self.iter_batches(_BATCH_ROWS, use_threads=False)
+        return pa.RecordBatchReader.from_batches(self.schema_arrow, batches)
 
     def read(self, columns: Sequence[str] | None = None) -> pa.Table:
         """All rows of some columns, or of all of them."""

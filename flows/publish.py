@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
@@ -29,8 +28,9 @@ _READERS, _AHEAD, _AHEAD_BYTES = 16, 64, 64 << 20
 # Of a plan, what the command that gives it again says besides.
 _SETTINGS = (*OF_TIERS, "logits_dtype", "vocabulary", "reading", "shard_bytes")
 _TABLE_BYTES = 1 << 20
+_T = TypeVar("_T")
 
-Merge = Callable[[Iterable[pa.Table]], pa.Table]
+Merge = Callable[[Iterable[Any]], pa.Table]
 
 
 def find_merges(plan: Mapping[str, Any]) -> dict[str, Merge]:
@@ -133,14 +133,18 @@ def report_facts(uri: str, plan: dict[str, Any], receipts: Sequence[Receipt]) ->
     }
 
 
-def read_tables(folder: Folder, name: str, receipts: Iterable[Receipt]) -> Iterator[pa.Table]:
+def read_tables(folder: Folder, name: str, receipts: Iterable[Receipt]) -> Iterator[Any]:
     """The tables of this name of shards, in the order of their receipts, small ones together.
 
-    To merge a table costs what has been merged before, so that there should be few of them.
+    To merge a table costs what has been merged before, so that there should be few of them. Not so
+    vocabularies, which are streams of one shard each.
     """
+    if name == "vocabulary":
+        yield from _read_ahead(folder, name, receipts, _stream_vocabulary)
+        return
     together: list[pa.Table] = []
     num_bytes = 0
-    for table in _read_ahead(folder, name, receipts):
+    for table in _read_ahead(folder, name, receipts, _parse):
         together.append(table)
         num_bytes += table.nbytes
         if num_bytes >= _TABLE_BYTES:
@@ -150,7 +154,9 @@ def read_tables(folder: Folder, name: str, receipts: Iterable[Receipt]) -> Itera
         yield pa.concat_tables(together)
 
 
-def _read_ahead(folder: Folder, name: str, receipts: Iterable[Receipt]) -> Iterator[pa.Table]:
+def _read_ahead(
+    folder: Folder, name: str, receipts: Iterable[Receipt], parse: Callable[[bytes], _T]
+) -> Iterator[_T]:
     # Files are fetched side by side, and parsed here: side by side that takes longer.
     fetching: deque[tuple[Future[bytes], int]] = deque()
     num_bytes = 0
@@ -160,12 +166,12 @@ def _read_ahead(folder: Folder, name: str, receipts: Iterable[Receipt]) -> Itera
             size = sum(part.bytes for part in receipt.parts if part.name == table)
             while fetching and (len(fetching) == _AHEAD or num_bytes + size > _AHEAD_BYTES):
                 future, held = fetching.popleft()
-                yield _parse(future.result())
+                yield parse(future.result())
                 num_bytes -= held
             fetching.append((pool.submit(_fetch, folder, table), size))
             num_bytes += size
         while fetching:
-            yield _parse(fetching.popleft()[0].result())
+            yield parse(fetching.popleft()[0].result())
 
 
 def read_table(folder: Folder, name: str) -> pa.Table:
@@ -180,4 +186,8 @@ def _fetch(folder: Folder, name: str) -> bytes:
 
 
 def _parse(data: bytes) -> pa.Table:
-    return PartFile(io.BytesIO(data)).read()
+    return PartFile(pa.BufferReader(data)).read()
+
+
+def _stream_vocabulary(data: bytes) -> pa.RecordBatchReader:
+    return PartFile(pa.BufferReader(data), dictionaries=["source"]).stream()

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from ..engine.frequencies import MAX_SOURCES, OTHER, UNIT, Frequency
 
-VOCABULARY = pa.schema(
+SHARD = pa.schema(
     {
         "source": pa.string(),
         "token_id": pa.int32(),
@@ -26,18 +26,24 @@ VOCABULARY = pa.schema(
         "observed": pa.int64(),
     }
 )
-"""One row a source and token that was expected or observed at all. `expected` is the sum of
-p(token) over the scored rows, `observed` how often the token was the one that followed; `variance`,
-the sum of p (1 - p), is that of `observed` if the model were right. `token` is its text, bytes that
-are none as `\\xe2`, empty where there is no tokenizer. Of more than 64 sources of a shard, or of
-the run, the later ones are one, `(other)`, also where other shards tell them apart."""
+"""Of a shard: one row a source and token that was expected or observed at all. `expected` is the
+sum of p(token) over the scored rows, `observed` how often the token was the one that followed;
+`variance`, the sum of p (1 - p), is that of `observed` if the model were right. `token` is its
+text, bytes that are none as `\\xe2`, empty where there is no tokenizer. Of more than 64 sources the
+later ones are one, `(other)`."""
+VOCABULARY = SHARD.append(pa.field("partial", pa.bool_()))
+"""Of a run: the shards' added up, again 64 sources at most. `partial` is the same in all rows of a
+source: whether some of its tokens may be among those of `(other)`, as a shard that has these does
+not tell it apart. Its counts are then those of the other shards, `observed` and `expected` of the
+same tokens. Never of `(other)` itself."""
 
+_ROWS = 1 << 16
 _SUMS = {"expected": np.float64, "variance": np.float64, "observed": np.int64}
 
 
 def tabulate(found: Mapping[str, Frequency], tokens: Sequence[str]) -> pa.Table:
-    """What the engine found of a shard as a table, sources in order; `tokens` are all spelled."""
-    tables = [VOCABULARY.empty_table()]
+    """What the engine found, schema `SHARD`, sources in order; `tokens` are all of the model's."""
+    tables = [SHARD.empty_table()]
     spelled = pa.array(tokens, pa.string())
     for source in sorted(found):
         own = found[source]
@@ -51,19 +57,26 @@ def tabulate(found: Mapping[str, Frequency], tokens: Sequence[str]) -> pa.Table:
                     "token": spelled.take(ids) if tokens else pa.repeat("", len(ids)),
                     **columns,
                 },
-                schema=VOCABULARY,
+                schema=SHARD,
             )
         )
     return pa.concat_tables(tables).combine_chunks()
 
 
-def merge_vocabulary(tables: Iterable[pa.Table]) -> pa.Table:
-    """Add tables of schema `VOCABULARY` up, in their order."""
+def merge_vocabulary(tables: Iterable[pa.Table | pa.RecordBatchReader]) -> pa.Table:
+    """The tables of shards added up in their order, one a shard; schema `VOCABULARY`.
+
+    They may be read while they are added, and have `source` dictionary-encoded: a text a row takes
+    longer than all the rest.
+    """
     sums: dict[str, dict[str, np.ndarray]] = {}
     tokens: dict[int, str] = {}
     is_known = np.zeros(0, bool)
+    whole: set[str] | None = None
     for table in tables:
+        there: set[str] = set()
         for source, own in _split(table):
+            there.add(source)
             if source not in sums and len(sums.keys() - {OTHER}) >= MAX_SOURCES:
                 source = OTHER
             ids = own["token_id"].to_numpy()
@@ -79,8 +92,14 @@ def merge_vocabulary(tables: Iterable[pa.Table]) -> pa.Table:
             new = np.flatnonzero(~is_known[ids])
             tokens |= zip(ids[new].tolist(), own["token"].take(new).to_pylist(), strict=True)
             is_known[ids] = True
+        if OTHER in there:
+            # Whoever is not told apart here may be among those that are not.
+            whole = there if whole is None else whole & there
     spelled = [tokens.get(i, "") for i in range(max(tokens, default=-1) + 1)]
-    return tabulate({source: Frequency(**own) for source, own in sums.items()}, spelled)
+    added = tabulate({source: Frequency(**own) for source, own in sums.items()}, spelled)
+    in_part = [] if whole is None else sorted(sums.keys() - whole)
+    partial = pc.is_in(added["source"], pa.array(in_part, pa.string()))
+    return added.append_column(VOCABULARY.field("partial"), partial)
 
 
 @dataclass(frozen=True)
@@ -109,13 +128,15 @@ class Bias:
     """Expected too seldom, the most certain ones first."""
     too_often: list[Usage]
     """Expected too often, the most certain ones first."""
+    partial: bool
+    """Whether more of the source may be among what is not told apart: `VOCABULARY`'s."""
 
 
 def find_bias(table: pa.Table, source: str | None = None, count: int = 10) -> Bias:
     """Which tokens a run's model expects too seldom and too often.
 
     Args:
-        table: of schema `VOCABULARY`.
+        table: of schema `VOCABULARY`, or `SHARD`.
         source: one of the table's; None adds all of them up.
         count: so many tokens of each kind.
 
@@ -125,8 +146,8 @@ def find_bias(table: pa.Table, source: str | None = None, count: int = 10) -> Bi
     if count < 1:
         raise ValueError(f"count: {count} is not a number of tokens from 1")
     if source is None:
-        same = pa.repeat(pa.scalar(""), table.num_rows)
-        own = merge_vocabulary([table.set_column(0, VOCABULARY.field("source"), same)])
+        same = pa.DictionaryArray.from_arrays(np.zeros(table.num_rows, np.int32), [""])
+        own = merge_vocabulary([table.set_column(0, "source", same)])
     else:
         known = table["source"].unique().to_pylist()
         if source not in known:
@@ -151,14 +172,21 @@ def find_bias(table: pa.Table, source: str | None = None, count: int = 10) -> Bi
         divergence=float(np.sum(o * np.log2(o / e))),
         too_seldom=tell(order[::-1][: min(count, (z > 0).sum())]),
         too_often=tell(order[: min(count, (z < 0).sum())]),
+        partial="partial" in own.column_names and bool(pc.any(own["partial"]).as_py()),
     )
 
 
-def _split(table: pa.Table) -> Iterator[tuple[str, pa.Table]]:
-    """Rows of one source that lie together."""
-    sources = table["source"].combine_chunks().dictionary_encode()
-    places = sources.indices.to_numpy()
-    starts = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), table.num_rows]
-    for start, stop in pairwise(starts):
-        if stop > start:
-            yield sources.dictionary[int(places[start])].as_py(), table.slice(start, stop - start)
+def _split(
+    table: pa.Table | pa.RecordBatchReader,
+) -> Iterator[tuple[str, pa.RecordBatch]]:
+    """Rows of one source that lie together, some at a time."""
+    for batch in table.to_batches(_ROWS) if isinstance(table, pa.Table) else table:
+        sources = batch["source"]
+        if not pa.types.is_dictionary(sources.type):
+            sources = sources.dictionary_encode()
+        places = sources.indices.to_numpy()
+        starts = [0, *(np.flatnonzero(np.diff(places)) + 1).tolist(), batch.num_rows]
+        for start, stop in pairwise(starts):
+            if stop > start:
+                name = sources.dictionary[int(places[start])].as_py()
+                yield name, batch.slice(start, stop - start)

@@ -9,12 +9,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
+from ...engine.frequencies import MAX_SOURCES
+from ..counts import OTHER
 from ..vocabulary import Usage, find_bias
 from . import charts
 from .panel import Cells, Chart, Material, Panel
 from .wording import MAX_LABEL, NOTHING, number, show, show_piece
 
 _MAX_TOKENS, _MAX_SOURCES = 12, 20
+_IN_PART = " (in part)"
 
 
 def vocabulary_panel(material: Material) -> Panel | None:
@@ -36,7 +39,13 @@ def vocabulary_panel(material: Material) -> Panel | None:
         "A bar is how far the count lies from what was expected, in standard deviations of what "
         "chance would do if the model were right. All tokens: summary/vocabulary.parquet."
     ]
-    return Panel("vocabulary", "Vocabulary", about, drawn, notes, [("By source", _sources(table))])
+    sources = _sources(table)
+    if any(label.endswith(_IN_PART) for label, *_ in sources.rows):
+        notes.append(
+            f"Where a shard has more than {MAX_SOURCES} sources, the later ones are told apart no "
+            f"longer: a source that is marked{_IN_PART} may have more tokens among {OTHER}."
+        )
+    return Panel("vocabulary", "Vocabulary", about, drawn, notes, [("By source", sources)])
 
 
 def _chart(title: str, usages: Sequence[Usage], color: str) -> Chart:
@@ -78,7 +87,7 @@ def _sources(table: pa.Table) -> Cells:
         ]
         rows.append(
             (
-                show(source, MAX_LABEL) or "(no source)",
+                (show(source, MAX_LABEL) or "(no source)") + _IN_PART * found.partial,
                 *first,
                 f"{found.num_tokens:,}",
                 number(found.divergence, 3),

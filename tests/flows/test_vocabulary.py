@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +14,13 @@ from direct import score_directly
 from logitmill.engine import Document, Frequencies, Frequency, Pipeline
 from logitmill.flows import Run, vocabulary
 from logitmill.flows.corpus import CorpusSpec
+from logitmill.flows.publish import read_table, read_tables
+from logitmill.flows.report.panel import Material
+from logitmill.flows.report.vocabulary import vocabulary_panel
 from logitmill.flows.request import Request, prepare
+from logitmill.flows.store import find_receipts
 from logitmill.flows.verify import verify_run
-from logitmill.flows.vocabulary import VOCABULARY, find_bias, merge_vocabulary, tabulate
+from logitmill.flows.vocabulary import SHARD, VOCABULARY, find_bias, merge_vocabulary, tabulate
 from test_cli import in_process
 
 
@@ -34,6 +40,7 @@ def test_a_run_has_the_counts_of_its_documents(run: Run, corpus: Path, demo: Pip
     list(demo.score(documents, frequencies=frequencies))
     table = run.summary("vocabulary")
     assert len(run.plan["corpus"]["shards"]) > 2 and table.schema.equals(VOCABULARY)
+    assert not any(table["partial"].to_pylist())
     rows = table.to_pylist()
     assert [(r["source"], r["token_id"]) for r in rows] == sorted(
         (r["source"], r["token_id"]) for r in rows
@@ -99,6 +106,38 @@ def test_tables_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
     total = sum(f.observed.sum() for shard in shards for f in shard.values())
     assert sum(bounded["observed"].to_pylist()) == total
     assert merge_vocabulary([]).equals(VOCABULARY.empty_table())
+
+
+def test_a_source_that_some_shard_does_not_tell_apart_is_partial() -> None:
+    tokens = [f"t{i}" for i in range(50)]
+    shards = [
+        {"a": some("a", 1), "b": some("b", 2), "(other)": some("", 3)},
+        {"c": some("c", 4)},
+        {"a": some("a", 5), "c": some("c", 6), "(other)": some("", 7)},
+    ]
+    merged = merge_vocabulary([tabulate(shard, tokens) for shard in shards])
+    found = {r["source"]: r["partial"] for r in merged.to_pylist()}
+    # What a shard without (other) does not have is not in it at all.
+    assert found == {"(other)": False, "a": False, "b": True, "c": True}
+    assert [find_bias(merged, s).partial for s in (None, "a", "b")] == [False, False, True]
+    some_shards = merge_vocabulary([tabulate(shard, tokens) for shard in shards[:2]])
+    assert set(some_shards.filter(some_shards["partial"])["source"].to_pylist()) == {"c"}
+    told = vocabulary_panel(cast("Material", SimpleNamespace(vocabulary=merged)))
+    assert told is not None and "may have more tokens among (other)" in told.notes[-1]
+    labels = [row[0] for row in told.tables[0][1].rows]
+    assert set(labels) == {"(other)", "a", "b (in part)", "c (in part)"}
+
+
+def test_shards_are_read_while_they_are_added(run: Run) -> None:
+    receipts = list(find_receipts(run.folder, 100).values())
+    streams = list(read_tables(run.folder, "vocabulary", receipts))
+    # One a shard, however small: what is beside (other) in one says nothing of the next.
+    assert len(streams) == len(receipts) > 2
+    assert all(pa.types.is_dictionary(s.schema.field("source").type) for s in streams)
+    whole = [read_table(run.folder, f"shards/{r.shard:05d}.vocabulary.parquet") for r in receipts]
+    assert all(table.schema.equals(SHARD) for table in whole)
+    assert merge_vocabulary(streams).equals(merge_vocabulary(whole))
+    assert merge_vocabulary(whole).equals(run.summary("vocabulary"))
 
 
 def test_bias_by_its_definition() -> None:
