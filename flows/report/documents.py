@@ -69,7 +69,7 @@ def languages_panel(material: Material) -> Panel | None:
     """Median bits per byte of every source in every language, where there are several."""
     about = (
         "The median document of every source in every language, in bits per byte, and how many "
-        "there are: a pale cell is text that the model knows, a strong one is foreign to it."
+        "there are: the stronger a cell's colour, the more foreign is its text to the model."
     )
     explorer = material.explorer
     sources, languages = explorer.axes[:2]

@@ -27,10 +27,15 @@ def operations_panel(material: Material) -> Panel | None:
         "How the run went, by its shards: tokens a second while the engine had a shard, the share "
         "of that time that the device was at work, what was written, and what had to be done again."
     )
-    drawn = [
-        _chart(table, "Tokens per second", "tokens", "tokens per second"),
-        _chart(table, "Device at work", "device_seconds", "share of the time"),
-    ]
+    # A single bar says no more than the table below.
+    drawn = (
+        []
+        if table.num_rows == 1
+        else [
+            _chart(table, "Tokens per second", "tokens", "tokens per second"),
+            _chart(table, "Device at work", "device_seconds", "share of the time"),
+        ]
+    )
     notes = []
     if table.num_rows > _MAX_BARS:
         per_bar = plural(-(-table.num_rows // _MAX_BARS), "shard")
@@ -44,7 +49,8 @@ def operations_panel(material: Material) -> Panel | None:
     failed = _failures(material.totals)
     if failed:
         tables.append(("Not scored, by reason", failed))
-    return Panel("operations", "Operations", about, drawn, notes, tables)
+    empty = "Nothing to draw: the run is one shard, whose numbers are below."
+    return Panel("operations", "Operations", about, drawn, notes, tables, empty=empty)
 
 
 def _chart(table: pa.Table, title: str, column: str, unit: str) -> Chart:

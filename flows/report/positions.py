@@ -35,7 +35,22 @@ class _Place:
     condition: Callable[[int], str]
     """SQL: that a document may have tokens from this place on."""
     last: int = 1 << 40
-    """The last place that there is."""
+    """The last place that there is. A bin that it leaves less than half of counts with the bin
+    before, since few tokens stand there."""
+
+    def bin(self, b: int) -> int:
+        """What a bin counts with: itself, but for one that is cut off so."""
+        first, stop = _ends(b)
+        return b - 1 if first <= self.last < (first + stop) // 2 else b
+
+    def ends(self, b: int, num_bins: int = 1) -> tuple[int, int]:
+        """The first and the last place of bins from `b`, with what counts with them."""
+        first, stop = _ends(b, num_bins)
+        return first, self.last if self.bin(b + num_bins) < b + num_bins else min(stop, self.last)
+
+    def by_bin(self, totals: Totals) -> dict[int, Row]:
+        """Sums of the panel by bin, in order."""
+        return dict(sorted(sum_by(totals.rows(self.panel), lambda r: self.bin(r["bin"])).items()))
 
 
 _IN_DOCUMENT = _Place(
@@ -86,7 +101,10 @@ def window_panel(material: Material) -> Panel | None:
     """Surprisal and entropy by what was read, in windows that begin within their document."""
     totals = material.totals
     recipe = _find_recipe(material.facts.get("recipe") or {})
-    by_bin = dict(sorted(totals.by(WINDOW, "bin").items()))
+    place = _IN_WINDOW
+    if recipe is not None and recipe.context is not None:
+        place = replace(place, last=recipe.context)
+    by_bin = place.by_bin(totals)
     # A context that was cut has one window a document, and none that is a later one.
     if not by_bin or (recipe is not None and recipe.name == "conditional"):
         return None
@@ -96,9 +114,6 @@ def window_panel(material: Material) -> Panel | None:
         "that they show: as high as this falls, so high is the saw-tooth that the recipe's "
         "windows leave along a document. A flat line is a recipe that costs nothing."
     )
-    place = _IN_WINDOW
-    if recipe is not None and recipe.context is not None:
-        place = replace(place, last=recipe.context)
     drawn = _draw(totals, place)
     note = _height(by_bin, totals.total(POSITION), place)
     return Panel("window", "Position in the window", about, drawn, [note])
@@ -154,14 +169,14 @@ def _height(by_bin: Mapping[int, Row], total: Row, place: _Place) -> str:
     share = percent(ratio(sums["tokens"], total["tokens"]))
     said = f"{plural(sums['tokens'], 'token')} ({share}) stand in later windows"
     if end - begin <= BINS_PER_OCTAVE:
-        first, _ = _ends(min(by_bin))
+        first, _ = place.ends(min(by_bin))
         return f"{said}, each with a context of {plural(first, 'token')} or more."
     spans = []
     for start in (begin, end - BINS_PER_OCTAVE):
         held = [b for b in range(start, start + BINS_PER_OCTAVE) if b in by_bin]
         part = sum_by((by_bin[b] for b in held), lambda row: None)[None]
-        last = min(_ends(held[-1])[1], place.last)
-        spans.append((place.name(_ends(held[0])[0], last), part["nll"] / part["tokens"]))
+        first, last = place.ends(held[0])[0], place.ends(held[-1])[1]
+        spans.append((place.name(first, last), part["nll"] / part["tokens"]))
     (least, low), (most, high) = spans
     run = total["nll"] / total["tokens"]
     even = run - (sums["nll"] - sums["tokens"] * high) / total["tokens"]
@@ -183,7 +198,7 @@ def _height(by_bin: Mapping[int, Row], total: Row, place: _Place) -> str:
 
 def _draw(totals: Totals, place: _Place, borders: Sequence[int] = ()) -> list[Chart]:
     """A panel of positions: of all sources, and by source where there are several."""
-    drawn = [_draw_all(_enough(totals.by(place.panel, "bin")), place, borders)]
+    drawn = [_draw_all(_enough(place.by_bin(totals)), place, borders)]
     if len(totals.labels) > 1:
         drawn.append(_draw_sources(totals, place))
     return drawn
@@ -214,7 +229,7 @@ def _draw_sources(totals: Totals, place: _Place) -> Chart:
     for label in totals.labels:
         of_label = (row for row in totals.rows(place.panel) if row["label"] == label)
         # Nine lines of single bins are a tangle.
-        by_octave = sum_by(of_label, lambda row: row["bin"] // BINS_PER_OCTAVE)
+        by_octave = sum_by(of_label, lambda row: place.bin(row["bin"]) // BINS_PER_OCTAVE)
         for octave, sums in _enough(by_octave).items():
             b = octave * BINS_PER_OCTAVE
             x, span = _point(place, b, BINS_PER_OCTAVE)
@@ -233,8 +248,7 @@ def _draw_sources(totals: Totals, place: _Place) -> Chart:
 
 def _point(place: _Place, b: int, num_bins: int = 1) -> tuple[float, str]:
     """The geometric middle of the places of bins from `b`, and their name."""
-    first, last = _ends(b, num_bins)
-    last = min(last, place.last)
+    first, last = place.ends(b, num_bins)
     return math.sqrt(first * last), place.name(first, last)
 
 

@@ -84,8 +84,15 @@ def describe_recipe(recipe: Mapping[str, Any]) -> str:
 def list_facts(facts: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """Everything that is known of the run: (name, [(part, value)]), parts of a plain value ''."""
     names = [*_FACTS, *sorted(set(facts) - set(_FACTS))]
+    if _is_stream(facts):
+        names.remove("shard_bytes")
     flat = ((_FACTS.get(name, show(name, MAX_LABEL)), _flatten(facts.get(name))) for name in names)
     return [(name, parts) for name, parts in flat if parts]
+
+
+def _is_stream(facts: Mapping[str, Any]) -> bool:
+    """Whether the corpus is one stream, which is one shard whatever size is asked for."""
+    return bool((facts.get("recipe") or {}).get("concatenate"))
 
 
 def _flatten(value: Any, path: str = "") -> list[tuple[str, str]]:
@@ -143,9 +150,7 @@ def _list_settings(facts: Mapping[str, Any]) -> list[str]:
         name: value for name, value in (facts.get("reading") or {}).items() if name != "source"
     }
     given |= {name: facts.get(name) for name in _KEPT}
-    # One stream is one shard, whatever is asked for.
-    is_stream = (facts.get("recipe") or {}).get("concatenate")
-    if not is_stream and facts.get("shard_bytes") not in (None, CorpusSpec.shard_bytes):
+    if not _is_stream(facts) and facts.get("shard_bytes") not in (None, CorpusSpec.shard_bytes):
         given["shard_mb"] = f"{facts['shard_bytes'] / 1e6:.12g}"
     engine = facts.get("engine") or {}
     given["dtype"] = engine.get("dtype")

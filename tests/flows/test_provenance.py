@@ -11,7 +11,7 @@ from logitmill.flows import Run
 from logitmill.flows.cli import app
 from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.publish import report_facts
-from logitmill.flows.report.provenance import repeat_command
+from logitmill.flows.report.provenance import list_facts, repeat_command
 from typer.main import get_command
 
 
@@ -56,6 +56,8 @@ def test_what_no_option_says_is_not_in_the_command() -> None:
     stream: dict[str, Any] = {"name": "strided", "concatenate": True}
     facts = {"model": "m", "corpus": "c", "recipe": stream, "shard_bytes": 1 << 60}
     assert repeat_command(facts) == "logitmill score m c --recipe strided"
+    assert "Bytes of a shard" not in dict(list_facts(facts))
+    assert "Bytes of a shard" in dict(list_facts({**facts, "recipe": {"name": "strided"}}))
     options = {o for p in get_command(app).commands["score"].params for o in p.opts}  # type: ignore[attr-defined]
     none = {"uri", "storage_options", "shard_bytes", "source"}
     for field in fields(CorpusSpec):

@@ -266,13 +266,15 @@ def test_position_in_the_window_is_as_high_as_the_saw_tooth() -> None:
     # 7 of 8 windows are later ones: in each 6 + 2 * 4 + 61 * 2 bits.
     words = (
         "5,376 tokens (87.5 %) stand in later windows. With 1 token of context they take 6.00 bits "
-        "each, with 39 to 64 tokens 2.00. Had all of them been like the latter, the run would "
+        "each, with 32 to 64 tokens 2.00. Had all of them been like the latter, the run would "
         "stand at 2.016 bits per token, not 2.125"
     )
     assert words in page.words
     labels = [a["aria-label"] for a in page.tags("path") if "bits/token" in a.get("aria-label", "")]
     assert labels.count("1 token: surprisal 6.00 bits/token, 84 tokens") == 1
-    assert labels.count("64 tokens: surprisal 2.00 bits/token, 84 tokens") == 1
+    # The last place of all is no point of its own.
+    assert labels.count("54 to 64 tokens: surprisal 2.00 bits/token, 924 tokens") == 1
+    assert labels.count("32 to 64 tokens, a: 2.00 bits/token, 1,386 tokens") == 1
     assert labels.count("2 to 3 tokens, a: 4.00 bits/token, 84 tokens") == 1
 
 
@@ -320,7 +322,7 @@ def test_few_tokens_at_an_end_say_nothing_of_windows() -> None:
     score.tokens.logprob[-20:] = -90.0
     made.add(score)
     page = Page(render(made, recipe={**SHORT, "context": 64}))
-    assert "with 39 to 64 tokens 2.00. Had" in page.words
+    assert "with 32 to 64 tokens 2.00. Had" in page.words
 
 
 def test_contexts_that_were_cut_are_no_later_windows() -> None:
@@ -484,6 +486,15 @@ def test_operations_are_those_of_the_shards() -> None:
     # No shard has a half.
     drawn = html[html.index("Tokens per second</h3>") : html.index("Device at work</h3>")]
     assert re.findall(r">([\d.]+)</text>", drawn) == ["0", "1"]
+
+
+def test_one_shard_is_no_chart() -> None:
+    made = make_run()
+    html = render_report(made.counts(), made.outliers(), FACTS, OPERATIONS.slice(0, 1))
+    words = Page(html).words
+    assert "the run is one shard, whose numbers are below" in words
+    assert "NVIDIA H200 1 201 40,000 2.0 s 20,000 95.0 %" in words
+    assert "Device at work</h3>" not in html
 
 
 def test_many_shards_share_bars() -> None:
