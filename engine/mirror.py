@@ -195,6 +195,11 @@ class RemoteFolder:
         except Exception as error:
             if not is_io(error):
                 raise
+            if isinstance(error, FileNotFoundError) and name is None:
+                raise ValueError(
+                    f"model: there is nothing at {self.uri!r}; give the URI of the folder that "
+                    "holds config.json"
+                ) from None
             said = scrub(error, self._options)
             raise ValueError(f"model: {self.uri!r}{file} {what}: {said}") from None
 

@@ -7,6 +7,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from .commands.ask import ask
 from .commands.bench import bench
@@ -20,8 +21,29 @@ from .commands.report import report
 from .commands.score import score
 from .commands.vocabulary import vocabulary
 
+
+class _PlainFlags:
+    """Of a command whose help shows no type of a flag, which takes no value."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        found = super().get_params(ctx)  # type: ignore[misc]
+        for param in found:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return found
+
+
+class _Command(_PlainFlags, TyperCommand):
+    pass
+
+
+class _Group(_PlainFlags, TyperGroup):
+    pass
+
+
 app = typer.Typer(
     name="logitmill",
+    cls=_Group,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -38,7 +60,7 @@ glob on any fsspec URI (Parquet, JSON lines, CSV, text, code) or a Hugging Face 
 )
 
 for command in (score, follow, report, compare, filter, vocabulary, publish, ask, inspect, bench):
-    app.command()(command)
+    app.command(cls=_Command)(command)
 
 # Of the click that typer brings with it, whichever that is.
 _UsageError: Any = typer.BadParameter.__bases__[0]

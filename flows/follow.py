@@ -15,7 +15,7 @@ from typing import Any
 
 from .folder import Folder, StoreError
 from .progress import counted
-from .run import find_runs, no_run
+from .run import find_runs, no_run, several_runs
 from .store import MANIFEST, PLAN, Receipt
 
 _READERS = 16
@@ -82,8 +82,7 @@ def find_followed(uri: str, storage_options: Mapping[str, Any] | None = None) ->
     if len(found) > 1:
         found = [run for run in found if run.size(MANIFEST) is None] or found
     if len(found) > 1:
-        names = ", ".join(run.uri.rsplit("/", 1)[-1] for run in found)
-        raise StoreError(f"run: {folder.uri!r} holds several, name one: {names}")
+        raise several_runs(folder, found)
     return found[0]
 
 

@@ -36,7 +36,10 @@ class Index:
 
         Raises:
             KeyError: if the run has no such document.
+            ValueError: for an id that is no text.
         """
+        if not isinstance(doc_id, str):
+            raise ValueError(f"doc_id: {doc_id!r} is not text; ids are text, as {str(doc_id)!r}")
         some: list[str] = []
         for shard, name in shard_names(self._run).items():
             ids = self._ids(shard, name)

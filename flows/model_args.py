@@ -45,4 +45,7 @@ def check_arguments(
     for name, value in given.items():
         kind, what = KINDS[name]
         if value is not None and type(value) is not kind:
-            raise ValueError(f"{name}: {value!r} is not {what}")
+            # The harness's command makes numbers of what looks like one, whatever is meant.
+            quoted = "; lm_eval reads digits as a number, so name it in Python, as text"
+            is_number = kind is str and type(value) in (int, float)
+            raise ValueError(f"{name}: {value!r} is not {what}{quoted if is_number else ''}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from ..engine import Pipeline
     from .distillation import DistillationDataset
 
+# Runs that an error names, and folders that are looked into for one.
+_MOST_NAMED, _MOST_SOUGHT = 5, 10
+
 
 def open_run(
     uri: str, *, partial: bool = False, storage_options: Mapping[str, Any] | None = None
@@ -43,8 +47,7 @@ def open_run(
     if not found:
         raise no_run(folder)
     if len(found) > 1:
-        names = ", ".join(run.uri.rsplit("/", 1)[-1] for run in found)
-        raise StoreError(f"run: {folder.uri!r} holds several, name one: {names}")
+        raise several_runs(folder, found)
     return Run(found[0], partial=partial)
 
 
@@ -56,11 +59,50 @@ def find_runs(folder: Folder) -> list[Folder]:
     return [run for run in below if run.read_json(PLAN) is not None]
 
 
+def several_runs(folder: Folder, found: Sequence[Folder]) -> StoreError:
+    """What to raise for a place with more runs than one, where one is meant."""
+    return StoreError(f"run: {folder.uri!r} holds {len(found)} runs, name one: {_name(found)}")
+
+
 def no_run(folder: Folder) -> StoreError:
-    """What to raise for a place without a run: what was looked for, and what makes one."""
-    return StoreError(
-        f"run: there is no run in {folder.uri!r}, no {PLAN} in it or in a folder of it; "
-        f"`logitmill score MODEL CORPUS --out {folder.uri}` makes one"
+    """What to raise for a place without a run: what is there instead, and what would work."""
+    files, place = folder.filesystem, folder.path("").rstrip("/")
+    makes = f"`logitmill score MODEL CORPUS --out {folder.uri}` makes one"
+    why = f", no {PLAN} in it or in a folder of it; {makes}"
+    try:
+        root, slash, _ = folder.uri.rpartition("/")
+        around = Folder(root or slash or ".", folder.options, field="run")
+        below = [folder.below(name) for name in folder.folders()[:_MOST_SOUGHT]]
+        deeper = [
+            one.below(name)
+            for one in below
+            for name in one.folders()[:_MOST_SOUGHT]
+            if one.size(f"{name}/{PLAN}") is not None
+        ]
+        if deeper:
+            why = f", but one folder deeper; name one of them: {_name(deeper)}"
+        elif files.isfile(place):
+            why = ", which is a file; name the folder of a run"
+        elif around.size(PLAN) is not None:
+            why = f", which is a part of one; name the run: {around.uri}"
+        elif not files.exists(place):
+            why = f", nor anything else; {makes}"
+    except Exception:  # A place that cannot be looked at has no more to say.
+        pass
+    return StoreError(f"run: there is no run in {folder.uri!r}{why}")
+
+
+def _name(runs: Sequence[Folder]) -> str:
+    return ", ".join(run.uri for run in runs[:_MOST_NAMED]) + ", ..." * (len(runs) > _MOST_NAMED)
+
+
+def not_complete(uri: str, plan: Mapping[str, Any], so_far: str = "") -> str:
+    """That a run is not complete, what is known of how far it is, and what does the rest."""
+    root = uri.rpartition("/")[0] or "."
+    command = ["logitmill", "score", plan["model"]["name"], plan["uri"], "--out", root]
+    return (
+        f"not complete{so_far}; {shlex.join(command)}, with the options it was begun with, does "
+        "the rest"
     )
 
 
@@ -83,8 +125,8 @@ class Run:
             names = [part.name for r in receipts.values() for part in r.parts]
         else:
             raise StoreError(
-                f"run: {folder.uri!r} is not complete; `logitmill score` as it was begun finishes "
-                "it, and open_run(..., partial=True) reads what there is"
+                f"run: {folder.uri!r} is {not_complete(folder.uri, self.plan)}, and open_run(..., "
+                "partial=True) reads what there is"
             )
         self._parts: dict[str, list[str]] = {}
         for name in names:
@@ -142,7 +184,7 @@ class Run:
         Only a complete run has them.
         """
         if self.manifest is None:
-            raise StoreError(f"run: {self.uri!r} is not complete, so it has no summaries yet")
+            raise StoreError(f"run: {self.uri!r} is {not_complete(self.uri, self.plan)}")
         names = [part["name"] for part in self.manifest["summaries"]]
         if f"summary/{name}.parquet" not in names:
             known = ", ".join(n.split("/")[1].split(".")[0] for n in names)

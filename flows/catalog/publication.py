@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pyarrow as pa
 
 from ..folder import Folder, StoreError
-from ..run import Run
+from ..run import Run, not_complete
 from ..store import find_receipts
 from .files import Files, OnProgress
 from .settings import BESIDE, open_catalog, scrub
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 NAMESPACE = "logitmill"
 _ATTEMPTS, _LONGEST_WAIT = 20, 5.0
+# How the files end in which Iceberg has a table's state.
+_METADATA = ".metadata.json"
 
 _T = TypeVar("_T")
 
@@ -74,7 +76,7 @@ def publish_run(
         RuntimeError: if others commit so often that it finds no gap.
     """
     if run.manifest is None:
-        raise StoreError(f"run: {run.uri!r} is not complete, so it cannot be published; resume it")
+        raise StoreError(f"run: {run.uri!r} is {not_complete(run.uri, run.plan)}")
     origin = Origin.of(run, corpus, date)
     opened = open_catalog(catalog, root_of(run.folder))
     num_shards = len(run.plan["corpus"]["shards"])
@@ -129,6 +131,17 @@ def withdraw_run(
             with suppress(NoSuchTableError):
                 gone[name] = _retry(remove, name)
     return gone
+
+
+def find_published(*, catalog: str = BESIDE, root: Folder, namespace: str = NAMESPACE) -> list[str]:
+    """Keys of the runs in the tables of a catalog, sorted; arguments as of `withdraw_run`."""
+    from pyiceberg.exceptions import NoSuchTableError
+
+    opened = open_catalog(catalog, root, make=False)
+    with _plain_errors(opened), suppress(NoSuchTableError):
+        rows = opened.load_table((namespace, "runs")).scan(selected_fields=("run_key",)).to_arrow()
+        return sorted(rows["run_key"].to_pylist())
+    return []
 
 
 def root_of(folder: Folder) -> Folder:
@@ -277,4 +290,9 @@ def _plain_errors(catalog: Catalog) -> Iterator[None]:
         raise
     except Exception as error:
         name, said = catalog.name, scrub(error, catalog.properties)
+        if name == BESIDE and isinstance(error, FileNotFoundError) and _METADATA in said:
+            said += (
+                "; its tables name their files by full path and were moved: move them back, or "
+                "remove the folder tables and publish again"
+            )
         raise OSError(f"catalog: {name!r} did not do as asked: {said}") from None

@@ -55,8 +55,8 @@ def open_catalog(name: str, root: Folder, *, make: bool = True) -> Catalog:
         tables = Path(root.path("tables"))
         if not make and not tables.exists():
             raise StoreError(
-                f"catalog: nothing is published beside the runs in {root.uri!r}; name the catalog "
-                "that they are in"
+                f"catalog: nothing is published beside the runs in {root.uri!r}; of a run that was "
+                "moved give the URI that it had, of another catalog its name"
             )
         tables.mkdir(parents=True, exist_ok=True)
     for attempt in range(_ATTEMPTS):

@@ -54,12 +54,13 @@ def ask(
     """
 
     def answer() -> None:
-        from ..folder import endpoint_options
-        from ..views import connect, find_questions, make_sql, write_database
-
         for name, value in (("sql", sql), ("database", database)):
             if value and (question is not None or catalog is not None):
                 raise ValueError(f"{name}: it goes with no question and no catalog; leave them out")
+
+        from ..folder import endpoint_options
+        from ..views import connect, find_questions, make_sql, write_database
+
         if sql:
             typer.echo(make_sql(runs), nl=False)
         elif database is not None:

@@ -88,14 +88,15 @@ def filter(
     """
 
     def write() -> None:
+        low, high = _parse(keep)
+        if text and out is None:
+            raise ValueError("text: documents need a place; give --out a folder")
+
         from ..filters import Cuts, find_cuts, write_kept
         from ..filters.output import check_texts, describe, find_place
         from ..folder import endpoint_options
         from ..run import open_run
 
-        low, high = _parse(keep)
-        if text and out is None:
-            raise ValueError("text: documents need a place; give --out a folder")
         opened = open_run(run, storage_options=endpoint_options(run, endpoint_url))
         group = None if by == By.none else by.value
         if out is not None:
@@ -136,9 +137,9 @@ def _parse(keep: str) -> tuple[float, float]:
 
 def _show(cuts: Cuts, kept: Kept) -> None:
     """A line a group, the largest first, and one of all."""
-    low, high = (f"p{percentile:g}" for percentile in cuts.percentiles)
+    start, end = cuts.percentiles
     rows: list[tuple[str, ...]] = [
-        (cuts.by or "", low, high, "documents kept", "of", "bytes kept", "of")
+        (cuts.by or "", f"p{start:g}", f"p{end:g}", "documents kept", "of", "bytes kept", "of")
     ]
     largest = sorted(kept.groups.items(), key=lambda item: (-item[1].documents, item[0]))
     for group, tally in largest[:_MOST_GROUPS]:
@@ -154,6 +155,17 @@ def _show(cuts: Cuts, kept: Kept) -> None:
         typer.echo(f"({len(largest) - _MOST_GROUPS:,} smaller groups are among all)")
     if kept.no_score:
         typer.echo(f"{counted(kept.no_score, 'document')} without the score not kept")
+    if end <= 1:
+        typer.echo(
+            f"note: percentiles go to 100, so --keep={start:g}:{end:g} is at most one in a hundred;"
+            f" shares of {start:g} to {end:g} are --keep={100 * start:g}:{100 * end:g}"
+        )
+    elif not kept.total.kept_documents:
+        single = ", or --by=none for a single group" if cuts.by is not None else ""
+        typer.echo(
+            f"note: --keep={start:g}:{end:g} keeps nothing, groups are too small; give percentiles "
+            f"further apart{single}"
+        )
 
 
 def _numbers(tally: Tally) -> list[str]:

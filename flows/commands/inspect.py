@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -113,18 +112,18 @@ def inspect(
 
     `logitmill inspect Qwen/Qwen3-0.6B --quantization fp8`
     """
-    settings = {
-        "device": device,
-        "dtype": dtype,
-        "quantization": quantization,
-        "fp8_head": fp8_head,
-        "max_batch_tokens": batch_tokens,
-        "device_memory": to_bytes("device_memory", device_memory),
-        "residency": residency,
-        "trust_remote_code": trust_remote_code,
-    }
 
     def show() -> None:
+        settings = {
+            "device": device,
+            "dtype": dtype,
+            "quantization": quantization,
+            "fp8_head": fp8_head,
+            "max_batch_tokens": batch_tokens,
+            "device_memory": to_bytes("device_memory", device_memory),
+            "residency": residency,
+            "trust_remote_code": trust_remote_code,
+        }
         for name, value in (("sample", sample), ("seed", seed)):
             if value is not None and not verify:
                 raise ValueError(f"{name}: {value} goes with --verify; add that, or leave it out")
@@ -179,6 +178,11 @@ def _show_document(
     html: str | None,
     ends: tuple[str | None, str | None],
 ) -> None:
+    if html is not None and not html.endswith(".html"):
+        raise ValueError(f"html: {html!r} is no page's name; give one that ends in .html")
+    if html is not None and not Path(html).absolute().parent.is_dir():
+        raise ValueError(f"html: {html!r} lies in a folder that is not there; make it first")
+
     from rich.console import Console
 
     from ..document import NoTokens, Stretch, open_document, render_page
@@ -186,10 +190,6 @@ def _show_document(
     from ..folder import endpoint_options
     from ..run import open_run
 
-    if html is not None and not html.endswith(".html"):
-        raise ValueError(f"html: {html!r} is no page's name; give one that ends in .html")
-    if html is not None and not Path(html).absolute().parent.is_dir():
-        raise ValueError(f"html: {html!r} lies in a folder that is not there; make it first")
     stretch = Stretch.between(*ends, most=_MOST_IN_PAGE if html is not None else _MOST)
     run = open_run(target, partial=True, storage_options=endpoint_options(target, endpoint_url))
     console = Console(file=sys.stdout, highlight=False)
@@ -325,6 +325,7 @@ def _seek() -> str:
 
 
 def _show_run(run: Run) -> None:
+    from ..run import not_complete
     from ..store import find_receipts
 
     # The first runs did not say, and knew nothing else.
@@ -340,11 +341,7 @@ def _show_run(run: Run) -> None:
         receipts = find_receipts(run.folder, num_shards).values()
         num_retried = sum((receipt.attempt or 1) > 1 for receipt in receipts)
         retried = f", {num_retried:,} of them after a retry" if num_retried else ""
-        root = run.uri.rpartition("/")[0] or "."
-        command = ["logitmill", "score", run.plan["model"]["name"], run.plan["uri"], "--out", root]
-        typer.echo(
-            f"not complete: {len(receipts):,} of {counted(num_shards, 'shard')} done{retried}; "
-            f"{shlex.join(command)}, with the options it was begun with, does the rest"
-        )
+        so_far = f": {len(receipts):,} of {counted(num_shards, 'shard')} done{retried}"
+        typer.echo(not_complete(run.uri, run.plan, so_far))
     else:
         show_totals(run)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,6 +14,8 @@ from .terminal import show_counts
 
 if TYPE_CHECKING:
     from ..folder import Folder
+
+_MOST_KEYS = 5
 
 
 def publish(
@@ -77,14 +79,15 @@ def _publish(
     withdraw: bool,
     endpoint_url: str | None,
 ) -> None:
+    for name, value in (("--corpus", corpus), ("--date", date)):
+        if withdraw and value is not None:
+            raise ValueError(f"{name}: {value!r} does not go with --withdraw; leave it out")
+
     from ..catalog import check_catalog, publish_run, root_of
     from ..folder import Folder, endpoint_options
     from ..run import find_runs, no_run, open_run
     from ..store import MANIFEST
 
-    for name, value in (("--corpus", corpus), ("--date", date)):
-        if withdraw and value is not None:
-            raise ValueError(f"{name}: {value!r} does not go with --withdraw; leave it out")
     options = endpoint_options(uri, endpoint_url)
     place = Folder(uri, options, field="run")
     found = find_runs(place)
@@ -132,12 +135,27 @@ def _withdraw(folder: Folder, key: str, catalog: str, namespace: str) -> bool:
 
 def _withdraw_gone(place: Folder, catalog: str, namespace: str) -> None:
     """Withdraw a run that is where it was no more, by its key; ValueError if no table has it."""
+    from ..catalog import BESIDE, find_published, root_of
+
+    if catalog == BESIDE and "tables" in place.folders():
+        # The folder of runs itself, which are all gone.
+        keys = find_published(catalog=catalog, root=place, namespace=namespace)
+        raise ValueError(
+            f"run: there is no run in {place.uri!r} any more; withdraw each by the URI that it "
+            f"had, {place.uri}/KEY; {_name_keys(keys)}"
+        )
     key = place.uri.rpartition("/")[2]
     if not _withdraw(place, key, catalog, namespace):
+        keys = find_published(catalog=catalog, root=root_of(place), namespace=namespace)
         raise ValueError(
             f"run: there is no run in {place.uri!r}, nor one of key {key!r} in the tables of "
-            f"{catalog!r}; give RUNS/KEY, the URI that it had"
+            f"{catalog!r}; give RUNS/KEY, the URI that it had; {_name_keys(keys)}"
         )
+
+
+def _name_keys(keys: Sequence[str]) -> str:
+    some = ", ".join(keys[:_MOST_KEYS]) + (", ..." if len(keys) > _MOST_KEYS else "")
+    return f"keys there: {some}" if keys else "the tables hold no run"
 
 
 def _name_files(changed: Mapping[str, int]) -> str:

@@ -285,14 +285,16 @@ def score(
                 f"price_per_gb_month: {price_per_gb_month:g} is for --dry-run; add that, or leave "
                 "it out"
             )
+        shard_bytes = to_bytes("shard_bytes", shard_mb)
+        logits_memory = to_bytes("logits_memory", logits_memory_mb)
+        memory = to_bytes("device_memory", device_memory)
+        max_logits_bytes = to_bytes("max_logits_bytes", max_logits_gb, least=0)
         hush_prefect()
         if not dry_run:
             from ..server import start_server
 
             # First, since it takes longest: it comes up while this process imports and loads.
             start_server()
-            import_all()
-        show_own_lines()
         from ...engine.pipeline import EngineSettings
         from ...engine.recipes import find_recipe
         from ..corpus import CorpusSpec
@@ -314,7 +316,7 @@ def score(
                 day_column=day_column,
                 format=format,
                 limit=limit,
-                shard_bytes=to_bytes("shard_bytes", shard_mb),
+                shard_bytes=shard_bytes,
             ),
             out=out,
             recipe=find_recipe(
@@ -327,8 +329,8 @@ def score(
                 quantization=quantization,
                 fp8_head=fp8_head,
                 max_batch_tokens=batch_tokens,
-                logits_memory=to_bytes("logits_memory", logits_memory_mb),
-                device_memory=to_bytes("device_memory", device_memory),
+                logits_memory=logits_memory,
+                device_memory=memory,
                 residency=residency,
                 trust_remote_code=trust_remote_code,
             ),
@@ -337,13 +339,17 @@ def score(
             draw_seed=draw_seed,
             vocabulary=vocabulary,
             logits_dtype=logits_dtype.value,
-            max_logits_bytes=to_bytes("max_logits_bytes", max_logits_gb, least=0),
+            max_logits_bytes=max_logits_bytes,
             endpoint_url=endpoint_url,
             workers=workers,
             deadline=deadline,
             only_new=only_new,
             catalog=catalog,
         )
+        # A mistake in settings is told by now: the rest takes seconds to import.
+        if not dry_run:
+            import_all()
+        show_own_lines()
         try:
             if dry_run:
                 _forecast(request, price_per_gb_month)

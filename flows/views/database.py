@@ -147,12 +147,27 @@ def _add_tables(db: duckdb.DuckDBPyConnection, catalog: Catalog, namespace: str)
         within = () if name in PARTS else PARTITION
         # A run that is not in `runs` yet is not in all tables.
         known = "" if name == "runs" else "WHERE f.run_key IN (SELECT run_key FROM runs)"
+        _find_files(db, name, paths)
         db.execute(
             f"CREATE VIEW {name} AS SELECT f.model, f.corpus, DATE '1970-01-01' + f.days AS date, "
             f"f.run_key, t.* EXCLUDE ({', '.join(['filename', *within])}) "
             f"FROM read_parquet([{paths}], union_by_name = true, filename = true) AS t "
             f"JOIN files_of_{name} AS f ON t.filename = f.path {known}"
         )
+
+
+def _find_files(db: duckdb.DuckDBPyConnection, name: str, paths: str) -> None:
+    """StoreError for a data file that is where the table has it no more."""
+    import duckdb
+
+    try:
+        db.execute(f"SELECT 1 FROM read_parquet([{paths}], union_by_name = true) LIMIT 0")
+    except duckdb.IOException as error:
+        said = str(error).splitlines()[0]
+        raise StoreError(
+            f"catalog: a file of {name} is gone ({said}); withdraw its run by the URI that it had, "
+            "or put it back"
+        ) from None
 
 
 def _files() -> list[Path]:

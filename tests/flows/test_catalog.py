@@ -39,6 +39,7 @@ from logitmill.flows.commands.publish import publish
 from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.folder import Folder
 from logitmill.flows.store import MANIFEST, PLAN, find_receipts
+from logitmill.flows.views import connect
 from pyiceberg.catalog.sql import SqlCatalog
 from pyiceberg.expressions import EqualTo
 from pyiceberg.table import Table
@@ -448,6 +449,37 @@ def test_a_run_that_is_gone_is_withdrawn_by_its_key(
         assert raised.value.exit_code == 2
         assert capsys.readouterr().err.startswith(f"error: {said}")
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_run_that_was_moved_is_withdrawn_by_the_uri_that_it_had(
+    copy: Copy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = copy("aaaa")
+    root, moved = Path(run.uri).parent, tmp_path / "moved/aaaa"
+    publish(run.uri)
+    moved.parent.mkdir()
+    shutil.move(run.uri, moved)
+    for place, said in (
+        (str(moved), "of a run that was moved give the URI that it had"),
+        (str(root), f"by the URI that it had, {root}/KEY; keys there: aaaa"),
+        (f"{root}/bbbb", "give RUNS/KEY, the URI that it had; keys there: aaaa"),
+    ):
+        with pytest.raises(typer.Exit):
+            publish(place, withdraw=True)
+        assert said in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"^catalog: a file of scores is gone .* withdraw its run"):
+        connect(str(root), catalog="beside")
+    publish(run.uri, withdraw=True)
+    assert "withdrawn: runs 1 file" in capsys.readouterr().out
+
+
+def test_tables_that_were_moved_say_so(copy: Copy, tmp_path: Path) -> None:
+    run = copy("aaaa")
+    publish_run(run)
+    root = Path(run.uri).parent
+    shutil.move(root, tmp_path / "moved")
+    with pytest.raises(OSError, match=r"^catalog: 'beside' .* were moved: move them back"):
+        publish_run(open_run(str(tmp_path / "moved/aaaa")))
 
 
 @pytest.mark.parametrize(

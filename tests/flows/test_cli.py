@@ -100,6 +100,7 @@ def test_help_teaches(
     code, out, _ = in_process(capsys, *command.split(), "--help")
     assert code == 0
     assert f"logitmill {command or 'score'}" in out
+    assert "bool" not in out, "a flag takes no value"
     if command == "score":
         for word in (
             "--keep",
@@ -134,6 +135,33 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - started[1] < 5
+
+
+@pytest.mark.parametrize(
+    ("command", "late"),
+    [
+        ("score a b --shard-mb 0", ("torch",)),
+        ("score a b --recipe rollin", ("transformers", "prefect")),
+        ("filter runs --keep 60:30", ("torch",)),
+        ("publish runs --withdraw --date 2026-11-23", ("torch",)),
+        ("ask runs worst_sources --sql", ("torch",)),
+        ("inspect runs --doc a --html a.txt", ("torch",)),
+    ],
+)
+def test_a_mistake_is_told_before_the_heavy_imports(command: str, late: tuple[str, ...]) -> None:
+    code = (
+        f"import sys; sys.argv = ['logitmill', *{command!r}.split()]\n"
+        "from logitmill.flows import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as ended: assert ended.code == 2\n"
+        f"heavy = set({late!r}) & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    # No server: it would be started for nothing.
+    nowhere = {**os.environ, "PREFECT_API_URL": ""}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=nowhere)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
@@ -348,6 +376,8 @@ def test_inspect_and_report(
     assert code == 0 and "0 of 5 layers resident, 5 read from disk for every batch" in out
     code, _, err = in_process(capsys, "inspect", finished.uri, "--quantization", "fp8")
     assert code == 2 and err.startswith("error: --quantization: ") and "is a run" in err
+    code, _, err = in_process(capsys, "inspect", demo_folder, "--device-memory", "0")
+    assert code == 2 and err.startswith("error: --device-memory: 0 GB is no size")
     for nothing in (tmp_path, tmp_path / "nothing"):
         code, _, err = in_process(capsys, "inspect", nothing)
         assert code == 2 and len(err.splitlines()) == 1

@@ -308,7 +308,7 @@ def test_a_chat_is_rendered_as_hf_renders_it(lm: LogitmillLM, hf: Any) -> None:
         ({"quantization": "int2"}, "quantization: 'int2'"),
         ({"max_length": 2048}, "max_length: 2048 is not within 2 ... 1024"),
         ({"max_length": "long"}, "max_length: 'long' is not a whole number"),
-        ({"revision": 12}, "revision: 12 is not text"),
+        ({"revision": 12}, "revision: 12 is not text; lm_eval reads digits as a number"),
         ({"chat_template_args": 3}, "chat_template_args: 3 is not a dictionary"),
         ({"max_batch_tokens": 0}, "max_batch_tokens: 0 is not at least 1"),
         ({"prefix_token_id": 4096}, "prefix_token_id: 4096 is not in .* 4096"),

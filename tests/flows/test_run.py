@@ -26,14 +26,26 @@ def test_a_run_opens_by_its_root_too(finished: Run) -> None:
 def test_no_run_is_an_error_that_names_the_place(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"run: there is no run in '{tmp_path}'"):
         open_run(str(tmp_path))
-    with pytest.raises(ValueError, match="there is no run"):
+    with pytest.raises(ValueError, match=r"there is no run in .*, nor anything else; `logitmill"):
         open_run(str(tmp_path / "nowhere"))
+
+
+def test_a_place_beside_a_run_leads_to_it(finished: Run, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(finished.uri, tmp_path / "runs" / name)
+    for place, said in (
+        (tmp_path, f"one folder deeper; name one of them: {tmp_path}/runs/a, {tmp_path}/runs/b"),
+        (tmp_path / "runs/a/plan.json", "a file; name the folder of a run"),
+        (tmp_path / "runs/a/scores", f"a part of one; name the run: {tmp_path}/runs/a"),
+    ):
+        with pytest.raises(ValueError, match=f"there is no run in .*{said}"):
+            open_run(str(place))
 
 
 def test_several_runs_are_named(finished: Run, tmp_path: Path) -> None:
     for name in ("a", "b"):
         shutil.copytree(finished.uri, tmp_path / name)
-    with pytest.raises(ValueError, match="holds several, name one: a, b"):
+    with pytest.raises(ValueError, match=f"holds 2 runs, name one: {tmp_path}/a, {tmp_path}/b"):
         open_run(str(tmp_path))
 
 
@@ -41,7 +53,7 @@ def test_an_incomplete_run_opens_only_as_partial(finished: Run, tmp_path: Path) 
     copy = Path(shutil.copytree(finished.uri, tmp_path / "copy"))
     (copy / "manifest.json").unlink()
     (copy / "shards/00001.json").unlink()
-    with pytest.raises(ValueError, match=r"is not complete.*partial=True"):
+    with pytest.raises(ValueError, match=r"is not complete; logitmill score .*partial=True"):
         open_run(str(copy))
     run = open_run(str(copy), partial=True)
     left_out = finished.paths()[1]
@@ -114,6 +126,8 @@ def test_shards_of_more_digits_are_told_apart() -> None:
 
 def test_what_is_not_there_is_named(finished: Run, tmp_path: Path) -> None:
     for read in (finished.document, finished.logits, finished.logprobs):
+        with pytest.raises(ValueError, match="doc_id: 5 is not text; ids are text, as '5'"):
+            read(5)  # type: ignore[arg-type]
         with pytest.raises(KeyError, match="doc_id: 'nobody' is not in the run"):
             read("nobody")
     with pytest.raises(ValueError, match=r"tier: 'hidden' was not kept .* scores, tokens, logits"):
