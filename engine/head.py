@@ -15,8 +15,8 @@ import torch
 
 from ..kernels.frequencies import add_frequencies
 from ..kernels.logits import (
-    TILE,
     RowStatistics,
+    Tiles,
     log_tail_mass,
     narrow,
     row_statistics,
@@ -222,11 +222,6 @@ def _empty_statistics(num_rows: int, device: torch.device) -> torch.Tensor:
     return torch.empty(len(RowStatistics._fields), num_rows, device=device)
 
 
-def _empty_maxima(logits_RV: torch.Tensor) -> torch.Tensor:
-    num_rows, num_columns = logits_RV.shape
-    return logits_RV.new_empty(num_rows, -(-num_columns // TILE))
-
-
 def _tell(
     logits_RV: torch.Tensor,
     rows: Rows,
@@ -236,21 +231,19 @@ def _tell(
     sums: _Sums,
 ) -> tuple[RowStatistics, dict[str, torch.Tensor]]:
     """Statistics of a chunk into `packed_7R`, and the extras, after which logits are of no use."""
-    maxima_RN = _empty_maxima(logits_RV) if extras.num_top else None
-    statistics = row_statistics(
-        logits_RV, rows.targets_R[part], out_7R=packed_7R, maxima_RN=maxima_RN
-    )
+    tiles = Tiles.of(logits_RV) if extras.num_top else None
+    statistics = row_statistics(logits_RV, rows.targets_R[part], out_7R=packed_7R, tiles=tiles)
     sums.add(logits_RV, statistics, part)
     more: dict[str, torch.Tensor] = {}
     if extras.num_draws:
         assert rows.keys_R is not None, "draws are decided by keys"
         more["drawn_ids"] = draw(logits_RV, rows.keys_R[part], extras.num_draws)
     if extras.num_top:
-        ids, values = top_k(logits_RV, extras.num_top, maxima_RN)
+        ids, values = top_k(logits_RV, extras.num_top, tiles)
         more["top_ids"] = ids
         # The roundings of a row's own `logprob`.
         more["top_logprobs"] = values - values[:, :1] + statistics.top1_logprob[:, None]
-        more["log_tail_mass"] = log_tail_mass(logits_RV, statistics, ids)
+        more["log_tail_mass"] = log_tail_mass(logits_RV, statistics, ids, tiles)
     return statistics, more
 
 

@@ -9,7 +9,7 @@ import torch
 from .choice import has_triton
 
 TILE = 128
-"""Columns of one tile, whose maxima lead to a row's largest entries."""
+"""Columns of one tile, of which a row has `ceil(V / TILE)`."""
 MAX_K = 256
 """The most entries of a row that `top_k` returns."""
 _LARGEST = 0x7FFFFFFF
@@ -41,12 +41,31 @@ class RowStatistics(NamedTuple):
         return cls(*columns)
 
 
+class Tiles(NamedTuple):
+    """What is known of the tiles of rows, contiguous float32 [R, N], N = ceil(V / TILE).
+
+    The maxima lead to a row's largest entries, and the totals to the mass of all others; either
+    takes another reading of the rows otherwise.
+    """
+
+    maxima_RN: torch.Tensor
+    """All NaN in a row that holds a NaN or +inf."""
+    totals_RN: torch.Tensor
+    """Sums of exp(z - max z) over a tile; 0 where all of it is -inf."""
+
+    @classmethod
+    def of(cls, logits_RV: torch.Tensor) -> Tiles:
+        """Room for those of these rows, with anything in it."""
+        num_rows, num_columns = logits_RV.shape
+        return cls(*logits_RV.new_empty(2, num_rows, -(-num_columns // TILE)))
+
+
 def row_statistics(
     logits_RV: torch.Tensor,
     targets_R: torch.Tensor,
     *,
     out_7R: torch.Tensor | None = None,
-    maxima_RN: torch.Tensor | None = None,
+    tiles: Tiles | None = None,
 ) -> RowStatistics:
     """Log-probability of the targets and the shape of each row's distribution.
 
@@ -67,22 +86,22 @@ def row_statistics(
         targets_R: int64 with values in [0, V).
         out_7R: where the result goes, for `RowStatistics.unpack`: float32, its rows contiguous,
             for example some columns of the buffer of a whole batch.
-        maxima_RN: contiguous float32 [R, ceil(V / TILE)] that receives the maxima of the tiles
-            of each row, for `top_k`; all are NaN in a row that holds a NaN or +inf.
+        tiles: what receives the maxima and totals of the rows' tiles, for `top_k` and
+            `log_tail_mass`.
     """
     if out_7R is None:
         out_7R = logits_RV.new_empty(len(RowStatistics._fields), len(logits_RV))
     if has_triton(logits_RV):
         from .gpu import logits
 
-        logits.row_statistics(logits_RV, targets_R, out_7R, maxima_RN)
+        logits.row_statistics(logits_RV, targets_R, out_7R, tiles)
         return RowStatistics.unpack(out_7R)
     result = RowStatistics.unpack(out_7R)
     for start in range(0, len(logits_RV), _ROWS):
         rows = slice(start, start + _ROWS)
         part = RowStatistics(*(column[rows] for column in result))
-        maxima = maxima_RN[rows] if maxima_RN is not None else None
-        _fill(part, logits_RV[rows], targets_R[rows], maxima)
+        of_part = Tiles(*(column[rows] for column in tiles)) if tiles is not None else None
+        _fill(part, logits_RV[rows], targets_R[rows], of_part)
     return result
 
 
@@ -90,7 +109,7 @@ def _fill(
     out: RowStatistics,
     logits_RV: torch.Tensor,
     targets_R: torch.Tensor,
-    maxima_RN: torch.Tensor | None,
+    tiles: Tiles | None,
 ) -> None:
     """The formulas of `row_statistics`, term by term."""
     target_R1 = logits_RV.gather(1, targets_R[:, None])
@@ -114,9 +133,10 @@ def _fill(
     out.top1_id.copy_(top1_R)
     out.top1_logprob.copy_(-log_total)
     out.logsumexp.copy_(max_R + log_total)
-    if maxima_RN is not None:
+    if tiles is not None:
+        tiles.totals_RN.copy_(_tile_totals(logits_RV, tiles_RN))
         sound_R1 = (max_R < torch.inf)[:, None]
-        maxima_RN.copy_(tiles_RN.masked_fill_(~sound_R1, torch.nan))
+        tiles.maxima_RN.copy_(tiles_RN.masked_fill_(~sound_R1, torch.nan))
 
 
 def _sum_numbers(terms_RV: torch.Tensor) -> torch.Tensor:
@@ -138,6 +158,19 @@ def _tile_maxima(logits_RV: torch.Tensor) -> torch.Tensor:
     if whole == num_columns:
         return maxima
     return torch.cat([maxima, logits_RV[:, whole:].amax(1, keepdim=True)], dim=1)
+
+
+def _tile_totals(logits_RV: torch.Tensor, maxima_RN: torch.Tensor) -> torch.Tensor:
+    """Sums of exp(z - maximum) over tiles that have these maxima; [R, ceil(V / TILE)]."""
+    whole = logits_RV.shape[1] // TILE * TILE
+    # A tile of -inf counts from a finite number, lest -inf - -inf be a NaN.
+    pivots = maxima_RN.clamp(min=torch.finfo(torch.float32).min)[:, :, None]
+    shifted = logits_RV[:, :whole].unflatten(1, (-1, TILE)) - pivots[:, : whole // TILE]
+    totals = shifted.exp_().sum(2)
+    if whole == logits_RV.shape[1]:
+        return totals
+    last = (logits_RV[:, whole:] - pivots[:, -1]).exp_().sum(1, keepdim=True)
+    return torch.cat([totals, last], dim=1)
 
 
 def _first_max(
@@ -162,7 +195,7 @@ def _columns(tiles_RK: torch.Tensor) -> torch.Tensor:
 
 
 def top_k(
-    logits_RV: torch.Tensor, k: int, maxima_RN: torch.Tensor | None = None
+    logits_RV: torch.Tensor, k: int, tiles: Tiles | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The k largest entries of each row, from the largest; equals by ascending id.
 
@@ -172,7 +205,7 @@ def top_k(
     Args:
         logits_RV: float32, contiguous but for the distance between rows.
         k: 1 ... 256 and at most V, else ValueError.
-        maxima_RN: the maxima of tiles from `row_statistics`, which save a reading of the rows.
+        tiles: those of the rows from `row_statistics`, which save a reading of them.
 
     Returns:
         (ids int32 [R, k], values float32 [R, k]).
@@ -185,7 +218,7 @@ def top_k(
     if has_triton(logits_RV):
         from .gpu import logits
 
-        return logits.top_k(logits_RV, k, maxima_RN)
+        return logits.top_k(logits_RV, k, tiles)
     parts = [_sort(rows, k) for rows in logits_RV.split(_ROWS)]
     if not parts:
         return logits_RV.new_empty(0, k, dtype=torch.int32), logits_RV.new_empty(0, k)
@@ -220,7 +253,10 @@ def _order(values: torch.Tensor) -> torch.Tensor:
 
 
 def log_tail_mass(
-    logits_RV: torch.Tensor, statistics: RowStatistics, ids_RK: torch.Tensor
+    logits_RV: torch.Tensor,
+    statistics: RowStatistics,
+    ids_RK: torch.Tensor,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """Log of the mass of all but some entries of each row, float32 [R]; overwrites these entries.
 
@@ -228,36 +264,48 @@ def log_tail_mass(
 
         log_tail_mass = (m' - m) + (log s' - log s)
 
-    Nothing is taken from 1, where float32 would leave no digit of a tail below 6e-8. -inf where
-    nothing is left that weighs anything, NaN in a row that has no distribution.
+    Nothing is taken from 1, where float32 would leave no digit of a tail below 6e-8: tiles that
+    lose entries are summed up again, and s' is the sum of all tiles. -inf where nothing is left
+    that weighs anything, NaN in a row that has no distribution.
 
     Args:
         logits_RV: float32, contiguous but for the distance between rows; the entries at `ids_RK`
             are -inf afterwards.
         statistics: of the same rows.
         ids_RK: int32 [R, K], the columns to leave out, each once.
+        tiles: those of the rows from `row_statistics`, which save a reading of them; of what is
+            left afterwards.
     """
+    if tiles is None:
+        tiles = Tiles.of(logits_RV)
+        row_statistics(logits_RV, torch.zeros_like(statistics.top1_id).long(), tiles=tiles)
+    if has_triton(logits_RV):
+        from .gpu import logits
+
+        return logits.log_tail_mass(logits_RV, statistics, ids_RK, tiles)
     top_R = logits_RV.gather(1, statistics.top1_id[:, None].long())[:, 0]
     logits_RV.scatter_(1, ids_RK.long(), -torch.inf)
-    rest_R, log_total_R = _rest(logits_RV)
+    for start in range(0, len(logits_RV), _ROWS):
+        rows = slice(start, start + _ROWS)
+        _sum_again(
+            logits_RV[rows], ids_RK[rows] // TILE, Tiles(*(column[rows] for column in tiles))
+        )
+    rest_R = tiles.maxima_RN.amax(1)
+    total_R = (tiles.totals_RN * (tiles.maxima_RN - rest_R[:, None]).exp_()).nansum(1)
     # Where the rest weighs nothing its sum means nothing either.
-    log_total_R = torch.where(rest_R == -torch.inf, 0.0, log_total_R)
+    log_total_R = torch.where(rest_R == -torch.inf, 0.0, total_R.log_())
     return (rest_R - top_R) + (log_total_R + statistics.top1_logprob)
 
 
-def _rest(logits_RV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """m and log sum exp(z - m) of each row."""
-    if has_triton(logits_RV):
-        targets_R = torch.zeros(len(logits_RV), dtype=torch.int64, device=logits_RV.device)
-        found = row_statistics(logits_RV, targets_R)
-        return logits_RV.gather(1, found.top1_id[:, None].long())[:, 0], -found.top1_logprob
-    top_R, log_total_R = logits_RV.new_empty(2, len(logits_RV))
-    for start in range(0, len(logits_RV), _ROWS):
-        rows = slice(start, start + _ROWS)
-        top_R[rows] = _tile_maxima(logits_RV[rows]).amax(1)
-        shifted = logits_RV[rows] - top_R[rows, None]
-        log_total_R[rows] = shifted.exp_().sum(1).log_()
-    return top_R, log_total_R
+def _sum_again(logits_RV: torch.Tensor, tiles_RK: torch.Tensor, tiles: Tiles) -> None:
+    """Maxima and totals of some tiles of each row as they are now."""
+    columns = _columns(tiles_RK.long())
+    is_column = columns < logits_RV.shape[1]
+    entries = logits_RV.gather(1, columns.clamp_(max=logits_RV.shape[1] - 1))
+    entries.masked_fill_(~is_column, -torch.inf)
+    maxima = _tile_maxima(entries)
+    tiles.maxima_RN.scatter_(1, tiles_RK.long(), maxima)
+    tiles.totals_RN.scatter_(1, tiles_RK.long(), _tile_totals(entries, maxima))
 
 
 def narrow(

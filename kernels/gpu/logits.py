@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..logits import TILE, RowStatistics
+from ..logits import TILE, RowStatistics, Tiles
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 # exp(-200) is 0 in float32 and -200 is finite: a logit of -inf weighs nothing in any moment.
@@ -28,6 +28,8 @@ _WARPS = 4
 _BLOCK = 4096
 # Candidates of `top_k` that are given their places at a time.
 _PART = 2048
+# Tiles that `log_tail_mass` sums up again at a time.
+_AGAIN = 16
 
 
 @triton.jit
@@ -65,12 +67,20 @@ def _scan(z, step, target, top, total, first, second, above, found):
 
 
 @triton.jit
-def _store_maxima(z, maxima, step, num_tiles, DEPTH: tl.constexpr, LANES: tl.constexpr):
-    """Maxima of the tiles of step `step` to a row of `maxima`."""
+def _sum_tiles(z):
+    """Maxima of tiles, `z` [tiles, TILE], and sums of exp(z - maximum) over them."""
+    value = tl.max(z, axis=1)
+    return value, tl.sum(tl.exp(_below(z, tl.maximum(value, _LOWEST)[:, None])), axis=1)
+
+
+@triton.jit
+def _store_tiles(z, maxima, totals, step, num_tiles, DEPTH: tl.constexpr, LANES: tl.constexpr):
+    """What is known of the tiles of step `step` to a row of `maxima` and of `totals`."""
     tiles: tl.constexpr = DEPTH * LANES // _TILE
     tile = step * tiles + tl.arange(0, tiles)
-    value = tl.max(tl.reshape(z, (tiles, _TILE)), axis=1)
+    value, total = _sum_tiles(tl.reshape(z, (tiles, _TILE)))
     tl.store(maxima + tile, value, mask=tile < num_tiles)
+    tl.store(totals + tile, total, mask=tile < num_tiles)
 
 
 @triton.jit(do_not_specialize=["num_rows", "out_stride"])
@@ -79,11 +89,12 @@ def _row_statistics(
     targets,
     out,
     maxima,
+    totals,
     num_rows,
     num_columns,
     row_stride,
     out_stride,
-    MAXIMA: tl.constexpr,
+    TILES: tl.constexpr,
     DEPTH: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -91,6 +102,7 @@ def _row_statistics(
     logits += row.to(tl.int64) * row_stride
     num_tiles = tl.cdiv(num_columns, _TILE)
     maxima += row.to(tl.int64) * num_tiles
+    totals += row.to(tl.int64) * num_tiles
     target = tl.load(logits + tl.load(targets + row))
 
     lane = tl.arange(0, LANES)
@@ -107,16 +119,16 @@ def _row_statistics(
         top, total, first, second, above, found = _scan(
             z, step, target, top, total, first, second, above, found
         )
-        if MAXIMA:
-            _store_maxima(z, maxima, step, num_tiles, DEPTH, LANES)
+        if TILES:
+            _store_tiles(z, maxima, totals, step, num_tiles, DEPTH, LANES)
     if whole * (DEPTH * LANES) < num_columns:
         column = whole * (DEPTH * LANES) + offset
         z = tl.load(logits + column, mask=column < num_columns, other=float("-inf"))
         top, total, first, second, above, found = _scan(
             z, whole, target, top, total, first, second, above, found
         )
-        if MAXIMA:
-            _store_maxima(z, maxima, whole, num_tiles, DEPTH, LANES)
+        if TILES:
+            _store_tiles(z, maxima, totals, whole, num_tiles, DEPTH, LANES)
 
     peak = tl.max(top, axis=0)
     pivot = tl.maximum(peak, _LOWEST)
@@ -124,7 +136,7 @@ def _row_statistics(
     total = tl.sum(total, axis=0)
     mean = tl.sum(first, axis=0) / total
     square = tl.sum(second, axis=0) / total
-    if MAXIMA and total != total:
+    if TILES and total != total:
         # Other threads wrote some of these.
         tl.debug_barrier()
         tile = tl.arange(0, LANES)
@@ -164,24 +176,24 @@ def row_statistics(
     logits_RV: torch.Tensor,
     targets_R: torch.Tensor,
     out_7R: torch.Tensor,
-    maxima_RN: torch.Tensor | None,
+    tiles: Tiles | None,
     *,
     lanes: int = _LANES,
     depth: int = _DEPTH,
     warps: int = _WARPS,
 ) -> None:
-    """`kernels.logits.row_statistics` into `out_7R`, and the maxima of tiles if there is room."""
+    """`kernels.logits.row_statistics` into `out_7R`, and into `tiles` if they are given."""
     num_rows, num_columns = logits_RV.shape
     _row_statistics[(num_rows,)](
         logits_RV,
         targets_R,
         out_7R,
-        maxima_RN if maxima_RN is not None else out_7R,
+        *(tiles if tiles is not None else (out_7R, out_7R)),
         num_rows,
         num_columns,
         logits_RV.stride(0),
         out_7R.stride(0),
-        MAXIMA=maxima_RN is not None,
+        TILES=tiles is not None,
         DEPTH=depth,
         LANES=lanes,
         num_warps=warps,
@@ -360,18 +372,18 @@ def _sort(
 
 
 def top_k(
-    logits_RV: torch.Tensor, k: int, maxima_RN: torch.Tensor | None
+    logits_RV: torch.Tensor, k: int, of_rows: Tiles | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`kernels.logits.top_k`: first the k tiles that hold the entries, then the entries."""
     num_rows, num_columns = logits_RV.shape
     num_tiles = triton.cdiv(num_columns, TILE)
     device = logits_RV.device
-    if maxima_RN is None:
-        maxima_RN = logits_RV.new_empty(num_rows, num_tiles)
+    if of_rows is None:
+        of_rows = Tiles.of(logits_RV)
         targets = torch.zeros(num_rows, dtype=torch.int64, device=device)
-        row_statistics(logits_RV, targets, logits_RV.new_empty(7, num_rows), maxima_RN)
+        row_statistics(logits_RV, targets, logits_RV.new_empty(7, num_rows), of_rows)
     # The search is one of integers.
-    bits_RV, maxima_RN = logits_RV.view(torch.int32), maxima_RN.view(torch.int32)
+    bits_RV, maxima_RN = logits_RV.view(torch.int32), of_rows.maxima_RN.view(torch.int32)
     kept = min(k, num_tiles)
     tiles = torch.empty(num_rows, kept, dtype=torch.int32, device=device)
     slots = torch.empty(num_rows, k, dtype=torch.int32, device=device)
@@ -415,6 +427,83 @@ def top_k(
 def slot_warps(tiles: int) -> int:
     """Warps of `_choose_slots`: each thread holds 16 to 64 candidates."""
     return min(16, max(1, tiles // 4))
+
+
+@triton.jit(do_not_specialize=["num_columns", "num_tiles", "k"])
+def _log_tail_mass(
+    logits,
+    ids,
+    top_id,
+    top_logprob,
+    maxima,
+    totals,
+    out,
+    num_columns,
+    num_tiles,
+    row_stride,
+    k,
+    ENTRIES: tl.constexpr,
+    AGAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * row_stride
+    ids += row.to(tl.int64) * k
+    maxima += row.to(tl.int64) * num_tiles
+    totals += row.to(tl.int64) * num_tiles
+    peak = tl.load(logits + tl.load(top_id + row))
+    entry = tl.arange(0, ENTRIES)
+    left_out = tl.load(ids + entry, mask=entry < k, other=0)
+    # All threads have the peak before any thread overwrites it, and see what the others wrote.
+    tl.debug_barrier()
+    tl.store(logits + left_out, float("-inf"), mask=entry < k)
+    tl.debug_barrier()
+    lane = tl.arange(0, _TILE)[None, :]
+    for start in range(0, k, AGAIN):
+        place = start + tl.arange(0, AGAIN)
+        changed = tl.load(ids + place, mask=place < k, other=0) // _TILE
+        column = changed[:, None] * _TILE + lane
+        seen = (place < k)[:, None] & (column < num_columns)
+        most, weight = _sum_tiles(tl.load(logits + column, mask=seen, other=float("-inf")))
+        # A tile that comes twice has the same both times.
+        tl.store(maxima + changed, most, mask=place < k)
+        tl.store(totals + changed, weight, mask=place < k)
+    tl.debug_barrier()
+    tile = tl.arange(0, BLOCK)
+    value = tl.load(maxima + tile, mask=tile < num_tiles, other=float("-inf"))
+    total = tl.load(totals + tile, mask=tile < num_tiles, other=0.0)
+    rest = tl.max(value, axis=0)
+    share = tl.exp(_below(tl.maximum(value, _LOWEST), tl.maximum(rest, _LOWEST)))
+    log_total = tl.log(tl.sum(total * share, axis=0))
+    # Where the rest weighs nothing its sum means nothing either.
+    log_total = tl.where(rest == float("-inf"), 0.0, log_total)
+    tl.store(out + row, (rest - peak) + (log_total + tl.load(top_logprob + row)))
+
+
+def log_tail_mass(
+    logits_RV: torch.Tensor, statistics: RowStatistics, ids_RK: torch.Tensor, tiles: Tiles
+) -> torch.Tensor:
+    """`kernels.logits.log_tail_mass`, which reads no more of a row than the tiles that change."""
+    num_rows, num_columns = logits_RV.shape
+    num_tiles, k = tiles.maxima_RN.shape[1], ids_RK.shape[1]
+    out_R = logits_RV.new_empty(num_rows)
+    _log_tail_mass[(num_rows,)](
+        logits_RV,
+        ids_RK,
+        statistics.top1_id,
+        statistics.top1_logprob,
+        *tiles,
+        out_R,
+        num_columns,
+        num_tiles,
+        logits_RV.stride(0),
+        k,
+        ENTRIES=triton.next_power_of_2(k),
+        AGAIN=_AGAIN,
+        BLOCK=triton.next_power_of_2(num_tiles),
+        num_warps=_WARPS,
+    )
+    return out_R
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -210,16 +210,17 @@ TOP_K = {"logits": "*i32", "maxima": "*i32", "tiles": "*i32", "slots": "*i32"}
 TOP_K |= {"num_tiles": "i32", "row_stride": "i32:16", "k": "i32"}
 
 
-def _row_statistics(maxima: bool, *, aligned: bool = True) -> Case:
+def _row_statistics(tiles: bool, *, aligned: bool = True) -> Case:
     signature = {
         **(ROWS if aligned else {"logits": "*fp32", "num_columns": "i32", "row_stride": "i32"}),
         "targets": "*i64",
         "out": "*fp32",
         "maxima": "*fp32",
+        "totals": "*fp32",
         "num_rows": "i32",
         "out_stride": "i32",
     }
-    constants = {"MAXIMA": maxima, "DEPTH": logits._DEPTH, "LANES": logits._LANES}
+    constants = {"TILES": tiles, "DEPTH": logits._DEPTH, "LANES": logits._LANES}
     return Case(logits._row_statistics, signature, constants, {"num_warps": logits._WARPS})
 
 
@@ -239,6 +240,22 @@ def _sort(k: int) -> Case:
     constants = {"KEPT": k, "BLOCK": triton.next_power_of_2(k)}
     signature = {**TOP_K, "ids": "*i32", "values": "*fp32"}
     return Case(logits._sort, signature, constants, {"num_warps": 1 if k <= 64 else 4})
+
+
+def _log_tail_mass(k: int) -> Case:
+    signature = {
+        **ROWS,
+        "ids": "*i32",
+        "top_id": "*i32",
+        "top_logprob": "*fp32",
+        "maxima": "*fp32",
+        "totals": "*fp32",
+        "out": "*fp32",
+        "num_tiles": "i32",
+        "k": "i32",
+    }
+    constants = {"ENTRIES": triton.next_power_of_2(k), "AGAIN": logits._AGAIN, "BLOCK": 2048}
+    return Case(logits._log_tail_mass, signature, constants, {"num_warps": logits._WARPS})
 
 
 def _narrow(dtype: str) -> Case:
@@ -458,7 +475,7 @@ CASES = [
         {"TILE": sampling._TILE},
         {"num_warps": sampling._WARPS},
     ),
-    *(_row_statistics(maxima) for maxima in (False, True)),
+    *(_row_statistics(tiles) for tiles in (False, True)),
     _row_statistics(True, aligned=False),
     Case(
         logits._choose_tiles,
@@ -469,6 +486,7 @@ CASES = [
     *(_choose_slots(k) for k in (1, 20, 128, 256)),
     _choose_slots(200, enough=False),
     *(_sort(k) for k in (20, 128, 256)),
+    *(_log_tail_mass(k) for k in (1, 20, 256)),
     *(_narrow(dtype) for dtype in ("fp16", "bf16", "fp32")),
 ]
 

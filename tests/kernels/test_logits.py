@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitmill.kernels import logits as torch_logits
-from logitmill.kernels.logits import RowStatistics, narrow, row_statistics
+from logitmill.kernels.logits import RowStatistics, Tiles, narrow, row_statistics
 from oracles import entropy, row_statistics_float64, varentropy, zipf
 
 TILE = torch_logits.TILE
@@ -22,7 +22,7 @@ SMALL = {"lanes": 128, "depth": 2, "warps": 1}
 
 @pytest.fixture(params=["torch", "kernel", "kernel as it ships"])
 def run(request: pytest.FixtureRequest, device: torch.device):  # type: ignore[no-untyped-def]
-    """(logits, targets) -> the statistics and the maxima of tiles, by their names.
+    """(logits, targets) -> the statistics, maxima and totals of tiles, by their names.
 
     The buffers hold NaN before, and the rows lie in a wider tensor of NaN.
     """
@@ -33,9 +33,9 @@ def run(request: pytest.FixtureRequest, device: torch.device):  # type: ignore[n
         gpu.row_statistics(logits, *rest, **(SMALL if request.param == "kernel" else {}))
 
     def run_torch(
-        logits: torch.Tensor, targets: torch.Tensor, out: torch.Tensor, maxima: torch.Tensor
+        logits: torch.Tensor, targets: torch.Tensor, out: torch.Tensor, tiles: Tiles
     ) -> None:
-        result = row_statistics(logits, targets, out_7R=out, maxima_RN=maxima)
+        result = row_statistics(logits, targets, out_7R=out, tiles=tiles)
         assert result.logprob.data_ptr() == out.data_ptr()
 
     def run(logits: np.ndarray, targets: np.ndarray) -> dict[str, np.ndarray]:
@@ -46,12 +46,13 @@ def run(request: pytest.FixtureRequest, device: torch.device):  # type: ignore[n
         rows.copy_(torch.from_numpy(logits.astype(np.float32)))
         before = rows.clone()
         out = torch.full((7, num_rows + 3), torch.nan, device=where)[:, 2:-1]
-        maxima = torch.full((num_rows, -(-num_columns // TILE)), torch.nan, device=where)
+        tiles = Tiles(*(column.fill_(torch.nan) for column in Tiles.of(rows)))
         indices = torch.from_numpy(targets.astype(np.int64)).to(where)
-        (run_torch if request.param == "torch" else run_kernel)(rows, indices, out, maxima)
+        (run_torch if request.param == "torch" else run_kernel)(rows, indices, out, tiles)
         assert torch.equal(rows.view(torch.int32), before.view(torch.int32)), "changed the logits"
         result = RowStatistics.unpack(out.cpu())._asdict()
-        return {name: c.numpy() for name, c in {**result, "maxima": maxima.cpu()}.items()}
+        of_tiles = {"maxima": tiles.maxima_RN.cpu(), "totals": tiles.totals_RN.cpu()}
+        return {name: c.numpy() for name, c in {**result, **of_tiles}.items()}
 
     return run
 
@@ -66,7 +67,11 @@ def assert_matches(run, logits: np.ndarray, targets: np.ndarray) -> None:  # typ
     np.testing.assert_allclose(found["varentropy"], expected["varentropy"], rtol=1e-4, atol=1e-4)
     assert (found["varentropy"] >= 0).all()
     starts = np.arange(0, logits.shape[1], TILE)
-    np.testing.assert_array_equal(found["maxima"], np.maximum.reduceat(logits, starts, axis=1))
+    maxima = np.maximum.reduceat(logits, starts, axis=1)
+    np.testing.assert_array_equal(found["maxima"], maxima)
+    about = np.repeat(maxima.astype(np.float64), TILE, axis=1)[:, : logits.shape[1]]
+    totals = np.add.reduceat(np.exp(logits - about), starts, axis=1)
+    np.testing.assert_allclose(found["totals"], totals, rtol=2e-6)
 
 
 @settings(max_examples=40)
@@ -121,6 +126,8 @@ def test_impossible_tokens_weigh_nothing(run, size: int) -> None:  # type: ignor
     assert found["varentropy"].tolist() == [0.0, 0.0]
     assert found["rank"].tolist() == [1, 3]
     assert found["top1_id"].tolist() == [0, 0]
+    weights = [2.0] if size == 3 else [1.0, *[0.0] * 6, 1.0]
+    assert found["totals"].tolist() == [weights] * 2
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])

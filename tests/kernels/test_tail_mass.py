@@ -8,15 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from logitmill.kernels import logits as torch_logits
-from logitmill.kernels.logits import log_tail_mass, row_statistics, top_k
+from logitmill.kernels.logits import Tiles, log_tail_mass, row_statistics, top_k
 from oracles import zipf
 
 
-@pytest.fixture(params=["torch", "kernel"])
+@pytest.fixture(params=["torch", "torch, tiles given", "kernel", "kernel, tiles given"])
 def run(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """(logits, k) -> log of the mass of all but the k likeliest; rows of a wider tensor of NaN."""
-    where = torch.device("cpu") if request.param == "torch" else device
-    if request.param == "kernel":
+    with_kernel = request.param.startswith("kernel")
+    where = device if with_kernel else torch.device("cpu")
+    if with_kernel:
         monkeypatch.setattr(torch_logits, "has_triton", lambda x: True)
 
     def run(logits: np.ndarray, k: int) -> np.ndarray:
@@ -24,9 +25,10 @@ def run(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytes
         wide = torch.full((num_rows, num_columns + 5), torch.nan, device=where)
         rows = wide[:, :num_columns].copy_(torch.from_numpy(logits.astype(np.float32)))
         targets = torch.zeros(num_rows, dtype=torch.int64, device=where)
-        statistics = row_statistics(rows, targets)
-        ids, _ = top_k(rows, k)
-        return log_tail_mass(rows, statistics, ids).cpu().numpy()
+        tiles = Tiles.of(rows) if request.param.endswith("given") else None
+        statistics = row_statistics(rows, targets, tiles=tiles)
+        ids, _ = top_k(rows, k, tiles)
+        return log_tail_mass(rows, statistics, ids, tiles).cpu().numpy()
 
     return run
 

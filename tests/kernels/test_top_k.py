@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from logitmill.kernels.logits import TILE, row_statistics, top_k
+from logitmill.kernels.logits import Tiles, row_statistics, top_k
 
 
 def expected_top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -16,7 +16,7 @@ def expected_top_k(logits: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return ids, np.take_along_axis(logits, ids, axis=1)
 
 
-@pytest.fixture(params=["torch", "kernel", "kernel with maxima"])
+@pytest.fixture(params=["torch", "kernel", "kernel with tiles"])
 def run(request: pytest.FixtureRequest, device: torch.device):  # type: ignore[no-untyped-def]
     """(logits, k) -> (ids, values); the rows lie in a wider tensor of NaN."""
 
@@ -29,12 +29,12 @@ def run(request: pytest.FixtureRequest, device: torch.device):  # type: ignore[n
         else:
             from logitmill.kernels.gpu import logits as gpu
 
-            maxima = None
-            if request.param == "kernel with maxima":
-                maxima = torch.full((num_rows, -(-num_columns // TILE)), torch.nan)
-                row_statistics(rows, torch.zeros(num_rows, dtype=torch.int64), maxima_RN=maxima)
-                maxima = maxima.to(device)
-            ids, values = gpu.top_k(wide.to(device)[:, :num_columns], k, maxima)
+            tiles = None
+            if request.param == "kernel with tiles":
+                tiles = Tiles.of(rows)
+                row_statistics(rows, torch.zeros(num_rows, dtype=torch.int64), tiles=tiles)
+                tiles = Tiles(*(column.to(device) for column in tiles))
+            ids, values = gpu.top_k(wide.to(device)[:, :num_columns], k, tiles)
         assert ids.dtype == torch.int32 and values.dtype == torch.float32
         return ids.cpu().numpy(), values.cpu().numpy()
 
