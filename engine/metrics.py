@@ -39,17 +39,20 @@ def bits(loglikelihood: float, count: int) -> float:
 
 
 def min_k_prob(logprob: np.ndarray, share: float) -> float:
-    """Mean of the lowest max(1, floor(share n)) log-probabilities, nats (Shi et al. 2023)."""
+    """Min-K% Prob: mean of the lowest max(1, floor(share n)) log-probabilities, nats.
+
+    Shi et al., ICLR 2024, arXiv:2310.16789.
+    """
     return _mean_lowest(logprob.astype(np.float64), share)
 
 
 def min_k_plus_plus(
     logprob: np.ndarray, entropy: np.ndarray, varentropy: np.ndarray, share: float
 ) -> float:
-    """Mean of the lowest (lp + H) / sigma (Zhang et al. 2024), sigma^2 the varentropy.
+    """Min-K%++: mean of the lowest (lp + H) / sigma, sigma^2 the varentropy.
 
-    -H is the mean of log p under the model itself. Where the model is uniform, sigma is 0 and so
-    is the numerator: such a token counts 0.
+    Zhang et al., ICLR 2025, arXiv:2404.02936. -H is the mean of log p under the model itself. Where
+    the model is uniform, sigma is 0 and so is the numerator: such a token counts 0.
     """
     centred = logprob.astype(np.float64) + entropy
     sigma = np.sqrt(varentropy.astype(np.float64))
@@ -63,7 +66,10 @@ def zlib_bytes(text: bytes) -> int:
 
 
 def zlib_ratio(loglikelihood: float, num_tokens: int, num_zlib_bytes: int) -> float:
-    """(S / n) / zlib length: the mean, not the sum (Carlini et al. 2021, as mink-plus-plus)."""
+    """(S / n) / zlib length: the mean, not the sum, as mink-plus-plus has it.
+
+    Carlini et al., USENIX Security 2021, arXiv:2012.07805.
+    """
     return loglikelihood / num_tokens / num_zlib_bytes
 
 

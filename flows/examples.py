@@ -10,19 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from .distributions import read_draws, read_top_k
 from .folder import StoreError
-from .parts import LOGITS_DTYPES, PartFile
+from .parts import BLOBS, LOGITS_DTYPES, PartFile
 from .rows import read_states
 
 if TYPE_CHECKING:
     from ..engine import Pipeline
     from .run import Run
+
+# Of these a token has as many as `num_ids` says.
+_PAIRS = ("id_low", "id_high", "count")
 
 Example = dict[str, Any]
 """`doc_id`, `first_row` and tensors that have a row for each input."""
@@ -78,21 +83,24 @@ class Reader:
         leave: tuple[str, ...] = () if self.spans else ("byte_start", "byte_end")
         leave += ("logprob",) if self.tier == "sampled" else ()
         names = [name for name in parquet.schema_arrow.names if name not in leave]
-        for group in range(parquet.num_row_groups):
-            table = parquet.read_row_group(group, columns=names)
+        for number in range(parquet.num_row_groups):
+            table = parquet.read_row_group(number, columns=names)
             columns = {name: table.column(name).combine_chunks() for name in names}
-            own = (columns.pop(n).to_pylist() for n in ("doc_id", "num_tokens", "first_input"))
-            for i, (doc_id, num_tokens, first_input) in enumerate(zip(*own, strict=True)):
-                row = {name: column[i].as_buffer() for name, column in columns.items()}
-                if self.keeps:
-                    # A view of a row would hold all of its row group.
-                    row = {name: blob.to_pybytes() for name, blob in row.items()}
-                document = _Document(self, doc_id, first_input, row)
+            own = [columns.pop(n).to_pylist() for n in ("doc_id", "num_tokens", "first_input")]
+            group = _Group({n: _bytes_of(c) for n, c in columns.items()})
+            end = 0
+            for doc_id, num_tokens, first_input in zip(*own, strict=True):
+                first, end = end, end + num_tokens
                 for start, stop in _pieces(num_tokens, self.context):
-                    yield document.piece(start, stop)
+                    row = group.cut(first + start, first + stop)
+                    if self.keeps:
+                        # A view would hold all of its row group.
+                        row = {name: bytearray(blob) for name, blob in row.items()}
+                    before = group.token_id[first + start - 1] if start else first_input
+                    yield partial(self._unpack, doc_id, start, before, row)
 
-    def unpack(self, doc_id: str, first_input: int, row: Mapping[str, Any]) -> Example:
-        """A whole document's arrays as an example."""
+    def _unpack(self, doc_id: str, first_row: int, before: int, row: Mapping[str, Any]) -> Example:
+        """The arrays of some of a document's rows, which follow the token `before`."""
         if self.tier == "topk":
             arrays = read_top_k(row, self.run.plan["top_k"])
             self._check_ids(doc_id, arrays["top_ids"])
@@ -102,7 +110,12 @@ class Reader:
             ids = np.repeat(arrays.pop("ids"), arrays.pop("counts"))
             del arrays["num_ids"]
             arrays["sample_ids"] = ids.reshape(-1, self.run.plan["num_draws"])
-        example = self._make_ids(doc_id, first_input, arrays.pop("token_id"))
+        token_id = arrays.pop("token_id")
+        example = {
+            "doc_id": doc_id,
+            "first_row": first_row,
+            **self._make_ids(doc_id, before, token_id),
+        }
         for name, values in arrays.items():
             kept = values.astype(np.int64) if name.startswith("byte_") else values
             example[name] = torch.from_numpy(kept if kept.flags.writeable else kept.copy())
@@ -209,30 +222,35 @@ class _Tokens:
     spans: Mapping[str, np.ndarray]
 
 
-class _Document:
-    """A row of `topk` or `sampled`, unpacked once where it is cut into several examples."""
+class _Group:
+    """The arrays of a row group's documents, each end to end."""
 
-    def __init__(
-        self,
-        reader: Reader,
-        doc_id: str,
-        first_input: int,
-        row: Mapping[str, Any],
-    ) -> None:
-        self._unpack = lambda: reader.unpack(doc_id, first_input, row)
-        self._doc_id = doc_id
-        self._whole: Example | None = None
+    def __init__(self, blobs: Mapping[str, memoryview]) -> None:
+        self.token_id = np.frombuffer(blobs["token_id"], BLOBS["token_id"])
+        self._blobs = blobs
+        # Bytes that a token has in an array, where all have as many.
+        self._sizes = {name: len(blob) // len(self.token_id) for name, blob in blobs.items()}
+        if "num_ids" in blobs:
+            num_ids = np.frombuffer(blobs["num_ids"], BLOBS["num_ids"])
+            self._ends = np.concatenate([[0], num_ids.cumsum(dtype=np.int64)])
 
-    def piece(self, start: int, stop: int) -> Callable[[], Example]:
-        """What makes the example of some of its rows."""
+    def cut(self, start: int, stop: int) -> dict[str, Any]:
+        """The bytes of some tokens, as views."""
+        found = {}
+        for name, blob in self._blobs.items():
+            if name in _PAIRS:
+                first, end, size = self._ends[start], self._ends[stop], BLOBS[name].itemsize
+            else:
+                first, end, size = start, stop, self._sizes[name]
+            found[name] = blob[first * size : end * size]
+        return found
 
-        def make() -> Example:
-            if self._whole is None:
-                self._whole = self._unpack()
-            rows = {name: values[start:stop] for name, values in self._whole.items()}
-            return {"doc_id": self._doc_id, "first_row": start, **rows}
 
-        return make
+def _bytes_of(column: pa.Array) -> memoryview:
+    """The values of a binary column, end to end."""
+    _, offsets, values = column.buffers()
+    ends = np.frombuffer(offsets, np.int32)[column.offset : column.offset + len(column) + 1]
+    return memoryview(values)[ends[0] : ends[-1]]
 
 
 def _pieces(num_rows: int, context: int | None) -> Iterator[tuple[int, int]]:

@@ -146,8 +146,8 @@ class Run:
     def table(self, tier: str = "scores", columns: Sequence[str] | None = None) -> pa.Table:
         """Rows of a tier in corpus order: `scores` one a document, `tokens` lists a document.
 
-        Of `topk` and `sampled` a document's arrays are bytes, for `distributions.read_top_k` and
-        `read_draws`; schemas are in `parts`.
+        Of the other tiers arrays are bytes, for `distributions.read_top_k` and `read_draws`, or as
+        infra/guides/tables.md has it; `to_dataset` has lists.
 
         Raises:
             ValueError: if the run did not keep the tier, or the tier has not the columns.
@@ -173,10 +173,25 @@ class Run:
     def to_dataset(
         self, tier: str = "scores", columns: Sequence[str] | None = None
     ) -> datasets.Dataset:
-        """The rows of a tier as a Hugging Face dataset."""
+        """The rows of a tier as a Hugging Face dataset, with columns of its own types.
+
+        Where a tier's table has bytes there are lists, of k candidates a token for instance; the
+        columns are those of `features.schema_of_lists`. These tiers are unpacked a row group at a
+        time into a file in the cache of `datasets` (`HF_DATASETS_CACHE`), larger than the parts,
+        and mapped from there; the next time it is found.
+
+        Raises:
+            ValueError: if the run did not keep the tier, or the tier has not the columns.
+        """
         import datasets
 
-        return datasets.Dataset(self.table(tier, columns).replace_schema_metadata(None))
+        from .features import UNPACKED, schema_of_lists, write_lists
+
+        if tier not in UNPACKED:
+            return datasets.Dataset(self.table(tier, columns).replace_schema_metadata(None))
+        self._names(tier)
+        _check_columns(columns, schema_of_lists(self, tier).names)
+        return datasets.Dataset.from_file(str(write_lists(self, tier, columns)))
 
     def summary(self, name: str = "counts") -> pa.Table:
         """A merged summary table: `counts`, `outliers`, or `vocabulary` where it was asked for.
@@ -321,8 +336,8 @@ class Run:
                 otherwise.
             spans: also give the bytes of the document that each target stands for, by which another
                 tokenizer's tokens can be aligned.
-            shuffle_buffer: documents that examples are drawn from at random, shards in a random
-                order; 0 keeps the order of the corpus.
+            shuffle_buffer: how many examples wait, of which one is drawn at random, with shards in
+                a random order; 0 keeps the order of the corpus.
             seed: of the order; `set_epoch` changes it as well.
             rank: which of `world_size` processes this is: each reads other shards.
             world_size: how many there are.

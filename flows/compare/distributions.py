@@ -175,27 +175,22 @@ def read_candidates(table: pa.Table) -> Candidates:
 
 
 def _pair_logits(base: Run, other: Run, on_progress: OnProgress) -> _Pairs:
-    import torch
-
     sizes = [run.plan["model"]["vocab_size"] for run in (base, other)]
     if sizes[0] != sizes[1]:
         raise NotComparable(
             f"logits are over {sizes[0]:,} tokens in A and {sizes[1]:,} in B; score both with "
             "--keep topk"
         )
-    device = EngineSettings().resolve_device()
     streams = [Stream(run, "scores", COLUMNS) for run in (base, other)]
-    with _Chunks(base) as ours, _Chunks(other) as theirs:
+    with Chunks(base) as ours, Chunks(other) as theirs:
         for mine, yours in pair(*streams, on_progress=on_progress):
             same = pa.array(same_text(mine, yours))
             for row in mine.filter(same).select(["doc_id", "source", "language"]).to_pylist():
                 doc_id = row.pop("doc_id")
                 if ours.num_rows(doc_id) != theirs.num_rows(doc_id):
                     continue
-                for a, b in _side_by_side(ours.read(doc_id), theirs.read(doc_id)):
-                    # Copies: what is read from Parquet is read-only.
-                    found = diverge(torch.from_numpy(a.copy()), torch.from_numpy(b.copy()), device)
-                    yield pa.Table.from_pylist([row] * len(a), _LABELS), found
+                for found in diverge_rows(ours.read(doc_id), theirs.read(doc_id)):
+                    yield pa.Table.from_pylist([row] * len(found.kl_T), _LABELS), found
 
 
 _LABELS = pa.schema([("source", pa.string()), ("language", pa.string())])
@@ -211,7 +206,7 @@ class _Chunk:
     num_rows: int
 
 
-class _Chunks:
+class Chunks:
     """The stored rows of a run's documents. One part is held open."""
 
     def __init__(self, run: Run) -> None:
@@ -225,7 +220,7 @@ class _Chunks:
         for part in range(len(self._names)):
             self._index(part)
 
-    def __enter__(self) -> _Chunks:
+    def __enter__(self) -> Chunks:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -259,6 +254,16 @@ class _Chunks:
             stack = ExitStack()
             self._open = part, stack, stack.enter_context(self._run.open_part(self._names[part]))
         return self._open[2]
+
+
+def diverge_rows(base: Iterator[np.ndarray], other: Iterator[np.ndarray]) -> Iterator[Divergences]:
+    """Divergences of a document's log-probabilities, as `Chunks.read` has them, in its order."""
+    import torch
+
+    device = EngineSettings().resolve_device()
+    for a, b in _side_by_side(base, other):
+        # Copies: what is read from Parquet is read-only.
+        yield diverge(torch.from_numpy(a.copy()), torch.from_numpy(b.copy()), device)
 
 
 def _side_by_side(

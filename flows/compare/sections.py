@@ -247,7 +247,7 @@ def shift_section(comparison: Comparison) -> Panel | None:
         for n, s in enumerate(comparison.shifts[: _MAX_LISTED + 1])
     ]
     columns = (
-        *("source", "documents, A", "documents, B", "median bits/byte, A", "B"),
+        *("source", "documents, A", "documents, B", "median bits/byte, A", "median bits/byte, B"),
         *("PSI", "by chance", "Wasserstein, bits/byte"),
     )
     notes = [

@@ -93,7 +93,7 @@ def perplexity_cells(found: Tokens) -> Cells:
         ("RMS \u0394p", shares(found.rms_delta_p)),
         ("Same top p", shares(found.same_top)),
     ]
-    return Cells(("", "value"), rows)
+    return Cells(("statistic", "value"), rows)
 
 
 def percentile_rows(spread: Spread) -> list[tuple[str, float]]:
@@ -106,7 +106,7 @@ def percentile_rows(spread: Spread) -> list[tuple[str, float]]:
 def _delta_cells(found: Tokens) -> Cells:
     both = zip(percentile_rows(found.delta_p), percentile_rows(found.delta_logprob), strict=True)
     rows = [(name, f"{signed(100 * p)} %", signed(lp)) for (name, p), (_, lp) in both]
-    return Cells(("", "\u0394p", "\u0394 log p, nats"), rows)
+    return Cells(("percentile", "\u0394p", "\u0394 log p, nats"), rows)
 
 
 def _token_groups(found: Tokens) -> Cells:
@@ -178,7 +178,7 @@ def kl_cells(found: Distributions) -> Cells:
         ("Mean", *(estimate(Estimate(s.mean, s.error)) for s in (found.kl, found.js))),
         *((name, small(kl), small(js)) for (name, kl), (_, js) in both),
     ]
-    return Cells(("", f"{kl_name(found)}, nats", "Jensen-Shannon, nats"), rows)
+    return Cells(("statistic", f"{kl_name(found)}, nats", "Jensen-Shannon, nats"), rows)
 
 
 def _kl_groups(found: Distributions) -> Cells:

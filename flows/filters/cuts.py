@@ -1,4 +1,7 @@
-"""Scores that divide documents, at percentiles of each group (CCNet, Wenzek et al. 2020)."""
+"""Scores that divide documents, at percentiles of each group.
+
+CCNet: Wenzek et al., LREC 2020, arXiv:1911.00359.
+"""
 
 from __future__ import annotations
 

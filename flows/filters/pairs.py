@@ -9,7 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...engine.records import OK
-from ..compare.distributions import open_topk, read_candidates
+from ..compare.distributions import (
+    BOUND,
+    EXACT,
+    Chunks,
+    diverge_rows,
+    open_topk,
+    read_candidates,
+)
 from ..compare.divergences import diverge_coarsely
 from ..compare.pairing import Stream, pair
 from ..run import Run
@@ -21,8 +28,10 @@ _COUNTED = ("num_tokens_scored", "num_bytes")
 def ifd(conditional: Run, unconditional: Run) -> pa.RecordBatchReader:
     """Instruction-following difficulty: `doc_id, ifd, nll_conditional, nll_unconditional`.
 
-    ppl(answer | instruction) / ppl(answer), of the same tokens in two passes (Li et al. 2024): the
-    first run read the instruction as context (recipe `conditional`), the second the answer alone.
+    ppl(answer | instruction) / ppl(answer), of the same tokens in two passes (Li et al., ACL 2024,
+    arXiv:2402.00530; in Li et al., NAACL 2024, arXiv:2308.12032, it is the ratio of the two nll):
+    the first run read the instruction as context (recipe `conditional`), the second the answer
+    alone.
     An empty instruction gives 1; below 1 the instruction helps. Documents that only one run scored
     have no row; `ifd` is null where the answer became other tokens, as at a border between
     instruction and answer that a token goes across.
@@ -74,11 +83,13 @@ def ifd(conditional: Run, unconditional: Run) -> pa.RecordBatchReader:
 
 
 def excess_loss(run: Run, reference: Run, *, per_token: bool = False) -> pa.RecordBatchReader:
-    """Excess loss against a reference (Rho-1, Lin et al. 2024): `doc_id, excess_loss`.
+    """Excess loss against a reference: `doc_id, excess_loss`.
 
-    nll(run) - nll(reference), nats a token, mean of a document: high is what the reference knows
-    and the model does not. With `per_token` also `token_excess_loss`, a list of the document's
-    tokens, which needs the tier `tokens` in both. Documents that only one run scored have no row.
+    nll(run) - nll(reference), nats a token, mean of a document (RHO-LOSS, Mindermann et al., ICML
+    2022, arXiv:2206.07137; of tokens Rho-1, Lin et al., NeurIPS 2024, arXiv:2404.07965): high is
+    what the reference knows and the model does not. With `per_token` also `token_excess_loss`, a
+    list of the document's tokens, which needs the tier `tokens` in both. Documents that only one
+    run scored have no row.
 
     Raises:
         ValueError: if recipes or tokens differ, the latter on reading: by their ids with
@@ -98,24 +109,34 @@ def excess_loss(run: Run, reference: Run, *, per_token: bool = False) -> pa.Reco
 def kl_to(run: Run, reference: Run) -> pa.RecordBatchReader:
     """Mean KL(reference || run) over a document's tokens: `doc_id, kl, max_kl, num_tokens`, nats.
 
-    Of the tier `topk` in both, over the tokens that both kept and the rest as one outcome: a lower
-    bound, never negative. A run compared with itself gives 0.
+    KL(p || q) = sum p (log p - log q) at a token (Kullback and Leibler 1951), p the reference's
+    distribution of what comes and q the run's. Exact where both kept the tier `logits`, over the
+    whole vocabulary. Else of the tier `topk`, over the tokens that both kept and all the rest as
+    one outcome: a lower bound, as outcomes that are not told apart add nothing. It is never
+    negative, and 0 for a run compared with itself. The schema's metadata has the `tier`.
 
     Raises:
-        ValueError: if recipes differ, either did not keep the tier, or tokens differ, on reading.
+        ValueError: if recipes or vocabularies differ, the runs did not both keep one of the tiers,
+            or tokens differ, on reading: with `logits` by their numbers.
     """
     _check_recipes(run, reference)
-    for name, one in (("run", run), ("reference", reference)):
-        check_tier(one, name, "topk")
+    is_exact = all(EXACT in one.tiers for one in (run, reference))
+    if is_exact:
+        _check_vocabularies(run, reference)
+    else:
+        for name, one in (("run", run), ("reference", reference)):
+            check_tier(one, name, BOUND)
     schema = pa.schema(
         {
             "doc_id": pa.string(),
             "kl": pa.float64(),
             "max_kl": pa.float64(),
             "num_tokens": pa.int64(),
-        }
+        },
+        {"tier": EXACT if is_exact else BOUND},
     )
-    return pa.RecordBatchReader.from_batches(schema, _divergences(schema, run, reference))
+    diverge = _exact_divergences if is_exact else _divergences
+    return pa.RecordBatchReader.from_batches(schema, diverge(schema, run, reference))
 
 
 def _pair_documents(run: Run, other: Run) -> Iterator[tuple[pa.Table, pa.Table]]:
@@ -170,6 +191,16 @@ def _divergences(schema: pa.Schema, run: Run, reference: Run) -> Iterator[pa.Rec
             yield batch(schema, ours["doc_id"].slice(i, 1), [kl.mean()], [kl.max()], [len(kl)])
 
 
+def _exact_divergences(schema: pa.Schema, run: Run, reference: Run) -> Iterator[pa.RecordBatch]:
+    with Chunks(reference) as base, Chunks(run) as other:
+        for ours, theirs in _pair_documents(run, reference):
+            _refuse_others(ours["doc_id"], _same(ours, theirs))
+            for doc_id in ours["doc_id"].to_pylist():
+                found = diverge_rows(base.read(doc_id), other.read(doc_id))
+                kl = np.concatenate([apart.kl_T for apart in found])
+                yield batch(schema, pa.array([doc_id]), [kl.mean()], [kl.max()], [len(kl)])
+
+
 def _refuse_others(ids: pa.ChunkedArray, same: np.ndarray) -> None:
     if not same.all():
         doc_id = ids[int(np.flatnonzero(~same)[0])].as_py()
@@ -184,4 +215,13 @@ def _check_recipes(run: Run, reference: Run) -> None:
         raise ValueError(
             f"reference: its recipe is {describe_recipe(reference)}, and the run's "
             f"{describe_recipe(run)}; score both with the same --recipe, --context and --prefix"
+        )
+
+
+def _check_vocabularies(run: Run, reference: Run) -> None:
+    ours, theirs = (one.plan["model"]["vocab_size"] for one in (run, reference))
+    if ours != theirs:
+        raise ValueError(
+            f"reference: its logits are over {theirs:,} tokens, and the run's over {ours:,}; score "
+            "both with --keep topk"
         )

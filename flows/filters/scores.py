@@ -61,9 +61,10 @@ def kept_between(run: Run, cuts: Cuts) -> pa.RecordBatchReader:
 def min_k(run: Run, share: float = 0.2) -> pa.RecordBatchReader:
     """Min-K% and Min-K%++ at any share: `doc_id, min_k_prob, min_k_plus_plus`.
 
-    Mean of the lowest max(1, floor(share n)) log-probabilities, nats (Shi et al. 2024), and of as
-    many lowest (log p + H) / sigma (Zhang et al. 2024); `engine/metrics.py`. The scores hold both
-    at 0.2. Needs the tier `tokens`; documents that were not scored have no row.
+    Mean of the lowest max(1, floor(share n)) log-probabilities, nats (Shi et al., ICLR 2024,
+    arXiv:2310.16789), and of as many lowest (log p + H) / sigma (Zhang et al., ICLR 2025,
+    arXiv:2404.02936); `engine/metrics.py`. The scores hold both at 0.2. Needs the tier
+    `tokens`; documents that were not scored have no row.
 
     Raises:
         ValueError: for a share that is not more than 0 and at most 1, or if tokens were not kept.

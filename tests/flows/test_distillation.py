@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from collections.abc import Iterable
@@ -50,6 +51,17 @@ def run(made: Any) -> Run:
     return made["few"]
 
 
+@pytest.fixture(scope="module")
+def readers() -> Any:
+    """What measures the rate of reading."""
+    path = Path(__file__).parents[2] / "infra/benchmarks/readers.py"
+    spec = importlib.util.spec_from_file_location("readers", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def collect(examples: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Examples by document and place, each there once."""
     found: dict[str, dict[str, Any]] = {}
@@ -94,6 +106,50 @@ def test_spans_are_the_text_of_the_targets(run: Run, demo_folder: Path) -> None:
         assert b"".join(text[a:b] for a, b in ends) == text
         for i in (0, 5, len(ends) - 1):
             assert text[slice(*ends[i])].decode() == tokenizer.decode(example["target_ids"][i])
+
+
+@pytest.mark.parametrize("shuffle_buffer", [0, 3])
+@pytest.mark.parametrize("tier", ["topk", "sampled"])
+def test_pieces_are_rows_of_their_document_and_hold_no_others(
+    run: Run, tier: str, shuffle_buffer: int
+) -> None:
+    whole = {e["doc_id"]: e for e in run.distillation(tier, vocab_size=V, spans=True)}
+    pieces = run.distillation(
+        tier, vocab_size=V, spans=True, context=7, shuffle_buffer=shuffle_buffer
+    )
+    found = list(pieces)
+    assert sum(len(e["input_ids"]) for e in found) == sum(
+        len(e["input_ids"]) for e in whole.values()
+    )
+    for piece in found:
+        first, document = piece["first_row"], whole[piece["doc_id"]]
+        assert piece.keys() == document.keys()
+        for name in piece.keys() - {"doc_id", "first_row"}:
+            rows = document[name][first : first + 7]
+            assert piece[name].dtype == rows.dtype
+            assert torch.equal(piece[name], rows)
+            assert piece[name].untyped_storage().nbytes() == piece[name].nbytes
+            piece[name].zero_()  # nobody else's
+
+
+def test_ids_of_a_large_vocabulary(run: Run, readers: Any, tmp_path: Path) -> None:
+    large = readers.enlarge(run, tmp_path / "large", 150_000)
+    other = np.random.default_rng(0).permutation(150_000)
+    was = collect(run.distillation(vocab_size=V, context=7))
+    for name, example in collect(large.distillation(vocab_size=150_000, context=7)).items():
+        assert example["top_ids"].dtype == torch.int32
+        np.testing.assert_array_equal(example["top_ids"], other[was[name]["top_ids"]])
+        assert torch.equal(example["top_logprobs"], was[name]["top_logprobs"])
+
+
+def test_what_reading_costs_is_told(
+    run: Run, readers: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "_PASSES", 1)
+    cells = readers.measure(run)
+    sizes = [p["bytes"] for p in run.manifest["parts"] if p["name"].startswith("topk/")]
+    assert cells["bytes a token"] == f"{sum(sizes) / run.manifest['tokens']:.0f}"
+    assert len(cells) == 6 and all(rate.endswith(" M") for rate in list(cells.values())[1:])
 
 
 def test_draws_stand_in_rows(run: Run, demo: Pipeline) -> None:

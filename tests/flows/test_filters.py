@@ -6,6 +6,7 @@ import copy
 import inspect
 import json
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from flow_helpers import Score, write_lines
+from logitmill.engine import metrics
 from logitmill.engine.recipes import find_recipe
 from logitmill.flows import Run, filters, open_run, score_corpus
 from logitmill.flows.corpus import CorpusSpec
@@ -337,6 +339,35 @@ def with_more_tokens(run: Run, folder: Path, rows: list[int]) -> Run:
     return open_run(str(folder))
 
 
+def test_kl_of_whole_distributions_is_exact(
+    run: Run, reference: Run, lines: Path, demo_folder: Path, tmp_path: Path
+) -> None:
+    tiers: Any = ["logits"]
+    ours = score_lines(demo_folder, lines, tmp_path / "run", 1_000, tiers=tiers)
+    half = {"dtype": "bfloat16"}
+    theirs = score_lines(demo_folder, lines, tmp_path / "half", 2_500, tiers=tiers, engine=half)
+    itself = kl_to(ours, ours).read_all().to_pandas()
+    assert (itself[["kl", "max_kl"]] == 0).all().all() and len(itself) == NUM_DOCUMENTS - 1
+    exact = kl_to(ours, theirs)
+    assert exact.schema.metadata == {b"tier": b"logits"}
+    bound = kl_to(run, reference)
+    assert bound.schema.metadata == {b"tier": b"topk"}
+    found, least = (r.read_all().to_pandas().set_index("doc_id") for r in (exact, bound))
+    assert (found.num_tokens == least.num_tokens[found.index]).all()
+    # The candidates are rounded to float16.
+    assert (found.kl >= 0.99 * least.kl[found.index] - 1e-6).all()
+    for doc_id in found.index:
+        p, q = (one.logprobs(doc_id).astype(float) for one in (theirs, ours))
+        kl = (np.exp(p) * (p - q)).sum(1)
+        assert found.kl[doc_id] == pytest.approx(kl.mean(), rel=1e-4, abs=1e-7)
+        assert found.max_kl[doc_id] == pytest.approx(kl.max(), rel=1e-4, abs=1e-6)
+    other = planned(theirs, model={**theirs.plan["model"], "vocab_size": 4160})
+    with pytest.raises(ValueError, match=r"reference: its logits are over 4,160 tokens, and the"):
+        kl_to(ours, other)
+    with pytest.raises(ValueError, match=r"run: .* kept scores, logits; score it with --keep topk"):
+        kl_to(ours, reference)
+
+
 # ---- two runs that do not belong together
 
 
@@ -549,3 +580,24 @@ def test_what_cannot_be_written_again_is_named_before_scores_are_read(
     asked = ("--keep", "30:60", "--text", "--out", tmp_path / "texts")
     code, _, err = in_process(capsys, "filter", chat, *asked)
     assert code == 2 and "the corpus holds chat messages ('turns')" in err
+
+
+# ---- formulas and sources
+
+
+def test_every_filter_has_its_formula_and_source_in_code_and_guide() -> None:
+    guide = (Path(__file__).parents[2] / "infra/guides/worth-keeping.md").read_text()
+    table = guide.split("## Formulas and sources")[1]
+    told = filters.__doc__ or ""
+    for name in ("buckets", "keep", "min_k", "zlib_ratio", "ifd", "excess_loss", "kl_to"):
+        assert f"`{name}`" in table and re.search(rf"^    {name} .*\[\d", told, re.MULTILINE), name
+    sources = set(re.findall(r"arXiv:(\d+\.\d+)", told))
+    assert sources == set(re.findall(r"\[arXiv:(\d+\.\d+)\]", table)) and len(sources) == 9
+    assert all(f"(https://arxiv.org/abs/{source})" in table for source in sources)
+    # What single functions cite is of the list, and by one venue.
+    for module in (filters.cuts, metrics, filters.pairs, filters.scores):
+        text = " ".join(inspect.getsource(module).split())
+        cited = re.findall(r"(\w+ \d{4}), arXiv:(\d+\.\d+)", text)
+        assert cited, module.__name__
+        for venue, source in cited:
+            assert re.search(rf"{venue}, arXiv:{source}", told), (venue, source)
