@@ -15,6 +15,8 @@ from typing import Any
 
 from debian import libraries, unpack
 
+LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
+"""What pages are looked at on."""
 _PACKAGES = ("chromium", "fonts-dejavu-core")
 _NEEDED = r"lib(?!llvm|z3|gl1-mesa|drm-)|chromium|fontconfig-config|fonts-dejavu-core"
 _ARGUMENTS = (
@@ -81,3 +83,21 @@ def run_browser() -> Iterator[Any]:
             yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def open_page(browser: Any, path: Path, **options: Any) -> Iterator[Any]:
+    """A file as a page, which must load nothing and say nothing on the console."""
+    said: list[str] = []
+    context = browser.new_context(**{"viewport": LAPTOP, **options})
+    page = context.new_page()
+    page.set_default_timeout(5000)
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("request", lambda request: said.append(request.url))
+    page.goto(path.as_uri())
+    try:
+        yield page
+        assert said == [path.as_uri()]
+    finally:
+        context.close()

@@ -27,7 +27,8 @@ def vocabulary(
 
     A token is expected as often as its probabilities add up to. z is how far what was observed lies
     from that, in standard deviations of what would be observed if the model were right, or in
-    tokens where that is less than one.
+    tokens where that is less than one. A source marked (in part) may have more tokens among
+    `(other)`, where shards have more sources than they tell apart.
 
     The run needs its vocabulary: `logitmill score MODEL CORPUS --vocabulary`. All of the table, for
     any tool that reads Parquet: RUN/summary/vocabulary.parquet.
@@ -40,6 +41,7 @@ def vocabulary(
     """
 
     def show() -> None:
+        from ...engine.frequencies import MAX_SOURCES, OTHER
         from ..folder import endpoint_options
         from ..run import open_run
         from ..vocabulary import find_bias
@@ -54,12 +56,20 @@ def vocabulary(
         _show("expected too seldom", chosen.too_seldom)
         _show("expected too often", chosen.too_often)
         sources = [source] if source is not None else [None, *table["source"].unique().to_pylist()]
+        is_partial = False
         for name in sources:
             found = chosen if name == source else find_bias(table, name)
             label = "all sources" if name is None else name or "(no source)"
+            in_part = " (in part)" * found.partial
+            is_partial |= found.partial
             typer.echo(
-                f"{label}: {counted(found.num_tokens, 'token')}, {found.divergence:.4f} bits of "
-                "divergence from what was expected"
+                f"{label}{in_part}: {counted(found.num_tokens, 'token')}, "
+                f"{found.divergence:.4f} bits of divergence from what was expected"
+            )
+        if is_partial:
+            typer.echo(
+                f"note: where a shard has more than {MAX_SOURCES} sources, the later ones are told "
+                f"apart no longer: what is marked (in part) may have more tokens among {OTHER}"
             )
 
     or_exit(show)

@@ -13,7 +13,7 @@ from ...engine.frequencies import MAX_SOURCES
 from ..counts import OTHER
 from ..vocabulary import Usage, find_bias
 from . import charts
-from .panel import Cells, Chart, Material, Panel
+from .panel import Behind, Cells, Chart, Material, Panel
 from .wording import MAX_LABEL, NOTHING, number, show, show_piece
 
 _MAX_TOKENS, _MAX_SOURCES = 12, 20
@@ -32,12 +32,14 @@ def vocabulary_panel(material: Material) -> Panel | None:
     )
     found = find_bias(table, count=_MAX_TOKENS)
     drawn = [
-        _chart("Expected too seldom", found.too_seldom, charts.color(0)),
-        _chart("Expected too often", found.too_often, charts.color(1)),
+        _chart("Expected too seldom", found.too_seldom, charts.color(0), "num_observed"),
+        _chart("Expected too often", found.too_often, charts.color(1), "num_first_choice"),
     ]
     notes = [
         "A bar is how far the count lies from what was expected, in standard deviations of what "
-        "chance would do if the model were right. All tokens: summary/vocabulary.parquet."
+        "chance would do if the model were right. All tokens: summary/vocabulary.parquet.",
+        "Behind a bar is the query for the documents where its token was there the most, or, of "
+        "those expected too often, where it was the model's first choice the most.",
     ]
     sources = _sources(table)
     if any(label.endswith(_IN_PART) for label, *_ in sources.rows):
@@ -48,19 +50,30 @@ def vocabulary_panel(material: Material) -> Panel | None:
     return Panel("vocabulary", "Vocabulary", about, drawn, notes, [("By source", sources)])
 
 
-def _chart(title: str, usages: Sequence[Usage], color: str) -> Chart:
+def _chart(title: str, usages: Sequence[Usage], color: str, order: str) -> Chart:
     names = _name(usages)
     rows, numbers = [], []
+    behind: dict[str, Behind] = {}
     for name, usage in zip(names, usages, strict=True):
         expected = number(usage.expected, 1)
         told = f"{name}: observed {usage.observed:,}, expected {expected}"
         value = abs(usage.z)
         rows.append({"name": name, "value": value, "color": color, "label": told})
+        behind[told] = (_find_usage(usage.token_id, order),)
         ratio = number(usage.observed / usage.expected, 2) if usage.expected else NOTHING
         numbers.append((name, f"{usage.observed:,}", expected, ratio, number(usage.z, 1)))
     svg = charts.draw_bars(rows, x_title="standard deviations", x_format="~s")
     columns = ("token", "observed", "expected", "observed / expected", "deviations")
-    return Chart(title, Markup(svg), Cells(columns, numbers))
+    return Chart(title, Markup(svg), Cells(columns, numbers), behind=behind)
+
+
+def _find_usage(token_id: int, order: str) -> str:
+    """The query for the documents where a token came, or was expected first, most often."""
+    counts = ",\n".join(
+        f"  len(list_filter({column}, lambda x: x = {token_id})) AS {name}"
+        for column, name in (("token_id", "num_observed"), ("top1_id", "num_first_choice"))
+    )
+    return f"SELECT doc_id,\n{counts}\nFROM {{tokens}}\nORDER BY {order} DESC\nLIMIT 20"
 
 
 def _name(usages: Sequence[Usage]) -> list[str]:

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from logitmill.engine import metrics
+from logitmill.engine import Frequency, metrics
 from logitmill.engine.recipes import Recipe
 from logitmill.engine.records import DocumentRecord, DocumentScore, TokenRecords
 from logitmill.flows.summary import Summary
+from logitmill.flows.vocabulary import tabulate
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 
@@ -80,6 +81,10 @@ SHORT: dict[str, Any] = {"name": "rolling", "context": 128, "overlap": 1, "prefi
 """A recipe that cuts most documents into several windows."""
 
 
+PIECES = (EVIL, *(f" piece {i}" for i in range(1, 40)))
+"""A vocabulary."""
+
+
 def make_mixed(num_documents: int = 400) -> list[DocumentScore]:
     """Documents of several sources, languages and lengths, and three that failed."""
     rng = np.random.default_rng(1)
@@ -97,6 +102,8 @@ def make_mixed(num_documents: int = 400) -> list[DocumentScore]:
         score.record.num_windows = len(score.windows)
         score.record.min_k_plus_plus_20 = float(rng.normal())
         score.record.truncated = i % 50 == 7
+        score.tokens.token_id[:] = np.arange(n) * (i + 1) % len(PIECES)
+        score.tokens.top1_id[:] = np.arange(n) * (i + 2) % len(PIECES)
         made.append(score)
     for status in ("empty", "invalid_utf8", "nonfinite"):
         failed = DocumentRecord(status, source="web", language="en", status=status, error="why")
@@ -104,11 +111,19 @@ def make_mixed(num_documents: int = 400) -> list[DocumentScore]:
     return made
 
 
+def make_vocabulary(documents: list[DocumentScore]) -> pa.Table:
+    """How often each token was there, and was expected by what is made up; one source."""
+    ids = np.concatenate([d.tokens.token_id for d in documents])
+    observed = np.bincount(ids, minlength=len(PIECES))
+    expected = observed[::-1] + 0.5
+    return tabulate({"web": Frequency(expected, expected, observed)}, PIECES)
+
+
 def write_run(documents: list[DocumentScore], folder: Path) -> None:
     """The Parquet files that the page's queries read, in two shards."""
     columns = ("doc_id", "source", "language", "status", "bits_per_byte")
     columns += ("num_tokens_scored", "num_windows", "num_bytes")
-    lists = ("logprob", "rank", "entropy", "top1_logprob")
+    lists = ("token_id", "top1_id", "logprob", "rank", "entropy", "top1_logprob")
     for shard in (0, 1):
         part = documents[shard::2]
         scores = [{n: getattr(d.record, n) for n in columns} for d in part]

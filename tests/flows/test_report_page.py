@@ -5,24 +5,33 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from chromium import run_browser
+from chromium import LAPTOP, open_page, run_browser
 from debian import NoPackageError
 from logitmill.engine.records import DocumentScore
 from logitmill.flows.report import render_report
 from logitmill.flows.summary import Summary
-from report_runs import FACTS, LANGUAGES, OPERATIONS, SHORT, SOURCES, make_mixed, write_run
+from report_runs import (
+    FACTS,
+    LANGUAGES,
+    OPERATIONS,
+    SHORT,
+    SOURCES,
+    make_mixed,
+    make_vocabulary,
+    write_run,
+)
 
 pytest.importorskip("playwright", reason="Playwright's Python package is not installed")
 duckdb = pytest.importorskip("duckdb")
 
-LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 360, "height": 740}
+PHONE = {"width": 360, "height": 740}
+"""A narrow one."""
 
 
 @dataclass(frozen=True)
@@ -61,32 +70,16 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     for score in documents:
         made.add(score)
     facts = {**FACTS, "uri": str(folder), "recipe": SHORT}
-    html = render_report(made.counts(), made.outliers(), facts, OPERATIONS)
+    html = render_report(
+        made.counts(), made.outliers(), facts, OPERATIONS, make_vocabulary(documents)
+    )
     (folder / "report.html").write_text(html)
     return Report(folder / "report.html", documents)
 
 
-@contextmanager
-def opened(browser: Any, path: Path, **options: Any) -> Iterator[Any]:
-    """A page, which must load nothing and say nothing on the console."""
-    said: list[str] = []
-    context = browser.new_context(**{"viewport": LAPTOP, **options})
-    page = context.new_page()
-    page.set_default_timeout(5000)
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("request", lambda request: said.append(request.url))
-    page.goto(path.as_uri())
-    try:
-        yield page
-        assert said == [path.as_uri()]
-    finally:
-        context.close()
-
-
 @pytest.fixture
 def page(browser: Any, report: Report) -> Iterator[Any]:
-    with opened(browser, report.path) as page:
+    with open_page(browser, report.path) as page:
         yield page
 
 
@@ -269,6 +262,7 @@ def test_marks_of_every_other_chart_lead_on(page: Any, report: Report) -> None:
         "window",
         "calibration",
         "rank",
+        "vocabulary",
         "operations",
     }
     for i in range(len(names)):
@@ -307,6 +301,43 @@ def test_token_queries_find_the_tokens(report: Report) -> None:
     assert found[0][1] == int(((most.tokens.rank >= 64) & (most.tokens.rank < 128)).sum())
 
 
+def test_a_bar_of_the_vocabulary_finds_its_token(page: Any, report: Report) -> None:
+    table = make_vocabulary(list(report.documents))
+    scored = [d for d in report.documents if len(d.tokens)]
+    for chart, column, name in (
+        ("vocabulary-0", "token_id", "num_observed"),
+        ("vocabulary-1", "top1_id", "num_first_choice"),
+    ):
+        bar = page.locator(f"[data-behind={chart}] .opens").nth(1)
+        piece, counted = re.match(
+            r"(.*): observed ([\d,]+)", bar.get_attribute("aria-label")
+        ).groups()
+        bar.click()
+        rows = ask(page.locator(".behind pre").first.text_content().replace("LIMIT 20", ""))
+        token_id = table["token"].to_pylist().index(piece.replace("\u2423", " "))
+        assert rows.num_observed.sum() == int(counted.replace(",", "")) > 0
+        of = {d.record.doc_id: int((getattr(d.tokens, column) == token_id).sum()) for d in scored}
+        assert rows[name].tolist() == sorted(of.values(), reverse=True)
+        assert all(
+            of[doc_id] == found for doc_id, found in zip(rows.doc_id, rows[name], strict=True)
+        )
+
+
+def test_what_was_not_kept_is_said_behind_a_bar(browser: Any, tmp_path: Path) -> None:
+    documents = make_mixed(20)
+    made = Summary()
+    for score in documents:
+        made.add(score)
+    facts = {**FACTS, "tiers": ["scores"]}
+    vocabulary = make_vocabulary(documents)
+    html = render_report(made.counts(), made.outliers(), facts, vocabulary=vocabulary)
+    (tmp_path / "report.html").write_text(html)
+    with open_page(browser, tmp_path / "report.html") as page:
+        page.locator("[data-behind=vocabulary-0] .opens").first.click()
+        said = page.locator(".behind pre").first.text_content()
+        assert said.startswith("-- needs the tier tokens, which this run has not kept")
+
+
 def test_tokens_are_read_by_pointer_and_by_arrow_keys(page: Any) -> None:
     article = page.locator("article").first
     tokens, readout = article.locator(".tokens"), article.locator(".readout")
@@ -336,7 +367,7 @@ def test_marks_say_what_they_are_under_the_pointer(page: Any) -> None:
 
 
 def test_queries_are_copied(browser: Any, report: Report) -> None:
-    with opened(browser, report.path, permissions=["clipboard-read", "clipboard-write"]) as page:
+    with open_page(browser, report.path, permissions=["clipboard-read", "clipboard-write"]) as page:
         button = page.locator("#kept button").first
         button.click()
         page.wait_for_function("document.querySelector('#kept button').textContent !== 'Copy'")
@@ -351,7 +382,7 @@ def test_nothing_that_axe_objects_to(
 ) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     options = {"color_scheme": scheme, "viewport": viewport, "bypass_csp": True}
-    with opened(browser, report.path, **options) as page:
+    with open_page(browser, report.path, **options) as page:
         page.locator("#histogram .bar").nth(3).press("Enter")
         page.locator("details").first.evaluate("e => { e.open = true }")
         found = axe.run(page, {"exclude": [["article ~ article"]]}).response["violations"]
@@ -364,14 +395,14 @@ def test_nothing_that_axe_objects_to(
     "viewport", [PHONE, {"width": 640, "height": 400}], ids=["phone", "zoomed"]
 )
 def test_nothing_sticks_out_on_the_side(browser: Any, report: Report, viewport: Any) -> None:
-    with opened(browser, report.path, viewport=viewport, reduced_motion="reduce") as page:
+    with open_page(browser, report.path, viewport=viewport, reduced_motion="reduce") as page:
         page.locator("#histogram .bar").nth(3).press("Enter")
         assert page.evaluate("document.documentElement.scrollWidth") == viewport["width"]
         assert page.evaluate("getComputedStyle(document.documentElement).scrollBehavior") == "auto"
 
 
 def test_lines_of_commands_end_before_options(browser: Any, report: Report) -> None:
-    with opened(browser, report.path, viewport=PHONE) as page:
+    with open_page(browser, report.path, viewport=PHONE) as page:
         lines = "all => all.map(e => [e.textContent, e.getClientRects().length])"
         options = page.locator("pre .option").evaluate_all(lines)
         assert {"--keep", "--context", "--doc"} <= {name for name, _ in options}
@@ -379,7 +410,7 @@ def test_lines_of_commands_end_before_options(browser: Any, report: Report) -> N
 
 
 def test_without_script_there_are_pictures_and_tables(browser: Any, report: Report) -> None:
-    with opened(browser, report.path, java_script_enabled=False) as page:
+    with open_page(browser, report.path, java_script_enabled=False) as page:
         assert page.locator("#static-histogram svg").first.is_visible()
         assert not page.locator("#explorer").is_visible()
         assert page.get_by_role("button", name=re.compile("^code, de: ")).is_visible()
@@ -391,5 +422,5 @@ def test_no_document_is_a_page_too(browser: Any, tmp_path: Path) -> None:
     made = Summary()
     html = render_report(made.counts(), made.outliers(), {})
     (tmp_path / "report.html").write_text(html)
-    with opened(browser, tmp_path / "report.html") as page:
+    with open_page(browser, tmp_path / "report.html") as page:
         assert "Nothing to draw" in page.inner_text("#bits-per-byte")

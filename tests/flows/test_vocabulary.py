@@ -9,6 +9,7 @@ from typing import cast
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 from direct import score_directly
 from logitmill.engine import Document, Frequencies, Frequency, Pipeline
@@ -184,3 +185,19 @@ def test_the_command(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     status, _, said = in_process(capsys, "vocabulary", run.uri)
     plan.write_text(kept)
     assert status == 2 and "score it with --vocabulary" in said
+
+
+def test_the_command_tells_of_what_may_be_among_others(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, said, _ = in_process(capsys, "vocabulary", run.uri)
+    assert "in part" not in said
+    table = run.summary("vocabulary")
+    partial = pc.equal(table["source"], "two")
+    marked = table.set_column(table.column_names.index("partial"), "partial", partial)
+    monkeypatch.setattr(Run, "summary", lambda self, name: marked)
+    _, said, _ = in_process(capsys, "vocabulary", run.uri)
+    assert "one: " in said and "two (in part): " in said
+    assert "may have more tokens among (other)" in said
+    _, said, _ = in_process(capsys, "vocabulary", run.uri, "--source", "one")
+    assert "in part" not in said
