@@ -238,7 +238,7 @@ def _tell(
     if extras.num_draws:
         assert rows.keys_R is not None, "draws are decided by keys"
         more["drawn_ids"] = draw(logits_RV, rows.keys_R[part], extras.num_draws)
-    if extras.num_top:
+    if tiles is not None:
         ids, values = top_k(logits_RV, extras.num_top, tiles)
         more["top_ids"] = ids
         # The roundings of a row's own `logprob`.

@@ -205,7 +205,7 @@ def top_k(
     Args:
         logits_RV: float32, contiguous but for the distance between rows.
         k: 1 ... 256 and at most V, else ValueError.
-        tiles: those of the rows from `row_statistics`, which save a reading of them.
+        tiles: those of the rows from `row_statistics`, which save a GPU a reading of them.
 
     Returns:
         (ids int32 [R, k], values float32 [R, k]).
@@ -256,7 +256,7 @@ def log_tail_mass(
     logits_RV: torch.Tensor,
     statistics: RowStatistics,
     ids_RK: torch.Tensor,
-    tiles: Tiles | None = None,
+    tiles: Tiles,
 ) -> torch.Tensor:
     """Log of the mass of all but some entries of each row, float32 [R]; overwrites these entries.
 
@@ -272,13 +272,9 @@ def log_tail_mass(
         logits_RV: float32, contiguous but for the distance between rows; the entries at `ids_RK`
             are -inf afterwards.
         statistics: of the same rows.
-        ids_RK: int32 [R, K], the columns to leave out, each once.
-        tiles: those of the rows from `row_statistics`, which save a reading of them; of what is
-            left afterwards.
+        ids_RK: contiguous int32 [R, K], the columns to leave out, each once.
+        tiles: those of the rows from `row_statistics`; of what is left afterwards.
     """
-    if tiles is None:
-        tiles = Tiles.of(logits_RV)
-        row_statistics(logits_RV, torch.zeros_like(statistics.top1_id).long(), tiles=tiles)
     if has_triton(logits_RV):
         from .gpu import logits
 
@@ -291,7 +287,7 @@ def log_tail_mass(
             logits_RV[rows], ids_RK[rows] // TILE, Tiles(*(column[rows] for column in tiles))
         )
     rest_R = tiles.maxima_RN.amax(1)
-    total_R = (tiles.totals_RN * (tiles.maxima_RN - rest_R[:, None]).exp_()).nansum(1)
+    total_R = (tiles.totals_RN * (tiles.maxima_RN - rest_R[:, None]).exp_()).sum(1)
     # Where the rest weighs nothing its sum means nothing either.
     log_total_R = torch.where(rest_R == -torch.inf, 0.0, total_R.log_())
     return (rest_R - top_R) + (log_total_R + statistics.top1_logprob)

@@ -446,6 +446,7 @@ def _log_tail_mass(
     AGAIN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Leaves the entries out, sums their tiles up again, and then all tiles."""
     row = tl.program_id(0)
     logits += row.to(tl.int64) * row_stride
     ids += row.to(tl.int64) * k

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from logitmill.engine import pipeline
-from logitmill.kernels.logits import log_tail_mass, row_statistics, top_k
+from logitmill.kernels.logits import Tiles, log_tail_mass, row_statistics, top_k
 from logitmill.kernels.sampling import draw
 from test_gpu import MODEL, texts
 
@@ -23,12 +23,14 @@ def test_tails_of_wide_rows() -> None:
     logits *= torch.linspace(0.1, 20, 70, device="cuda")[:, None]
     exact = logits.double()
     ids, _ = top_k(logits, 20)
-    statistics = row_statistics(logits, torch.zeros(70, dtype=torch.int64, device="cuda"))
+    targets, tiles = torch.zeros(70, dtype=torch.int64, device="cuda"), Tiles.of(logits)
+    statistics = row_statistics(logits, targets, tiles=tiles)
     rest = exact.scatter(1, ids.long(), -torch.inf).logsumexp(1) - exact.logsumexp(1)
-    found = log_tail_mass(logits.clone(), statistics, ids)
+    found = log_tail_mass(logits.clone(), statistics, ids, tiles)
     torch.testing.assert_close(found.double(), rest, rtol=2e-6, atol=5e-6)
-    alone = row_statistics(logits[9:10], torch.zeros(1, dtype=torch.int64, device="cuda"))
-    assert torch.equal(log_tail_mass(logits[9:10].clone(), alone, ids[9:10]), found[9:10])
+    tiles = Tiles.of(logits[9:10])
+    alone = row_statistics(logits[9:10], targets[:1], tiles=tiles)
+    assert torch.equal(log_tail_mass(logits[9:10].clone(), alone, ids[9:10], tiles), found[9:10])
 
 
 def test_draws_do_not_depend_on_other_rows() -> None:

@@ -12,12 +12,11 @@ from logitmill.kernels.logits import Tiles, log_tail_mass, row_statistics, top_k
 from oracles import zipf
 
 
-@pytest.fixture(params=["torch", "torch, tiles given", "kernel", "kernel, tiles given"])
+@pytest.fixture(params=["torch", "kernel"])
 def run(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytest.MonkeyPatch):  # type: ignore[no-untyped-def]
     """(logits, k) -> log of the mass of all but the k likeliest; rows of a wider tensor of NaN."""
-    with_kernel = request.param.startswith("kernel")
-    where = device if with_kernel else torch.device("cpu")
-    if with_kernel:
+    where = torch.device("cpu") if request.param == "torch" else device
+    if request.param == "kernel":
         monkeypatch.setattr(torch_logits, "has_triton", lambda x: True)
 
     def run(logits: np.ndarray, k: int) -> np.ndarray:
@@ -25,7 +24,7 @@ def run(request: pytest.FixtureRequest, device: torch.device, monkeypatch: pytes
         wide = torch.full((num_rows, num_columns + 5), torch.nan, device=where)
         rows = wide[:, :num_columns].copy_(torch.from_numpy(logits.astype(np.float32)))
         targets = torch.zeros(num_rows, dtype=torch.int64, device=where)
-        tiles = Tiles.of(rows) if request.param.endswith("given") else None
+        tiles = Tiles.of(rows)
         statistics = row_statistics(rows, targets, tiles=tiles)
         ids, _ = top_k(rows, k, tiles)
         return log_tail_mass(rows, statistics, ids, tiles).cpu().numpy()
