@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -10,10 +12,11 @@ from typing import cast
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 from direct import score_directly
 from logitmill.engine import Document, Frequencies, Frequency, Pipeline
-from logitmill.flows import Run, vocabulary
+from logitmill.flows import Run, open_run, vocabulary
 from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.publish import read_table, read_tables
 from logitmill.flows.report.panel import Material
@@ -64,6 +67,25 @@ def test_a_run_with_its_vocabulary_is_verified(run: Run) -> None:
     found = [str(f) for f in verify_run(run, sample=0)]
     part.with_suffix(".gone").rename(part)
     assert any(part.name in line for line in found)
+
+
+def test_a_table_of_fewer_columns_is_verified_by_those(run: Run, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run.uri, tmp_path / "copy"))
+    stored = copy / "summary/vocabulary.parquet"
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (part,) = (p for p in manifest["summaries"] if p["name"] == "summary/vocabulary.parquet")
+
+    def store(table: pa.Table) -> list[str]:
+        pq.write_table(table, stored)
+        part["bytes"] = stored.stat().st_size
+        part["sha256"] = hashlib.sha256(stored.read_bytes()).hexdigest()
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        return [str(finding) for finding in verify_run(open_run(str(copy)), sample=0)]
+
+    table = pq.read_table(stored).drop_columns(["partial"])
+    assert store(table) == []
+    (found,) = store(table.slice(1))
+    assert "not what the tables of the shards add up to" in found
 
 
 def test_it_is_in_the_key_where_it_is_made(corpus: Path, demo_folder: Path, tmp_path: Path) -> None:
