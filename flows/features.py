@@ -7,16 +7,16 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from .distributions import read_draws, read_top_k
-from .folder import StoreError
+from .folder import Folder, StoreError
 from .parts import BLOBS, LOGITS_DTYPES
 from .rows import read_states
+from .scratch import sweep
 
 if TYPE_CHECKING:
     from .run import Run
@@ -79,17 +79,14 @@ def write_lists(run: Run, tier: str, columns: Sequence[str] | None) -> Path:
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    # Others may be making it, too: it is there at once and whole.
-    with NamedTemporaryFile(dir=folder, suffix=".part", delete=False) as file:
-        try:
-            with pa.ipc.new_stream(file, schema) as writer:
-                for batch in _batches(run, tier, schema):
-                    writer.write_batch(batch)
-            file.close()
-            os.replace(file.name, path)
-        except BaseException:
-            os.unlink(file.name)
-            raise
+    sweep(folder)
+    with Folder(str(folder)).scratch() as scratch:
+        made = scratch / path.name
+        with open(made, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+            for batch in _batches(run, tier, schema):
+                writer.write_batch(batch)
+        # Others may be making it, too: it is there at once and whole.
+        os.replace(made, path)
     return path
 
 

@@ -147,9 +147,8 @@ class _Cluster:
             "job": self._job,
             "shard": shard,
             "topic": self._topic,
-            "num_begun": self._begun[shard.index],
+            "num_begun": self._begin_attempt(shard.index),
         }
-        self._note_attempt(shard.index, self._begun[shard.index] + 1)
         future = self._runner.submit(shards.score_shard, parameters)
         self._flying[future.wrapped_future.key] = future, shard.index
         return future
@@ -220,7 +219,8 @@ class _Cluster:
     def _hear(self, event: tuple[float, Any]) -> None:
         """A worker says how far it is with its shards."""
         said = event[1]
-        self._note_attempt(said["shard"], said["attempt"])
+        with self._noting:
+            self._note_attempt(said["shard"], said["attempt"])
         # The last word of a task may come after its result.
         if all(shard != said["shard"] for _, shard in list(self._flying.values())):
             return
@@ -228,13 +228,19 @@ class _Cluster:
         if is_news or said["is_loading"]:
             self._moved[said["worker"]] = time.monotonic()
 
-    def _note_attempt(self, shard: int, number: int) -> None:
-        """An attempt at a shard has begun, which may be known, or is about to."""
+    def _begin_attempt(self, shard: int) -> int:
+        """Note that an attempt at a shard is about to begin; how many were begun before."""
         with self._noting:
             begun = self._begun[shard]
-            if number > begun:
-                self._begun[shard] = number
-                metrics.record_retries(number - max(begun, 1))
+            self._note_attempt(shard, begun + 1)
+            return begun
+
+    def _note_attempt(self, shard: int, number: int) -> None:
+        """An attempt at a shard has begun, which may be known; for who holds the lock."""
+        begun = self._begun[shard]
+        if number > begun:
+            self._begun[shard] = number
+            metrics.record_retries(number - max(begun, 1))
 
     @contextmanager
     def _plain_errors(self) -> Iterator[None]:

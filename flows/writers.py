@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,7 +75,7 @@ class Writers:
         if most is not None and self._job.recipe.concatenate:
             documents = join_stream(documents)
         for document in documents:
-            if most is not None and _most_tokens(document) > most:
+            if most is not None and _may_exceed(document, most):
                 num_tokens = self._count_scored(document)
                 for writer in writers:
                     writer.check(document.doc_id, num_tokens)
@@ -82,22 +83,28 @@ class Writers:
 
     def _count_scored(self, document: Document) -> int:
         """Tokens that are scored of a document, 0 of one that cannot be."""
+        return sum(len(item.tokens) for item in self._intake.take([document]))
+
+    @cached_property
+    def _intake(self) -> Intake:
         job = self._job
         folder = find_model(
             job.model, storage_options=dict(job.model_options), headers_only=job.is_elsewhere
         )
         tokenizer = Tokenizer.load(folder, trust_remote_code=job.engine.trust_remote_code)
-        intake = Intake(job.recipe, tokenizer, self._vocab_size)
-        return sum(len(item.tokens) for item in intake.take([document]))
+        return Intake(job.recipe, tokenizer, self._vocab_size)
 
 
-def _most_tokens(document: Document) -> int:
-    """No fewer than a document has, by the bytes that its characters take at most.
+def _may_exceed(document: Document, most: int) -> bool:
+    """Whether a document may have more tokens than `most`, as it has more bytes.
 
     A chat's template and a tokenizer that rewrites text may make a few more of it: what slips
     through is refused when it is written.
     """
     if document.input_ids is not None:
-        return len(document.input_ids)
+        return len(document.input_ids) > most
     texts = (document.text or "", document.context or "", str(document.messages or ""))
-    return 4 * sum(map(len, texts))
+    # Most are short enough whatever their characters take.
+    if 4 * sum(map(len, texts)) <= most:
+        return False
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts) > most

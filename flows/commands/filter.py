@@ -161,10 +161,10 @@ def _show(cuts: Cuts, kept: Kept) -> None:
             f" shares of {start:g} to {end:g} are --keep={100 * start:g}:{100 * end:g}"
         )
     elif not kept.total.kept_documents:
-        single = ", or --by=none for a single group" if cuts.by is not None else ""
+        single = ", or --by=none for a single group" if len(kept.groups) > 1 else ""
         typer.echo(
-            f"note: --keep={start:g}:{end:g} keeps nothing, groups are too small; give percentiles "
-            f"further apart{single}"
+            f"note: --keep={start:g}:{end:g} keeps nothing, groups are too small or their scores "
+            f"equal; give percentiles further apart{single}"
         )
 
 

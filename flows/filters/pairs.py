@@ -195,7 +195,12 @@ def _exact_divergences(schema: pa.Schema, run: Run, reference: Run) -> Iterator[
     with Chunks(reference) as base, Chunks(run) as other:
         for ours, theirs in _pair_documents(run, reference):
             _refuse_others(ours["doc_id"], _same(ours, theirs))
-            for doc_id in ours["doc_id"].to_pylist():
+            ids = ours["doc_id"].to_pylist()
+            _refuse_others(
+                ours["doc_id"],
+                np.array([base.num_rows(i) == other.num_rows(i) for i in ids], bool),
+            )
+            for doc_id in ids:
                 found = diverge_rows(base.read(doc_id), other.read(doc_id))
                 kl = np.concatenate([apart.kl_T for apart in found])
                 yield batch(schema, pa.array([doc_id]), [kl.mean()], [kl.max()], [len(kl)])

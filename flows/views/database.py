@@ -6,7 +6,8 @@ file is a question, and begins with it. Views read what is there when they are a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,23 +148,27 @@ def _add_tables(db: duckdb.DuckDBPyConnection, catalog: Catalog, namespace: str)
         within = () if name in PARTS else PARTITION
         # A run that is not in `runs` yet is not in all tables.
         known = "" if name == "runs" else "WHERE f.run_key IN (SELECT run_key FROM runs)"
-        _find_files(db, name, paths)
-        db.execute(
-            f"CREATE VIEW {name} AS SELECT f.model, f.corpus, DATE '1970-01-01' + f.days AS date, "
-            f"f.run_key, t.* EXCLUDE ({', '.join(['filename', *within])}) "
-            f"FROM read_parquet([{paths}], union_by_name = true, filename = true) AS t "
-            f"JOIN files_of_{name} AS f ON t.filename = f.path {known}"
-        )
+        with _gone_files(name):
+            db.execute(
+                f"CREATE VIEW {name} AS SELECT f.model, f.corpus, "
+                f"DATE '1970-01-01' + f.days AS date, f.run_key, "
+                f"t.* EXCLUDE ({', '.join(['filename', *within])}) "
+                f"FROM read_parquet([{paths}], union_by_name = true, filename = true) AS t "
+                f"JOIN files_of_{name} AS f ON t.filename = f.path {known}"
+            )
 
 
-def _find_files(db: duckdb.DuckDBPyConnection, name: str, paths: str) -> None:
+@contextmanager
+def _gone_files(name: str) -> Iterator[None]:
     """StoreError for a data file that is where the table has it no more."""
     import duckdb
 
     try:
-        db.execute(f"SELECT 1 FROM read_parquet([{paths}], union_by_name = true) LIMIT 0")
+        yield
     except duckdb.IOException as error:
         said = str(error).splitlines()[0]
+        if "No files found" not in said:
+            raise
         raise StoreError(
             f"catalog: a file of {name} is gone ({said}); withdraw its run by the URI that it had, "
             "or put it back"

@@ -543,8 +543,8 @@ def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
     for keeps, note in (
         ("0.3:0.6", "note: percentiles go to 100, so --keep=0.3:0.6 is at most one in a hundred; "
                     "shares of 0.3 to 0.6 are --keep=30:60"),
-        ("1.1:1.2", "note: --keep=1.1:1.2 keeps nothing, groups are too small; give percentiles "
-                    "further apart, or --by=none for a single group"),
+        ("1.1:1.2", "note: --keep=1.1:1.2 keeps nothing, groups are too small or their scores "
+                    "equal; give percentiles further apart, or --by=none for a single group"),
     ):  # fmt: skip
         code, said, _ = in_process(capsys, "filter", run.uri, "--keep", keeps)
         assert code == 0 and said.splitlines()[-1] == note
