@@ -130,6 +130,11 @@ def read_draws(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+def spread_draws(arrays: Mapping[str, np.ndarray], num_draws: int) -> np.ndarray:
+    """Every draw of each row, int32 [n, num_draws], ascending, from what `read_draws` gives."""
+    return np.repeat(arrays["ids"], arrays["counts"]).reshape(-1, num_draws)
+
+
 def _read_own(row: Mapping[str, Any], *names: str) -> dict[str, np.ndarray]:
     """What is told of the tokens themselves, as far as it was read."""
     names = (*names, "token_id", "logprob", "byte_start", "byte_end")

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from .distributions import read_draws, read_top_k
+from .distributions import read_draws, read_top_k, spread_draws
 from .folder import StoreError
 from .parts import BLOBS, LOGITS_DTYPES, PartFile
 from .rows import read_states
@@ -107,9 +107,9 @@ class Reader:
         else:
             arrays = read_draws(row)
             self._check_ids(doc_id, arrays["ids"])
-            ids = np.repeat(arrays.pop("ids"), arrays.pop("counts"))
-            del arrays["num_ids"]
-            arrays["sample_ids"] = ids.reshape(-1, self.run.plan["num_draws"])
+            arrays["sample_ids"] = spread_draws(arrays, self.run.plan["num_draws"])
+            for name in ("ids", "counts", "num_ids"):
+                del arrays[name]
         token_id = arrays.pop("token_id")
         example = {
             "doc_id": doc_id,

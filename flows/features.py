@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from .distributions import read_draws, read_top_k
+from .distributions import read_draws, read_top_k, spread_draws
 from .folder import Folder, StoreError
 from .parts import BLOBS, LOGITS_DTYPES
 from .rows import read_states
@@ -122,8 +122,7 @@ def _reader(run: Run, tier: str) -> Callable[[dict[str, Any]], dict[str, np.ndar
 
 def _read_samples(row: dict[str, Any], num_draws: int) -> dict[str, np.ndarray]:
     arrays = read_draws(row)
-    ids = np.repeat(arrays.pop("ids"), arrays.pop("counts"))
-    return {**arrays, "sample_ids": ids.reshape(-1, num_draws)}
+    return {**arrays, "sample_ids": spread_draws(arrays, num_draws)}
 
 
 def _column(field: pa.Field, values: Sequence[Any]) -> pa.Array:

@@ -415,8 +415,9 @@ def _check_columns(columns: Sequence[str] | None, there: Sequence[str]) -> None:
     """StoreError for a column that is not there: Parquet's reader would leave it out."""
     if isinstance(columns, str):
         raise StoreError(f"columns: {columns!r} is text; give a list, [{columns!r}]")
-    for i, column in enumerate(columns or ()):
+    given = list(columns or ())
+    for i, column in enumerate(given):
         if column not in there:
             raise StoreError(f"columns: {column!r} is not one of {', '.join(there)}")
-        if columns and column in columns[:i]:
+        if column in given[:i]:
             raise StoreError(f"columns: {column!r} is named twice; name it once")

@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from debian import libraries, unpack
+import pytest
+from debian import NoPackageError, libraries, unpack
 
 LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 """What pages are looked at on."""
@@ -86,6 +87,17 @@ def run_browser() -> Iterator[Any]:
 
 
 @contextmanager
+def need_browser() -> Iterator[Any]:
+    """`run_browser` for tests, which are skipped where there is no Chromium."""
+    with ExitStack() as stack:
+        try:
+            browser = stack.enter_context(run_browser())
+        except NoPackageError as error:
+            pytest.skip(str(error))
+        yield browser
+
+
+@contextmanager
 def open_page(browser: Any, path: Path, **options: Any) -> Iterator[Any]:
     """A file as a page, which must load nothing and say nothing on the console."""
     said: list[str] = []
@@ -101,3 +113,17 @@ def open_page(browser: Any, path: Path, **options: Any) -> Iterator[Any]:
         assert said == [path.as_uri()]
     finally:
         context.close()
+
+
+def read_fifth_token(page: Any) -> tuple[Any, Any]:
+    """Go to the fourth token of the first document by pointer, and on by arrow key.
+
+    Returns where its tokens are, and where the page tells of the one that is read.
+    """
+    article = page.locator("article").first
+    tokens, readout = article.locator(".tokens"), article.locator(".readout")
+    tokens.locator("span").nth(3).click()
+    assert readout.inner_text().startswith("Token 4 ")
+    tokens.focus()
+    page.keyboard.press("ArrowRight")
+    return tokens, readout

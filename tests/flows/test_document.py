@@ -16,8 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chromium import run_browser
-from debian import NoPackageError
+from chromium import need_browser
 from flow_helpers import write_lines
 from logitmill.engine.recipes import find_recipe
 from logitmill.flows import Run, open_run, score_corpus
@@ -412,11 +411,8 @@ def test_text_that_was_not_scored_is_marked(run: Run) -> None:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    try:
-        with run_browser() as opened:
-            yield opened
-    except NoPackageError as error:
-        pytest.skip(str(error))
+    with need_browser() as opened:
+        yield opened
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
