@@ -104,15 +104,14 @@ class SampledWriter(ArraysWriter):
 
 
 def read_top_k(row: Mapping[str, Any], top_k: int) -> dict[str, np.ndarray]:
-    """The arrays of a row of the tier `topk`, by their names there; ids as one.
+    """The arrays of a row of the tier `topk`.
 
     `top_ids` int32 and `top_logprobs` float16 are [n, k], `log_tail_mass`, `token_id`, `logprob`,
-    `byte_start` and `byte_end` [n], as far as the row has these columns. What needs no joining is a
-    view of the row's bytes.
+    `byte_start` and `byte_end` [n], as far as the row has these columns, views of the row's bytes.
     """
     return {
-        "top_ids": _join(row, "top_id").reshape(-1, top_k),
-        "top_logprobs": _unpack("top_logprob", row["top_logprob"]).reshape(-1, top_k),
+        "top_ids": join_bytes(row, "top_id", "<i4").reshape(-1, top_k),
+        "top_logprobs": join_bytes(row, "top_logprob", "<u2").view("<f2").reshape(-1, top_k),
         **_read_own(row, "log_tail_mass"),
     }
 
@@ -124,7 +123,7 @@ def read_draws(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
     `token_id`, `logprob`, `byte_start` and `byte_end` are [n].
     """
     return {
-        "ids": _join(row, "id"),
+        "ids": join_bytes(row, "id", "<i4"),
         "counts": _unpack("count", row["count"]),
         **_read_own(row, "num_ids"),
     }
@@ -135,6 +134,16 @@ def spread_draws(arrays: Mapping[str, np.ndarray], num_draws: int) -> np.ndarray
     return np.repeat(arrays["ids"], arrays["counts"]).reshape(-1, num_draws)
 
 
+def join_bytes(row: Mapping[str, Any], name: str, dtype: str) -> np.ndarray:
+    """Whole numbers of columns that hold a byte of each: `name_0`, the lowest, `name_1`, ..."""
+    planes = [_unpack(column, row[column]) for i in range(3) if (column := f"{name}_{i}") in row]
+    joined = planes.pop().astype(dtype)
+    while planes:
+        joined <<= 8
+        joined |= planes.pop()
+    return joined
+
+
 def _read_own(row: Mapping[str, Any], *names: str) -> dict[str, np.ndarray]:
     """What is told of the tokens themselves, as far as it was read."""
     names = (*names, "token_id", "logprob", "byte_start", "byte_end")
@@ -143,21 +152,21 @@ def _read_own(row: Mapping[str, Any], *names: str) -> dict[str, np.ndarray]:
 
 def _top_k_columns(scores: Sequence[DocumentScore]) -> dict[str, Any]:
     columns = _own_columns(scores)
-    low, high = _split([_need(s.tokens.top_ids) for s in scores])
-    columns |= {"top_id_low": low, "top_id_high": high}
-    for name, field in (("top_logprob", "top_logprobs"), ("log_tail_mass", "log_tail_mass")):
-        columns[name] = [_pack(name, _need(getattr(s.tokens, field))) for s in scores]
-    return columns
+    tail = [_pack("log_tail_mass", _need(s.tokens.log_tail_mass)) for s in scores]
+    return {
+        **columns,
+        **_split("top_id", 3, [_need(s.tokens.top_ids) for s in scores]),
+        **_split("top_logprob", 2, [_to_half(_need(s.tokens.top_logprobs)) for s in scores]),
+        "log_tail_mass": tail,
+    }
 
 
 def _draws_columns(scores: Sequence[DocumentScore]) -> dict[str, Any]:
     counted = [_count(_need(s.tokens.drawn_ids)) for s in scores]
-    low, high = _split([ids for _, ids, _ in counted])
     return {
         **_own_columns(scores),
         "num_ids": [_pack("num_ids", number) for number, _, _ in counted],
-        "id_low": low,
-        "id_high": high,
+        **_split("id", 3, [ids for _, ids, _ in counted]),
         "count": [_pack("count", count) for _, _, count in counted],
     }
 
@@ -167,7 +176,7 @@ COLUMNS: dict[str, Callable[[Sequence[DocumentScore]], dict[str, Any]]] = {
     "sampled": _draws_columns,
 }
 """What the tiers' columns are, of documents: a list with one value a document each, arrays as
-bytes. High parts of ids are among them even where the schema leaves them out."""
+bytes. High bytes of ids are among them even where the schema leaves them out."""
 
 
 def _own_columns(scores: Sequence[DocumentScore]) -> dict[str, Any]:
@@ -183,27 +192,31 @@ def _own_columns(scores: Sequence[DocumentScore]) -> dict[str, Any]:
 
 
 def _pack(name: str, values: np.ndarray) -> bytes:
-    with np.errstate(over="ignore"):
-        # What is less likely than e^-65504 is impossible in float16.
-        packed = values.astype(BLOBS[name])
+    packed = values.astype(BLOBS[name])
     assert packed.dtype.kind == "f" or (packed == values).all(), f"{name} does not fit"
     return packed.tobytes()
+
+
+def _to_half(values: np.ndarray) -> np.ndarray:
+    """The bits of the numbers in float16."""
+    with np.errstate(over="ignore"):
+        # What is less likely than e^-65504 is impossible in float16.
+        return values.astype(np.float16).view(np.uint16)
 
 
 def _unpack(name: str, blob: Any) -> np.ndarray:
     return np.frombuffer(blob, BLOBS[name])
 
 
-def _split(ids: Sequence[np.ndarray]) -> tuple[list[bytes], list[bytes]]:
-    low = [(one & 0xFFFF).astype("<u2").tobytes() for one in ids]
-    return low, [(one >> 16).astype("u1").tobytes() for one in ids]
+def _split(name: str, count: int, arrays: Sequence[np.ndarray]) -> dict[str, list[bytes]]:
+    """So many bytes of whole numbers by themselves, the lowest first: they are unlike each other.
 
-
-def _join(row: Mapping[str, Any], name: str) -> np.ndarray:
-    ids = _unpack(f"{name}_low", row[f"{name}_low"]).astype(np.int32)
-    if f"{name}_high" in row:
-        ids += _unpack(f"{name}_high", row[f"{name}_high"]).astype(np.int32) << 16
-    return ids
+    Low ones are random and high ones alike, and of these alone there is something to compress.
+    """
+    return {
+        f"{name}_{i}": [(one >> 8 * i).astype(np.uint8).tobytes() for one in arrays]
+        for i in range(count)
+    }
 
 
 def _count(drawn_NM: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -57,7 +57,7 @@ _STATED_TOKEN = 0.65 * sum(dtype.itemsize for dtype in TOKEN_DTYPES.values())
 # Tiers whose size goes by the scored tokens, whatever the model.
 _BY_TOKEN = ("tokens", "topk", "sampled")
 # Of a candidate (k of a token) and of a draw, and what each token takes besides.
-_STATED_CANDIDATE, _STATED_DRAW, _STATED_BESIDE = 3.1, 0.8, 12.6
+_STATED_CANDIDATE, _STATED_DRAW, _STATED_BESIDE = 2.8, 0.8, 12.6
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .run import Run
 
 # Of these a token has as many as `num_ids` says.
-_PAIRS = ("id_low", "id_high", "count")
+_PAIRS = ("id_0", "id_1", "id_2", "count")
 
 Example = dict[str, Any]
 """`doc_id`, `first_row` and tensors that have a row for each input."""

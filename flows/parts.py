@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +64,18 @@ _HIGH = 1 << 16
 TOPK = pa.schema(
     [
         *_OF_EVERY_TOKEN,
-        ("top_id_low", pa.binary()),
-        ("top_id_high", pa.binary()),
-        ("top_logprob", pa.binary()),
+        ("top_id_0", pa.binary()),
+        ("top_id_1", pa.binary()),
+        ("top_id_2", pa.binary()),
+        ("top_logprob_0", pa.binary()),
+        ("top_logprob_1", pa.binary()),
         ("log_tail_mass", pa.binary()),
     ]
 )
 """One row a scored document of n tokens, arrays as little-endian bytes (`BLOBS`). `token_id`,
 `byte_start`, `byte_end` and `logprob` [n] are those of the token records; the likeliest k tokens of
-each row are `top_id_low` + 65,536 `top_id_high` [n, k], and `top_logprob` [n, k], descending;
+each row are ids of 24 bits and their log-probabilities in float16 [n, k], descending: `top_id_0`,
+`top_id_1`, `top_id_2` and `top_logprob_0`, `top_logprob_1` hold their bytes, the lowest first;
 `log_tail_mass` [n] is the log of what all others weigh, -inf if k is the whole vocabulary. Row i is
 the distribution of what follows the token i - 1, row 0 of what follows `first_input`: the prefix,
 or without one the document's first token. k and the vocabulary are in the file's metadata."""
@@ -81,14 +84,16 @@ SAMPLED = pa.schema(
     [
         *_OF_EVERY_TOKEN,
         ("num_ids", pa.binary()),
-        ("id_low", pa.binary()),
-        ("id_high", pa.binary()),
+        ("id_0", pa.binary()),
+        ("id_1", pa.binary()),
+        ("id_2", pa.binary()),
         ("count", pa.binary()),
     ]
 )
 """As `TOPK`, with tokens that were drawn from each row's distribution, m of them with replacement:
-`num_ids` [n] distinct ones a row, end to end `id_low` + 65,536 `id_high`, ascending in a row, and
-how many draws each has, `count`. count / m is an unbiased estimate of a token's probability."""
+`num_ids` [n] distinct ones a row, end to end `id_0` + 256 `id_1` + 65,536 `id_2`, ascending in a
+row, and how many draws each has, `count`. count / m is an unbiased estimate of a token's
+probability."""
 
 LOGITS = pa.schema(
     [
@@ -130,16 +135,23 @@ BLOBS: dict[str, np.dtype] = {
     "byte_start": np.dtype("<u4"),
     "byte_end": np.dtype("<u4"),
     "logprob": np.dtype("<f4"),
-    "top_id_low": np.dtype("<u2"),
-    "top_id_high": np.dtype("u1"),
-    "top_logprob": np.dtype("<f2"),
+    "top_id_0": np.dtype("u1"),
+    "top_id_1": np.dtype("u1"),
+    "top_id_2": np.dtype("u1"),
+    "top_logprob_0": np.dtype("u1"),
+    "top_logprob_1": np.dtype("u1"),
     "log_tail_mass": np.dtype("<f4"),
     "num_ids": np.dtype("u1"),
-    "id_low": np.dtype("<u2"),
-    "id_high": np.dtype("u1"),
+    "id_0": np.dtype("u1"),
+    "id_1": np.dtype("u1"),
+    "id_2": np.dtype("u1"),
     "count": np.dtype("u1"),
 }
 """What the bytes of a document's arrays are, in `TOPK` and `SAMPLED`."""
+
+# Bytes as good as random: to compress them saves a few percent and takes most of a reader's time.
+_NOISE = ("top_id_0", "top_logprob_0", "id_0")
+_NOISE_IF_HIGH = ("top_id_1", "id_1")
 
 
 class PartFile(pq.ParquetFile):
@@ -168,11 +180,11 @@ class PartFile(pq.ParquetFile):
 
 
 def schema_of(tier: str, vocab_size: int) -> pa.Schema:
-    """The columns of a tier for a vocabulary: without the high parts of ids where all are 0."""
+    """The columns of a tier for a vocabulary: without the high bytes of ids where all are 0."""
     schema = SCHEMAS[tier]
     if vocab_size > _HIGH:
         return schema
-    return pa.schema([field for field in schema if not field.name.endswith("id_high")])
+    return pa.schema([field for field in schema if not field.name.endswith("id_2")])
 
 
 def rows_of(parquet: PartFile, doc_id: str) -> Iterator[pa.Table]:
@@ -200,11 +212,15 @@ class PartWriter:
         ]
         # Dictionaries pay for the repeated strings of document rows, not for floats or blobs.
         strings = [field.name for field in schema if pa.types.is_string(field.type)]
+        noise = _noise(kinds)
+        # Codecs by column are asked for by the columns' leaves, which those of lists have below.
+        codecs = {name: "none" if name in noise else "zstd" for name in kinds} if noise else "zstd"
+        levels = {name: 3 for name in kinds if name not in noise} if noise else 3
         self._writer = pq.ParquetWriter(
             path,
             self._schema,
-            compression="zstd",
-            compression_level=3,
+            compression=codecs,
+            compression_level=levels,
             use_dictionary=strings,
             write_statistics=[name for name in schema.names if name not in blobs],
         )
@@ -217,6 +233,13 @@ class PartWriter:
     def close(self) -> None:
         """Finish the file."""
         self._writer.close()
+
+
+def _noise(names: Collection[str]) -> list[str]:
+    """Columns that are not worth compressing: all bytes of numbers but the highest."""
+    has_high = any(name.endswith("id_2") for name in names)
+    noise = _NOISE + _NOISE_IF_HIGH * has_high
+    return [name for name in names if name in noise]
 
 
 class ScoresWriter:

@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ...engine.pipeline import EngineSettings
-from ..parts import LOGITS_DTYPES, PartFile
+from ..parts import LOGITS_DTYPES, PartFile, schema_of
 from ..run import Run
 from .divergences import Candidates, Divergences, diverge, diverge_coarsely
 from .documents import COLUMNS, same_text
-from .flat import join_ids, unpack
+from .flat import join_column, unpack
 from .pairing import OnProgress, Stream, pair, part_names
 from .sums import EXACT_VALUES, Grouped, Spread, Spreads
 from .tokens import Estimate, NotComparable, binomial
@@ -157,18 +157,18 @@ def _pair_topk(base: Run, other: Run, on_progress: OnProgress) -> _Pairs:
 
 def open_topk(run: Run, *, labels: bool = False) -> Stream:
     """What candidates are made of: the columns of the tier `topk` that a run has."""
-    columns = ["token_id", "top_id_low", "top_id_high", "top_logprob", "log_tail_mass"]
-    if run.plan["model"]["vocab_size"] <= 1 << 16:
-        columns.remove("top_id_high")
-    return Stream(run, BOUND, columns, labels)
+    names = schema_of(BOUND, run.plan["model"]["vocab_size"]).names
+    columns = [name for name in names if name.startswith("top_")]
+    return Stream(run, BOUND, ["token_id", *columns, "log_tail_mass"], labels)
 
 
 def read_candidates(table: pa.Table) -> Candidates:
     """The candidates of rows of the tier `topk`, the tokens of one document after another's."""
     log_tail = unpack(table["log_tail_mass"], "<f4")
     shape = (len(log_tail), -1) if len(log_tail) else (0, 0)
-    ids = join_ids(table).reshape(shape)
-    return Candidates(ids, unpack(table["top_logprob"], "<f2").reshape(shape), log_tail)
+    ids = join_column(table, "top_id", "<i4").reshape(shape)
+    logprobs = join_column(table, "top_logprob", "<u2").view("<f2").reshape(shape)
+    return Candidates(ids, logprobs, log_tail)
 
 
 # ---- all of the vocabulary -------------------------------------------------------------------

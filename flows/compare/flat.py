@@ -8,12 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from ..distributions import join_bytes
+from ..parts import schema_of
 from ..run import Run
 from .pairing import Stream
 
 _TIERS = {
     "tokens": ("token_id", "logprob", "top1_id"),
-    "topk": ("token_id", "logprob", "top_id_low", "top_id_high"),
+    "topk": ("token_id", "logprob", "top_id_0", "top_id_1", "top_id_2"),
 }
 
 
@@ -26,10 +28,8 @@ def stream(run: Run, *, labels: bool) -> Stream:
     """The columns that `Flat` takes; with `labels` also source and language."""
     tier = find_tier(run)
     assert tier is not None
-    columns = list(_TIERS[tier])
-    if tier == "topk" and run.plan["model"]["vocab_size"] <= 1 << 16:
-        columns.remove("top_id_high")
-    return Stream(run, tier, columns, labels)
+    there = schema_of(tier, run.plan["model"]["vocab_size"]).names
+    return Stream(run, tier, [name for name in _TIERS[tier] if name in there], labels)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Flat:
             return cls(pc.list_value_length(lists).to_numpy(), *flat)
         token_id, logprob = unpack(table["token_id"], "<i4"), unpack(table["logprob"], "<f4")
         lengths = pc.binary_length(table["token_id"]).to_numpy() // 4
-        top_ids = join_ids(table)
+        top_ids = join_column(table, "top_id", "<i4")
         # The likeliest of each row comes first.
         top1 = top_ids.reshape(len(token_id), -1)[:, 0] if len(token_id) else top_ids
         return cls(lengths, token_id, logprob, top1)
@@ -66,12 +66,10 @@ def unpack(blobs: pa.ChunkedArray, dtype: str) -> np.ndarray:
     return np.frombuffer(b"".join(blobs.to_pylist()), dtype)
 
 
-def join_ids(table: pa.Table) -> np.ndarray:
-    """Ids of the kept candidates, one after another; of large vocabularies their high bits too."""
-    ids = unpack(table["top_id_low"], "<u2").astype(np.int32)
-    if "top_id_high" in table.column_names:
-        ids |= unpack(table["top_id_high"], "u1").astype(np.int32) << 16
-    return ids
+def join_column(table: pa.Table, name: str, dtype: str) -> np.ndarray:
+    """Numbers of blobs that hold a byte of each, as `join_bytes` joins them, one after another."""
+    names = [column for column in table.column_names if column.startswith(f"{name}_")]
+    return join_bytes({column: unpack(table[column], "u1") for column in names}, name, dtype)
 
 
 def are_same(ours: Flat, theirs: Flat) -> np.ndarray:

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from logitmill.flows import Run, open_run, score_corpus
+from logitmill.flows.distributions import join_bytes
 from logitmill.flows.parts import PartFile, PartWriter, schema_of
 
 MODEL = Path(__file__).resolve().parents[1] / "demo/model"
@@ -131,9 +132,10 @@ def respell(file: PartFile, path: Path, other: np.ndarray) -> None:
     writer = PartWriter(path, schema_of("topk", len(other)), metadata)
     for group in range(file.num_row_groups):
         columns = file.read_row_group(group).to_pydict()
-        ids = [other[np.frombuffer(blob, "<u2")] for blob in columns["top_id_low"]]
-        columns["top_id_low"] = [(one & 0xFFFF).astype("<u2").tobytes() for one in ids]
-        columns["top_id_high"] = [(one >> 16).astype("u1").tobytes() for one in ids]
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        ids = [other[join_bytes(row, "top_id", "<i4")] for row in rows]
+        for i in range(3):
+            columns[f"top_id_{i}"] = [(one >> 8 * i).astype("u1").tobytes() for one in ids]
         writer.write(columns)
     writer.close()
 

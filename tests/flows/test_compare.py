@@ -23,7 +23,7 @@ from logitmill.flows.compare.shift import measure_shift
 from logitmill.flows.compare.sums import Moments, Values
 from logitmill.flows.compare.wording import signed
 from logitmill.flows.counts import merge_counts
-from logitmill.flows.parts import LOGITS, SCORES
+from logitmill.flows.parts import LOGITS, SCORES, schema_of
 from logitmill.flows.run import Run
 from logitmill.flows.summary import COUNTS
 
@@ -181,18 +181,19 @@ def _topk(corpus: Corpus, rows: Sequence[int], name: Callable[[int], str], k: in
         logprobs = corpus.logprobs(i).astype(np.float64)
         top = np.argsort(-logprobs, axis=1, kind="stable")
         rest = np.take_along_axis(logprobs, top[:, k:], 1)
+        ids = top[:, :k].astype("<u2")[..., None].view(np.uint8)
+        halves = np.take_along_axis(logprobs, top[:, :k], 1).astype("<f2")[..., None].view(np.uint8)
         found.append(
             {
                 "doc_id": name(i),
                 "token_id": corpus.ids[i].astype("<i4").tobytes(),
                 "logprob": corpus.target(i).astype("<f4").tobytes(),
-                "top_id_low": top[:, :k].astype("<u2").tobytes(),
-                "top_logprob": np.take_along_axis(logprobs, top[:, :k], 1).astype("<f2").tobytes(),
+                **{f"top_id_{n}": ids[..., n].tobytes() for n in range(2)},
+                **{f"top_logprob_{n}": halves[..., n].tobytes() for n in range(2)},
                 "log_tail_mass": scipy.special.logsumexp(rest, axis=1).astype("<f4").tobytes(),
             }
         )
-    schema = pa.schema([("doc_id", pa.string()), *((n, pa.binary()) for n in list(found[0])[1:])])
-    return pa.Table.from_pylist(found, schema)
+    return pa.Table.from_pylist(found, schema_of("topk", VOCABULARY))
 
 
 def _counts(records: Sequence[DocumentRecord]) -> pa.Table:

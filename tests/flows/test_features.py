@@ -115,7 +115,7 @@ def test_what_fails_leaves_nothing(run: Run, cache: Path, tmp_path: Path) -> Non
         open_run(str(copy)).to_dataset("topk")
     assert not [path for path in cache.rglob("*") if path.is_file()]
     for columns, message in (
-        (["top_id_low"], "columns: 'top_id_low' is not one of doc_id, num_tokens, "),
+        (["top_id_0"], "columns: 'top_id_0' is not one of doc_id, num_tokens, "),
         ("doc_id", r"columns: 'doc_id' is text; give a list"),
     ):
         with pytest.raises(ValueError, match=message):

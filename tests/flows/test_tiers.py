@@ -190,8 +190,8 @@ def test_schemas_are_those_that_are_stated(run: Run) -> None:
         about = {k.decode(): v.decode() for k, v in schema.metadata.items()}
         assert about["logitmill.run_key"] == run.plan["run_key"]
     assert {"logitmill.hidden_size", "logitmill.head_digest"} <= about.keys()
-    assert not any("high" in name for name in parts.schema_of("topk", 65_536).names)
-    assert "top_id_high" in parts.schema_of("topk", 65_537).names
+    assert "top_id_2" not in parts.schema_of("topk", 65_536).names
+    assert "top_id_2" in parts.schema_of("topk", 65_537).names
     assert (run.plan["top_k"], run.plan["num_draws"], run.plan["prefix_token"]) == (7, 9, 0)
     assert run.manifest is not None
     written = [p["bytes"] for p in run.manifest["parts"] if p["name"].startswith("topk/")]
@@ -343,7 +343,7 @@ def changed(run: Run, tmp_path: Path, tier: str, column: str, *, resize: bool = 
 @pytest.mark.parametrize(
     ("tier", "column", "problem"),
     [
-        ("topk", "top_logprob", "entry 0 of top_logprob of topk is stored as"),
+        ("topk", "top_logprob_1", "entry 0 of top_logprob_1 of topk is stored as"),
         ("topk", "log_tail_mass", "entry 0 of log_tail_mass of topk is stored as"),
         ("sampled", "count", "entry 0 of count of sampled is stored as"),
         ("hidden", "states", "its hidden states are stored with other bits"),
@@ -358,13 +358,24 @@ def test_a_bit_that_is_not_the_models_is_found(
     assert len(found) == 1 and problem in found[0]
 
 
-@pytest.mark.parametrize(("tier", "column"), [("topk", "top_id_low"), ("sampled", "id_low")])
+@pytest.mark.parametrize(("tier", "column"), [("topk", "top_id_1"), ("sampled", "id_0")])
 def test_arrays_of_other_lengths_are_found(
     run: Run, tmp_path: Path, tier: str, column: str
 ) -> None:
     copy = changed(run, tmp_path, tier, column, resize=True)
     (found,) = verify_run(copy, sample=0)
     assert f"has arrays of {column} of another length" in found.problem
+
+
+@pytest.mark.parametrize("tier", ["topk", "sampled"])
+def test_a_part_that_is_laid_out_otherwise_is_refused(run: Run, tmp_path: Path, tier: str) -> None:
+    copy = Path(shutil.copytree(run.uri.removeprefix("file://"), tmp_path / "copy"))
+    name = f"{tier}/part-00000.parquet"
+    table = pq.read_table(copy / name)
+    column = "top_id_0" if tier == "topk" else "id_0"
+    pq.write_table(table.drop_columns([column]), copy / name)
+    with pytest.raises(ValueError, match=rf"{name} of .* no column '{column}'; .* score the"):
+        open_run(str(copy)).table(tier)
 
 
 def test_on_another_device_values_are_compared_within_a_tolerance(
