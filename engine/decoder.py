@@ -9,7 +9,8 @@ bits the same whatever it is packed with.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Protocol, cast
@@ -453,6 +454,15 @@ class Decoder:
         for rows, block in zip(stream.blocks, normed, strict=True):
             out_TD[rows] = block.values_TK
         return out_TD
+
+    @contextmanager
+    def hooked(self, hook: Hook) -> Iterator[None]:
+        """A block in which a hook is the last to see what there is after each layer."""
+        self.hooks.append(hook)
+        try:
+            yield
+        finally:
+            self.hooks.remove(hook)
 
     def normalise(self, states_RD: torch.Tensor) -> torch.Tensor:
         """The final norm of rows of the residual stream, [R, D], as `hidden` does it last."""

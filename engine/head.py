@@ -49,6 +49,8 @@ class Extras:
     """Of the draws."""
     frequencies: Frequencies | None = None
     """Where what rows expect is added up."""
+    layers: tuple[int, ...] = ()
+    """Layers whose own statistics are told, by the logit lens."""
 
 
 BARE = Extras()
@@ -69,12 +71,14 @@ class Rows:
     groups_R: torch.Tensor | None = None
     """int64: which of `groups` a row's sums are of, -1 for padding; None where none are made."""
     groups: Sequence[int] = ()
+    layers_RD: Sequence[torch.Tensor] = ()
+    """What the head would take of layers on the way, [R, D] each."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All that lies on the device."""
         more = [x for x in (self.keys_R, self.groups_R) if x is not None]
-        return [self.hidden_RD, self.targets_R, *more]
+        return [self.hidden_RD, self.targets_R, *more, *self.layers_RD]
 
 
 class Model(Protocol):
@@ -133,7 +137,7 @@ class Head:
         sums = _Sums(self._model, rows, extras)
         for part in self.blocks.cut(len(rows.hidden_RD)):
             logits_RV = self._model.logits(rows.hidden_RD[part])
-            told.append(_tell(logits_RV, rows, part, extras, packed_7R[:, part], sums)[1])
+            told.append(self._tell(logits_RV, rows, part, extras, packed_7R[:, part], sums)[1])
         more = {name: torch.cat([one[name] for one in told])[: rows.count] for name in told[0]}
         columns = _send(packed_7R[:, : rows.count].contiguous(), more)
         # Last: of a batch that memory runs out for, which is run again, nothing may be counted.
@@ -145,18 +149,17 @@ class Head:
     ) -> Iterator[tuple[slice, Arrival[tuple[torch.Tensor, Columns]]]]:
         """(rows, their values over the whole vocabulary and their statistics), chunk by chunk.
 
-        Values are log-probabilities if `normalised`, else logits, in the dtype of `outbox`. Of
-        `extras` only sums can be made.
+        Values are log-probabilities if `normalised`, else logits, in the dtype of `outbox`.
         """
         assert not extras.num_top and not extras.num_draws, "they can be made of the values"
         sums = _Sums(self._model, rows, extras)
         for part, count in self._cut(rows, self._smaller(outbox)):
             logits_RV = self._model.logits(rows.hidden_RD[part])
             packed_7R = _empty_statistics(len(logits_RV), logits_RV.device)
-            statistics, _ = _tell(logits_RV, rows, part, extras, packed_7R, sums)
+            statistics, more = self._tell(logits_RV, rows, part, extras, packed_7R, sums)
             claimed = outbox.claim(*logits_RV.shape)
             narrow(logits_RV, statistics if normalised else None, outbox.dtype, claimed)
-            columns = _send(packed_7R, {})
+            columns = _send(packed_7R, more)
             yield (
                 slice(part.start, part.start + count),
                 outbox.send(claimed).then(partial(_take, columns, count)),
@@ -171,7 +174,7 @@ class Head:
         for part, count in self._cut(rows, self.blocks):
             logits_RV = self._model.logits(rows.hidden_RD[part])
             packed_7R = _empty_statistics(len(logits_RV), logits_RV.device)
-            _, more = _tell(logits_RV, rows, part, extras, packed_7R, sums)
+            _, more = self._tell(logits_RV, rows, part, extras, packed_7R, sums)
             claimed = outbox.claim(*rows.hidden_RD[part].shape).copy_(rows.hidden_RD[part])
             columns = _send(packed_7R, more)
             yield (
@@ -179,6 +182,44 @@ class Head:
                 outbox.send(claimed).then(partial(_take, columns, count)),
             )
         sums.commit()
+
+    def _tell(
+        self,
+        logits_RV: torch.Tensor,
+        rows: Rows,
+        part: slice,
+        extras: Extras,
+        packed_7R: torch.Tensor,
+        sums: _Sums,
+    ) -> tuple[RowStatistics, dict[str, torch.Tensor]]:
+        """Statistics of a chunk into `packed_7R`, and the extras; logits are of no use then."""
+        tiles = Tiles.of(logits_RV) if extras.num_top else None
+        targets_R = rows.targets_R[part]
+        statistics = row_statistics(logits_RV, targets_R, out_7R=packed_7R, tiles=tiles)
+        sums.add(logits_RV, statistics, part)
+        more: dict[str, torch.Tensor] = {}
+        if extras.num_draws:
+            assert rows.keys_R is not None, "draws are decided by keys"
+            more["drawn_ids"] = draw(logits_RV, rows.keys_R[part], extras.num_draws)
+        if tiles is not None:
+            ids, values = top_k(logits_RV, extras.num_top, tiles)
+            more["top_ids"] = ids
+            # The roundings of a row's own `logprob`.
+            more["top_logprobs"] = values - values[:, :1] + statistics.top1_logprob[:, None]
+            more["log_tail_mass"] = log_tail_mass(logits_RV, statistics, ids, tiles)
+        if rows.layers_RD:
+            more["lens"] = self._read_layers(rows, part)
+        return statistics, more
+
+    def _read_layers(self, rows: Rows, part: slice) -> torch.Tensor:
+        """[R, L, 7]: the statistics of a chunk as each layer would have them, packed."""
+        found = []
+        for layer_RD in rows.layers_RD:
+            logits_RV = self._model.logits(layer_RD[part])
+            packed_7R = _empty_statistics(len(logits_RV), logits_RV.device)
+            row_statistics(logits_RV, rows.targets_R[part], out_7R=packed_7R)
+            found.append(packed_7R.T)
+        return torch.stack(found, 1)
 
     def _cut(self, rows: Rows, blocks: Blocks) -> Iterator[tuple[slice, int]]:
         """Chunks, and how many rows of each are not padding; without those that are padding."""
@@ -220,31 +261,6 @@ class _Sums:
 
 def _empty_statistics(num_rows: int, device: torch.device) -> torch.Tensor:
     return torch.empty(len(RowStatistics._fields), num_rows, device=device)
-
-
-def _tell(
-    logits_RV: torch.Tensor,
-    rows: Rows,
-    part: slice,
-    extras: Extras,
-    packed_7R: torch.Tensor,
-    sums: _Sums,
-) -> tuple[RowStatistics, dict[str, torch.Tensor]]:
-    """Statistics of a chunk into `packed_7R`, and the extras, after which logits are of no use."""
-    tiles = Tiles.of(logits_RV) if extras.num_top else None
-    statistics = row_statistics(logits_RV, rows.targets_R[part], out_7R=packed_7R, tiles=tiles)
-    sums.add(logits_RV, statistics, part)
-    more: dict[str, torch.Tensor] = {}
-    if extras.num_draws:
-        assert rows.keys_R is not None, "draws are decided by keys"
-        more["drawn_ids"] = draw(logits_RV, rows.keys_R[part], extras.num_draws)
-    if tiles is not None:
-        ids, values = top_k(logits_RV, extras.num_top, tiles)
-        more["top_ids"] = ids
-        # The roundings of a row's own `logprob`.
-        more["top_logprobs"] = values - values[:, :1] + statistics.top1_logprob[:, None]
-        more["log_tail_mass"] = log_tail_mass(logits_RV, statistics, ids, tiles)
-    return statistics, more
 
 
 def _send(packed_7R: torch.Tensor, more: dict[str, torch.Tensor]) -> Arrival[Columns]:

@@ -15,6 +15,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import torch
 
+from ..kernels.logits import RowStatistics
 from .decoder import Decoder
 from .head import BARE, Columns, Head, Rows
 from .intake import Intake, Work
@@ -120,6 +121,20 @@ class Lens:
             targets = work.tokens.token_id[first : first + window.num_targets]
             yield Request(self._intake.inputs(work, window), targets)
             first += window.num_targets
+
+
+def split_lens(tokens: TokenRecords) -> list[TokenRecords]:
+    """The records that each layer would have, in the order of the layers; none if none was read."""
+    if tokens.lens is None:
+        return []
+    bare = replace(
+        tokens, top_ids=None, top_logprobs=None, log_tail_mass=None, drawn_ids=None, lens=None
+    )
+    found = []
+    for packed_7N in torch.from_numpy(tokens.lens).permute(1, 2, 0).contiguous():
+        fields = RowStatistics.unpack(packed_7N)._asdict()
+        found.append(replace(bare, **{name: values.numpy() for name, values in fields.items()}))
+    return found
 
 
 def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:

@@ -271,6 +271,8 @@ class ModelFacts:
     max_positions: int
     hidden_size: int | None
     """Of what the head takes; None where transformers runs it."""
+    num_layers: int | None
+    """None where transformers runs it."""
     dtype: str
     """What it would be computed in."""
     device: str
@@ -295,6 +297,7 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
         spec = find_family(architecture).spec(config)
         vocab_size, max_positions = spec.vocab_size, spec.max_positions
         hidden_size: int | None = spec.hidden_size
+        num_layers: int | None = spec.num_layers
     except NotNative as error:
         reason = str(error)
         for field, value in (
@@ -317,7 +320,7 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
                 said = str(refused).removeprefix("model: ")
                 raise ValueError(f"model: {reason}, and {said}") from None
         vocab_size, max_positions = read_sizes(folder, trust_remote_code=trusting)
-        hidden_size = None
+        hidden_size = num_layers = None
         if architecture not in FAMILIES:
             check_model(folder, trust_remote_code=trusting)
     dtype = settings.resolve_dtype(config)
@@ -327,6 +330,7 @@ def inspect_model(folder: Path, settings: EngineSettings) -> ModelFacts:
         vocab_size=vocab_size,
         max_positions=max_positions,
         hidden_size=hidden_size,
+        num_layers=num_layers,
         dtype=dtype,
         device=settings.resolve_device().type,
         weights=str(Checkpoint.open(folder).check_files()),
@@ -540,6 +544,7 @@ class Pipeline:
         top_k: int = 0,
         num_draws: int = 0,
         draw_seed: int = 0,
+        layers: Sequence[int] = (),
         on_logits: LogitsSink | None = None,
         on_states: StatesSink | None = None,
         logits_dtype: str = "float32",
@@ -566,6 +571,8 @@ class Pipeline:
                 records' `drawn_ids`. They are decided by the seed, the document's tokens and the
                 row's place among them: the same in any batch and order.
             draw_seed: another one gives other draws.
+            layers: also read these by the logit lens, as `lens` does, on the way: the records'
+                `lens`, which `split_lens` makes records of. Contexts are not shared then.
             on_logits: called with (index, doc_id, first row, log-probabilities [rows, V],
                 logsumexp [rows]) for consecutive rows of every document, before the document is
                 yielded; row i scored the document's record i, and logits are their sum. The
@@ -601,6 +608,9 @@ class Pipeline:
                 raise ValueError(
                     f"{name}: logits that are handed over hold the whole distribution; use one"
                 )
+        read = []
+        if len(layers):
+            read = check_layers(layers, self._need_decoder("layers").spec.num_layers)
         if on_states is not None:
             if on_logits is not None:
                 raise ValueError("on_states: logits can be made of them; hand over one of both")
@@ -613,7 +623,7 @@ class Pipeline:
             self._tokenizer,
             chosen,
             max_batch_tokens=self.max_batch_tokens,
-            extras=Extras(top_k, num_draws, draw_seed, frequencies),
+            extras=Extras(top_k, num_draws, draw_seed, frequencies, tuple(read)),
             shares=share_contexts,
         )
         return scorer.score(
@@ -673,12 +683,8 @@ class Pipeline:
             ValueError: for a model that transformers runs, whose layers are not known, or states of
                 another shape, dtype or device than the layer's.
         """
-        model = self._need_decoder("hook")
-        model.hooks.append(hook)
-        try:
+        with self._need_decoder("hook").hooked(hook):
             yield
-        finally:
-            model.hooks.remove(hook)
 
     def lens(
         self,

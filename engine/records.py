@@ -82,6 +82,9 @@ class TokenRecords:
     is none."""
     drawn_ids: np.ndarray | None = None
     """int32 [n, m] if tokens are drawn: m draws from the whole distribution, ascending."""
+    lens: np.ndarray | None = None
+    """float32 [n, L, 7] if layers are read: what each of L would have of the fields from `logprob`
+    to `logsumexp`, in the order of `RowStatistics`, integers as their bits; see `split_lens`."""
 
     def __len__(self) -> int:
         return len(self.token_id)
@@ -91,14 +94,16 @@ class TokenRecords:
         """Zero-filled records for `num_tokens` tokens."""
         return cls(**{name: np.zeros(num_tokens, dtype) for name, dtype in TOKEN_DTYPES.items()})
 
-    def make_room(self, top_k: int, num_draws: int = 0) -> None:
-        """Room for `top_k` candidates and `num_draws` draws a token."""
+    def make_room(self, top_k: int, num_draws: int = 0, num_layers: int = 0) -> None:
+        """Room for `top_k` candidates, `num_draws` draws and records of `num_layers` a token."""
         if top_k:
             self.top_ids = np.zeros((len(self), top_k), np.int32)
             self.top_logprobs = np.zeros((len(self), top_k), np.float32)
             self.log_tail_mass = np.zeros(len(self), np.float32)
         if num_draws:
             self.drawn_ids = np.zeros((len(self), num_draws), np.int32)
+        if num_layers:
+            self.lens = np.zeros((len(self), num_layers, 7), np.float32)
 
 
 TOKEN_DTYPES: dict[str, np.dtype] = {

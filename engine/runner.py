@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -111,7 +112,7 @@ class Runner:
         """
         outbox = Outbox(self._model.device, dtype, self.depth + 1 + held)
         read = partial(self._head.logits, outbox=outbox, normalised=normalised, extras=extras)
-        return self._stream(batches, read)
+        return self._stream(batches, read, extras.layers)
 
     def stream_states(
         self, batches: Iterable[Sequence[Request]], extras: Extras
@@ -119,7 +120,7 @@ class Runner:
         """The hidden state of every scored row of every request, as `stream` gives its logits."""
         outbox = Outbox(self._model.device, self._model.dtype, self.depth + 2)
         read = partial(self._head.states, outbox=outbox, extras=extras)
-        return self._stream(batches, read)
+        return self._stream(batches, read, extras.layers)
 
     def replay(self, states_RD: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
         """(rows, their logits on the host) of hidden states, by the chunks that `stream` takes."""
@@ -165,20 +166,19 @@ class Runner:
             rows_R = to_device(_pad([rows], chunks), device)
             targets_R = to_device(_pad([r.targets for r in requests], chunks), device)
             # Behind a user's own, which may change what there is to see.
-            self._model.hooks.append(see)
-            try:
+            with self._model.hooked(see):
                 self._hidden(requests)
-            finally:
-                self._model.hooks.remove(see)
         return found
 
     def _stream(
         self,
         batches: Iterable[Sequence[Request]],
         read: Callable[[Rows], Iterator[tuple[slice, Arrival[tuple[torch.Tensor, Columns]]]]],
+        layers: Sequence[int],
     ) -> Iterator[list[StreamedRows]]:
         under_way: deque[Arrival[list[StreamedRows]]] = deque()
-        parts = (p for batch in batches for p in self._parts(batch, self._marked, under_way))
+        compute = partial(self._marked, layers=layers)
+        parts = (p for batch in batches for p in self._parts(batch, compute, under_way))
         first = 0
         # The next batch is launched before the rows of this one leave, which takes about as long.
         for part, (hidden, mark) in _ahead(parts, min(1, self.depth)):
@@ -222,11 +222,11 @@ class Runner:
 
     def _launch(self, requests: Sequence[Request], extras: Extras) -> Arrival[Columns]:
         with torch.inference_mode(), on(self._model.device), self._meter.span():
-            return self._head.score(self._hidden(requests), extras)
+            return self._head.score(self._hidden(requests, extras.layers), extras)
 
-    def _marked(self, requests: Sequence[Request]) -> tuple[Rows, Mark]:
+    def _marked(self, requests: Sequence[Request], layers: Sequence[int]) -> tuple[Rows, Mark]:
         with on(self._model.device), self._meter.span():
-            hidden = self._hidden(requests)
+            hidden = self._hidden(requests, layers)
         return hidden, self._aside.mark()
 
     def _next(self, chunks: Iterator[_T]) -> _T | None:
@@ -239,8 +239,11 @@ class Runner:
         ):
             return next(chunks, None)
 
-    def _hidden(self, requests: Sequence[Request]) -> Rows:
-        """Hidden states of the scored rows and their targets, padded, and the rows unpadded."""
+    def _hidden(self, requests: Sequence[Request], layers: Sequence[int] = ()) -> Rows:
+        """Hidden states of the scored rows and their targets, padded, and the rows unpadded.
+
+        With them what the head would take of `layers`, for requests that do not share.
+        """
         sequences = [r.ids for r in requests]
         sizes = np.array([len(r.targets) for r in requests])
         shares = requests[0].shares
@@ -259,10 +262,12 @@ class Runner:
             ids_T = to_device(_pad(sequences if tree is None else [tree.ids], blocks), device)
             rows_R = to_device(_pad([rows], chunks), device)
             targets_R = to_device(_pad([r.targets for r in requests], chunks), device)
+            layers_RD: list[torch.Tensor] = []
             if tree is not None and hidden_of_tree is not None:
                 hidden_TD = hidden_of_tree(ids_T, tree)
             else:
-                hidden_TD = self._model.hidden(ids_T, [len(ids) for ids in sequences])
+                with self._seeing(layers, rows_R, layers_RD):
+                    hidden_TD = self._model.hidden(ids_T, [len(ids) for ids in sequences])
             keys_R = None
             if keys := [r.keys for r in requests if r.keys is not None]:
                 keys_R = to_device(_pad(keys, chunks), device)
@@ -274,7 +279,25 @@ class Runner:
                 own = np.repeat([places[r.group] for r in requests], sizes)
                 groups_R = to_device(_pad([own], chunks), device) - 1
             hidden_RD = hidden_TD[rows_R]
-            return Rows(hidden_RD, targets_R, len(rows), keys_R, groups_R, groups)
+            return Rows(hidden_RD, targets_R, len(rows), keys_R, groups_R, groups, layers_RD)
+
+    @contextmanager
+    def _seeing(
+        self, layers: Sequence[int], rows_R: torch.Tensor, found_RD: list[torch.Tensor]
+    ) -> Iterator[None]:
+        """A block that finds what the head would take of some rows after each of some layers."""
+        if not layers:
+            yield
+            return
+        model = self._model
+        assert isinstance(model, Decoder), "others' layers are not known"
+
+        def see(layer: int, states_TD: torch.Tensor, tokens: PackedTokens) -> None:
+            if layer in layers:
+                found_RD.append(model.normalise(states_TD[rows_R]))
+
+        with model.hooked(see):
+            yield
 
     def _is_too_long(self, requests: Sequence[Request]) -> bool:
         return len(requests) > 1 and self._limit is not None and _weigh(requests) > self._limit

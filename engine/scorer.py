@@ -108,7 +108,9 @@ class Scorer:
         self._extras = extras
         # Texts that are scored given a context come with others of the same context.
         is_conditional = recipe.name == "conditional"
-        self._shares = shares and is_conditional and model.hidden_of_tree is not None
+        # Hooks, which read layers, see whole sequences.
+        shares = shares and is_conditional and not extras.layers
+        self._shares = shares and model.hidden_of_tree is not None
         self._intake = Intake(recipe, tokenizer, model.vocab_size)
 
     def score(
@@ -292,7 +294,8 @@ class Scorer:
             if isinstance(item, DocumentScore):
                 yield item, 1, None
                 continue
-            item.tokens.make_room(self._extras.num_top, self._extras.num_draws)
+            extras = self._extras
+            item.tokens.make_room(extras.num_top, extras.num_draws, len(extras.layers))
             key = self._key(item) if self._extras.num_draws else np.uint64(0)
             group = None
             if self._extras.frequencies is not None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
+from ..engine.lens import split_lens
 from ..engine.records import DocumentScore
+from ..kernels.logits import RowStatistics
 from .distributions import COLUMNS, read_top_k
 from .folder import Folder
 from .parts import BLOBS, PartFile, rows_of
@@ -23,13 +25,14 @@ class Distributions:
 
     def __init__(self, folder: Folder, plan: Mapping[str, Any]) -> None:
         self._folder = folder
-        self._tiers = [t for t in ("topk", "sampled", "hidden") if t in plan["tiers"]]
+        self._tiers = [t for t in ("topk", "sampled", "lens", "hidden") if t in plan["tiers"]]
         self._top_k = plan.get("top_k") or 0
         self._states: dict[int, Any] = {}
         self.wanted: dict[str, Any] = {
             "top_k": self._top_k,
             "num_draws": plan.get("num_draws") or 0,
             "draw_seed": plan.get("draw_seed") or 0,
+            "layers": plan.get("layers") or (),
         }
         """What `Pipeline.score` is to be asked for."""
         if "hidden" in self._tiers:
@@ -48,6 +51,10 @@ class Distributions:
                 found = self._states.pop(score.index).hexdigest()
                 if tolerance is None and found != self._hash_states(name, score.record.doc_id):
                     yield "its hidden states are stored with other bits"
+                continue
+            if tier == "lens":
+                rows = list(self._rows(name, score.record.doc_id))
+                yield from _compare_layers(rows, score, tolerance)
                 continue
             row = next(self._rows(name, score.record.doc_id), None)
             if row is None:
@@ -94,6 +101,32 @@ def _compare_bytes(tier: str, row: Mapping[str, Any], score: DocumentScore) -> I
             f"{theirs[at[0]]}; {len(at):,} of {len(ours):,} differ"
         )
         return
+
+
+def _compare_layers(
+    rows: Sequence[Mapping[str, Any]], score: DocumentScore, tolerance: float | None
+) -> Iterator[str]:
+    told = split_lens(score.tokens)
+    if len(rows) != len(told):
+        yield f"it has {len(rows):,} layers in lens, and the plan has {len(told):,}"
+        return
+    for row, tokens in zip(rows, told, strict=True):
+        which = f"of layer {row['layer']} of lens"
+        if tolerance is not None:
+            # Ranks and first choices of layers on the way go by the last bits.
+            apart = float(np.abs(np.array(row["logprob"]) - tokens.logprob).mean())
+            if not apart <= tolerance:
+                yield f"logprob {which} is {apart:g} apart on average, more than {tolerance:g}"
+            continue
+        for name in RowStatistics._fields:
+            again = getattr(tokens, name)
+            stored = np.array(row[name], again.dtype)
+            if len(at := np.flatnonzero(stored.view("u4") != again.view("u4"))):
+                yield (
+                    f"entry {at[0]} of {name} {which} is stored as {stored[at[0]]}, and is "
+                    f"{again[at[0]]}; {len(at):,} of {len(again):,} differ"
+                )
+                return
 
 
 def _compare_top_k(

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from ..engine.records import NONFINITE, OK, TOKEN_DTYPES
 from .folder import Folder
-from .parts import BLOBS, PartFile, schema_of
+from .parts import BLOBS, LENS, PartFile, schema_of
 from .publish import read_table
 from .store import Receipt
 from .summary import STATUS
@@ -84,6 +84,8 @@ def hold_rows(
         name = f"{tier}/part-{n}.parquet"
         if tier in ("topk", "sampled"):
             yield from _hold_documents(name, scored, _count_arrays(folder, name, plan))
+        elif tier == "lens":
+            yield from _hold_documents(name, scored, _count_layers(folder, name, plan))
         elif tier in ("hidden", "logits"):
             rows_of = _count_rows(folder, name, plan["run_key"])
             kept = (found for found in rows_of if found[0] not in nonfinite)
@@ -144,6 +146,24 @@ def _count_arrays(folder: Folder, name: str, plan: Mapping[str, Any]) -> Iterato
             if (size != wanted).any():
                 raise pa.ArrowInvalid(f"{name} has arrays of {column} of another length")
         yield from zip(rows["doc_id"].to_pylist(), count.tolist(), strict=True)
+
+
+def _count_layers(folder: Folder, name: str, plan: Mapping[str, Any]) -> Iterator[tuple[str, int]]:
+    """(doc_id, its tokens) of every document, whose rows are those of the layers in their order.
+
+    Raises:
+        ArrowInvalid: if rows are missing, or their lists are not of one length.
+    """
+    layers, lists = plan["layers"], [field for field in LENS.names if field != "logprob"][2:]
+    columns = ["doc_id", "layer", "logprob"]
+    for rows in _row_groups(folder, name, plan["run_key"], columns, same_length=lists):
+        doc_ids, found = rows["doc_id"].to_pylist(), rows["layer"].to_pylist()
+        lengths = rows["logprob"].combine_chunks().value_lengths().to_pylist()
+        for i in range(0, len(doc_ids), len(layers)):
+            own = slice(i, i + len(layers))
+            if found[own] != layers or len({*zip(doc_ids[own], lengths[own], strict=True)}) > 1:
+                raise pa.ArrowInvalid(f"{name} has not all layers of {doc_ids[i]!r} in order")
+            yield doc_ids[i], lengths[i]
 
 
 def _add_up(blob: Any) -> int:

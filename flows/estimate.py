@@ -25,17 +25,17 @@ from ..engine.intake import Intake, Work
 from ..engine.pipeline import load_pipeline
 from ..engine.records import TOKEN_DTYPES, Document, DocumentScore
 from ..engine.tokenization import Tokenizer
+from ..kernels.logits import RowStatistics
 from .corpus import read_shard
 from .corpus.plan import Shard
-from .distributions import SampledWriter, TopKWriter
 from .folder import Folder
 from .kept import OF_TIERS, row_bytes
-from .parts import ScoresWriter, TokensWriter, write_table
+from .parts import write_table
 from .request import Job, Prepared
 from .store import PLAN, Receipt, find_receipts
 from .summary import Summary
 from .vocabulary import tabulate
-from .writers import Writer
+from .writers import BY_TOKEN, asked_of_tokens, open_writer
 
 TABLES = "tables"
 """What summaries, receipts and the report are called among the sizes."""
@@ -54,8 +54,7 @@ _RECEIPT_BYTES, _REPORT_BYTES = 1500, 300_000
 _STATED_DOCUMENT, _STATED_SHARD = 280.0, 40_000.0
 _STATED_ENTRY = 27.0
 _STATED_TOKEN = 0.65 * sum(dtype.itemsize for dtype in TOKEN_DTYPES.values())
-# Tiers whose size goes by the scored tokens, whatever the model.
-_BY_TOKEN = ("tokens", "topk", "sampled")
+_STATED_LAYER = 0.8 * sum(TOKEN_DTYPES[name].itemsize for name in RowStatistics._fields)
 # Of a candidate (k of a token) and of a draw, and what each token takes besides.
 _STATED_CANDIDATE, _STATED_DRAW, _STATED_BESIDE = 2.8, 0.8, 12.6
 
@@ -291,7 +290,7 @@ def _find_earlier(prepared: Prepared) -> tuple[Sizes, Rate] | None:
     sizes = Sizes(
         shard={TABLES: sums.get(TABLES, 0.0) / len(receipts)},
         document=sums["scores"] / sum(receipt.documents for receipt in receipts),
-        token={tier: sums.get(tier, 0.0) / _count(receipts) for tier in _BY_TOKEN},
+        token={tier: sums.get(tier, 0.0) / _count(receipts) for tier in BY_TOKEN},
         source=source,
     )
     return sizes, Rate(_count(receipts) / seconds, source)
@@ -334,9 +333,7 @@ def _score_sample(
     scores = pipe.score(
         _shuffled(documents, int(_BYTES_A_TOKEN * _SAMPLE_FLOPS[device] / num_bytes)),
         recipe=job.recipe,
-        top_k=job.top_k,
-        num_draws=job.num_draws,
-        draw_seed=job.draw_seed,
+        **asked_of_tokens(job),
         on_batch=lambda tokens, num_bytes: batches.append((time.monotonic(), tokens)),
         frequencies=frequencies,
     )
@@ -378,7 +375,7 @@ def _measure(
         file = Path(scratch, "part")
 
         def write(tier: str, kept: Iterable[DocumentScore]) -> int:
-            writer = _open_writer(tier, file, job, vocab_size)
+            writer = open_writer(tier, file, {}, job, vocab_size)
             for score in kept:
                 writer.add(score)
             writer.close()
@@ -389,7 +386,7 @@ def _measure(
         if len(scores) > 1:
             document = (write("scores", scores) - one) / (len(scores) - 1)
         shard["scores"] = max(0.0, one - document)
-        for tier in _BY_TOKEN:
+        for tier in BY_TOKEN:
             if tier in job.tiers:
                 one = write(tier, [scores[first]])
                 token[tier] = one / max(1, tokens[first])
@@ -408,24 +405,12 @@ def _measure(
     )
 
 
-def _open_writer(tier: str, file: Path, job: Job, vocab_size: int) -> Writer:
-    match tier:
-        case "tokens":
-            return TokensWriter(file, {})
-        case "topk":
-            return TopKWriter(file, {}, top_k=job.top_k, vocab_size=vocab_size)
-        case "sampled":
-            draws = {"num_draws": job.num_draws, "draw_seed": job.draw_seed}
-            return SampledWriter(file, {}, **draws, vocab_size=vocab_size)
-        case _:
-            return ScoresWriter(file, {})
-
-
 def _state_sizes(job: Job, vocab_size: int) -> Sizes:
     tables = _STATED_SHARD + (_STATED_ENTRY * vocab_size if job.vocabulary else 0.0)
     token = {
         "tokens": _STATED_TOKEN,
         "topk": _STATED_BESIDE + _STATED_CANDIDATE * job.top_k,
         "sampled": _STATED_BESIDE + _STATED_DRAW * job.num_draws,
+        "lens": _STATED_LAYER * len(job.layers),
     }
     return Sizes({TABLES: tables}, _STATED_DOCUMENT, token, "from stated figures")

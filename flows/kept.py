@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..engine.lens import check_layers
 from ..engine.pipeline import DTYPES, MAX_DRAWS, NO_STATES, ModelFacts, Pipeline
 from ..kernels.logits import MAX_K
 from .parts import LOGITS_DTYPES, TIERS
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 TOP_K, NUM_DRAWS = 20, 12
 """What `topk` and `sampled` are kept with unless it is said otherwise."""
 _RANGES = {"top_k": (1, MAX_K), "num_draws": (1, MAX_DRAWS), "draw_seed": (0, 2**63 - 1)}
-OF_TIERS = ("top_k", "num_draws", "draw_seed")
+OF_TIERS = ("top_k", "num_draws", "draw_seed", "layers")
 """Settings of tiers, in the run key where they are kept."""
 WHOLE = {"logits", "hidden"}
 """Tiers whose size has a bound."""
@@ -26,11 +27,12 @@ WHOLE = {"logits", "hidden"}
 
 @dataclass(frozen=True)
 class Kept:
-    """What `topk` and `sampled` are kept with; None where they are not."""
+    """What `topk`, `sampled` and `lens` are kept with; None where they are not."""
 
     top_k: int | None
     num_draws: int | None
     draw_seed: int | None
+    layers: Sequence[int] | None
 
 
 def check_kept(request: Request, tiers: Sequence[str], facts: ModelFacts) -> Kept:
@@ -72,7 +74,26 @@ def check_kept(request: Request, tiers: Sequence[str], facts: ModelFacts) -> Kep
         settle("topk", request.top_k, min(TOP_K, facts.vocab_size)),
         settle("sampled", request.num_draws, NUM_DRAWS),
         settle("sampled", request.draw_seed, 0),
+        _settle_layers(request, tiers, facts),
     )
+
+
+def _settle_layers(
+    request: Request, tiers: Sequence[str], facts: ModelFacts
+) -> Sequence[int] | None:
+    """The layers of the tier `lens`, in order."""
+    given = request.layers
+    if "lens" not in tiers:
+        if given is not None:
+            raise ValueError(
+                f"layers: {list(given)} are of the tier lens; keep that, or leave them out"
+            )
+        return None
+    if facts.num_layers is None:
+        raise ValueError(
+            "tiers: 'lens' cannot be kept: transformers runs this model, and its layers are its own"
+        )
+    return check_layers(given, facts.num_layers)
 
 
 def row_bytes(tiers: Sequence[str], model: ModelFacts | Pipeline, logits_dtype: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..engine.lens import split_lens
 from ..engine.records import DOCUMENT_FIELDS, TOKEN_DTYPES, DocumentScore
+from ..kernels.logits import RowStatistics
 
 LOGITS_DTYPES = {"float32": np.float32, "float16": np.float16}
 
@@ -95,6 +98,14 @@ SAMPLED = pa.schema(
 row, and how many draws each has, `count`. count / m is an unbiased estimate of a token's
 probability."""
 
+LENS = pa.schema(
+    [("doc_id", pa.string()), ("layer", pa.int32())]
+    + [(name, pa.list_(pa.from_numpy_dtype(TOKEN_DTYPES[name]))) for name in RowStatistics._fields]
+)
+"""One row a scored document and layer, layers ascending: what its token records would be if the
+head took the layer's states (`Pipeline.lens`), as lists of one length. Which layers there are is in
+the file's metadata."""
+
 LOGITS = pa.schema(
     [
         ("doc_id", pa.string()),
@@ -124,6 +135,7 @@ SCHEMAS = {
     "tokens": TOKENS,
     "topk": TOPK,
     "sampled": SAMPLED,
+    "lens": LENS,
     "hidden": HIDDEN,
     "logits": LOGITS,
 }
@@ -320,5 +332,32 @@ class TokensWriter(DocumentsWriter):
         columns: dict[str, Any] = {"doc_id": [s.record.doc_id for s in scores]}
         for name in TOKEN_DTYPES:
             values = np.concatenate([getattr(s.tokens, name) for s in scores])
+            columns[name] = pa.ListArray.from_arrays(offsets, values)
+        return columns
+
+
+class LensWriter(DocumentsWriter):
+    """The `lens` part: what layers on the way would have said of every scored token."""
+
+    tier = "lens"
+
+    def __init__(self, path: Path, metadata: Mapping[str, str], *, layers: Sequence[int]) -> None:
+        about = {"layers": json.dumps(list(layers))}
+        token_bytes = sum(TOKEN_DTYPES[name].itemsize for name in RowStatistics._fields)
+        super().__init__(path, LENS, {**metadata, **about}, token_bytes * len(layers))
+        self._layers = layers
+
+    def make_columns(self, scores: Sequence[DocumentScore]) -> dict[str, Any]:
+        """A row a document and layer, lists of one length a document."""
+        number = len(self._layers)
+        lengths = np.repeat([len(score.tokens) for score in scores], number)
+        offsets = np.cumsum([0, *lengths]).astype(np.int32)
+        told = [tokens for score in scores for tokens in split_lens(score.tokens)]
+        columns: dict[str, Any] = {
+            "doc_id": [score.record.doc_id for score in scores for _ in self._layers],
+            "layer": [*self._layers] * len(scores),
+        }
+        for name in RowStatistics._fields:
+            values = np.concatenate([getattr(tokens, name) for tokens in told])
             columns[name] = pa.ListArray.from_arrays(offsets, values)
         return columns

@@ -48,6 +48,7 @@ class Request:
     top_k: int | None = None
     num_draws: int | None = None
     draw_seed: int | None = None
+    layers: Sequence[int] | None = None
     vocabulary: bool = False
     logits_dtype: str = "float32"
     max_logits_bytes: int = 10 * 10**9
@@ -96,6 +97,8 @@ class Job:
     num_draws: int
     """Of the tier `sampled`; 0 where that is not kept."""
     draw_seed: int
+    layers: Sequence[int]
+    """Of the tier `lens`; none where that is not kept."""
     vocabulary: bool
     """Whether the table `vocabulary` is made."""
     logits_dtype: str
@@ -288,6 +291,7 @@ def prepare(request: Request) -> Prepared:
         "top_k": kept.top_k,
         "num_draws": kept.num_draws,
         "draw_seed": kept.draw_seed,
+        "layers": kept.layers,
         "vocabulary": request.vocabulary or None,
     }
     try:
@@ -338,6 +342,7 @@ def prepare(request: Request) -> Prepared:
         top_k=kept.top_k or 0,
         num_draws=kept.num_draws or 0,
         draw_seed=kept.draw_seed or 0,
+        layers=kept.layers or (),
         vocabulary=request.vocabulary,
         logits_dtype=request.logits_dtype,
         max_logits_bytes=request.max_logits_bytes,

@@ -215,11 +215,11 @@ class Run:
         return operations(find_receipts(self.folder, num_shards).values())
 
     def document(self, doc_id: str) -> dict[str, Any]:
-        """The document's record, with its arrays by tier: `tokens`, `topk`, `sampled`, if kept.
+        """The document's record, with its arrays by tier: `tokens`, `topk`, `sampled`, `lens`.
 
-        `tokens` are its token records; the others are as `distributions.read_top_k` and
-        `read_draws` give them, row i that of its token record i. A document that was not scored
-        has none.
+        As far as they were kept: `tokens` are its token records, `lens` what they would be by
+        layer; the others are as `distributions.read_top_k` and `read_draws` give them, row i that
+        of its token record i. A document that was not scored has none.
 
         Raises:
             KeyError: if the run has no such document.
@@ -229,16 +229,16 @@ class Run:
         if "tokens" in self.tiers:
             tokens = self._rows("tokens", shard, doc_id)
             if len(tokens):
-                record["tokens"] = {
-                    name: tokens.column(name).combine_chunks().flatten().to_numpy()
-                    for name in tokens.column_names
-                    if name != "doc_id"
-                }
+                record["tokens"] = _flatten(tokens.drop_columns(["doc_id"]))
         for tier in ("topk", "sampled"):
             if tier in self.tiers and len(rows := self._rows(tier, shard, doc_id)):
                 row = rows.to_pylist()[0]
                 top_k = self.plan["top_k"]
                 record[tier] = read_top_k(row, top_k) if tier == "topk" else read_draws(row)
+        if "lens" in self.tiers and len(rows := self._rows("lens", shard, doc_id)):
+            layers = rows["layer"].to_pylist()
+            lists = rows.drop_columns(["doc_id", "layer"])
+            record["lens"] = {layer: _flatten(lists.slice(i, 1)) for i, layer in enumerate(layers)}
         return record
 
     def find(self, doc_id: str) -> tuple[int, int]:
@@ -428,6 +428,10 @@ class Run:
                 f"run: {name} of {self.uri} has no column {missing[0]!r}; it is of logitmill "
                 f"{made_by}, which reads it, or score the corpus again"
             )
+
+
+def _flatten(lists: pa.Table) -> dict[str, np.ndarray]:
+    return {name: lists[name].combine_chunks().flatten().to_numpy() for name in lists.column_names}
 
 
 def _check_columns(columns: Sequence[str] | None, there: Sequence[str]) -> None:

@@ -31,7 +31,7 @@ from .runners import Pool, open_pool, run_all
 from .server import start_server, use_server
 from .store import REPORT, Receipt, find_receipts
 
-Tier = Literal["scores", "tokens", "topk", "sampled", "hidden", "logits"]
+Tier = Literal["scores", "tokens", "topk", "sampled", "lens", "hidden", "logits"]
 
 IN_PLAN = {"in_plan": True}
 """Marks what is logged of a run that a command has shown with its plan."""
@@ -115,6 +115,7 @@ def score_corpus(
     top_k: int | None = None,
     num_draws: int | None = None,
     draw_seed: int | None = None,
+    layers: Sequence[int] | None = None,
     vocabulary: bool = False,
     logits_dtype: Literal["float32", "float16"] = "float32",
     max_logits_bytes: int = 10 * 10**9,
@@ -140,13 +141,15 @@ def score_corpus(
             an optional context as in `rolling-1024`, or a `Recipe`.
         tiers: what to keep: `scores` (a row a document, always), `tokens` (a record a token),
             `topk` (the likeliest tokens of every row, and the mass of all others), `sampled`
-            (tokens drawn from its distribution), `hidden` (what the model's head takes), `logits`
-            (log-probabilities over the whole vocabulary, without `topk`, `sampled` or `hidden`).
+            (tokens drawn from its distribution), `lens` (what layers on the way would have said),
+            `hidden` (what the model's head takes), `logits` (log-probabilities over the whole
+            vocabulary, without `topk`, `sampled` or `hidden`).
         engine: device, dtype, batch size and memory of the engine.
         limit: at most this many documents, the first in plan order.
         top_k: tokens of a row in the tier `topk`, up to 256; 20 by default.
         num_draws: draws of a row in the tier `sampled`, up to 255; 12 by default.
         draw_seed: of these draws; another one gives others. 0 by default.
+        layers: of the tier `lens`, from 0, or from the end if negative; all by default.
         vocabulary: also add up, by source, how often every token was expected and how often it was
             there (`Run.summary("vocabulary")`).
         logits_dtype: what log-probabilities of the tier `logits` are stored in.

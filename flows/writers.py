@@ -13,13 +13,44 @@ from ..engine.pipeline import Pipeline
 from ..engine.records import Document
 from ..engine.tokenization import Tokenizer
 from .distributions import ArraysWriter, SampledWriter, TopKWriter
-from .parts import DocumentsWriter, ScoresWriter, TokensWriter
+from .parts import DocumentsWriter, LensWriter, ScoresWriter, TokensWriter
 from .rows import HiddenWriter, LogitsWriter, RowsWriter
 
 if TYPE_CHECKING:
     from .request import Job
 
 Writer = ScoresWriter | DocumentsWriter | RowsWriter
+
+BY_TOKEN = ("tokens", "topk", "sampled", "lens")
+"""Tiers whose size goes by the scored tokens, whatever the model."""
+
+
+def open_writer(
+    tier: str, path: Path, metadata: Mapping[str, str], job: Job, vocab_size: int
+) -> ScoresWriter | DocumentsWriter:
+    """The writer of `scores`, or of one of `BY_TOKEN`."""
+    match tier:
+        case "tokens":
+            return TokensWriter(path, metadata)
+        case "topk":
+            return TopKWriter(path, metadata, top_k=job.top_k, vocab_size=vocab_size)
+        case "sampled":
+            draws = {"num_draws": job.num_draws, "draw_seed": job.draw_seed}
+            return SampledWriter(path, metadata, **draws, vocab_size=vocab_size)
+        case "lens":
+            return LensWriter(path, metadata, layers=job.layers)
+        case _:
+            return ScoresWriter(path, metadata)
+
+
+def asked_of_tokens(job: Job) -> dict[str, Any]:
+    """What `Pipeline.score` is asked to tell of every token besides its record."""
+    return {
+        "top_k": job.top_k,
+        "num_draws": job.num_draws,
+        "draw_seed": job.draw_seed,
+        "layers": job.layers,
+    }
 
 
 class Writers:
@@ -29,21 +60,13 @@ class Writers:
         self.rows: RowsWriter | None = None
         """Of those that take rows while they are scored."""
         self.all: list[Writer] = []
-        self.wanted: dict[str, Any] = {}
+        self.wanted = asked_of_tokens(job)
         """What `Pipeline.score` is asked for besides records."""
         self._job = job
         self._vocab_size = vocab_size = pipe.vocab_size
-        if "tokens" in job.tiers:
-            self.all.append(TokensWriter(folder / "tokens", metadata))
-        if "topk" in job.tiers:
-            top = TopKWriter(folder / "topk", metadata, top_k=job.top_k, vocab_size=vocab_size)
-            self.all.append(top)
-            self.wanted["top_k"] = job.top_k
-        if "sampled" in job.tiers:
-            draws = {"num_draws": job.num_draws, "draw_seed": job.draw_seed}
-            sampled = SampledWriter(folder / "sampled", metadata, **draws, vocab_size=vocab_size)
-            self.all.append(sampled)
-            self.wanted |= draws
+        for tier in BY_TOKEN:
+            if tier in job.tiers:
+                self.all.append(open_writer(tier, folder / tier, metadata, job, vocab_size))
         if "hidden" in job.tiers:
             assert pipe.hidden_size is not None and pipe.head_digest is not None
             hidden = HiddenWriter(
@@ -60,7 +83,7 @@ class Writers:
             self.wanted["logits_dtype"] = job.logits_dtype
         if self.rows is not None:
             self.all.append(self.rows)
-        self.all.append(ScoresWriter(folder / "scores", metadata))
+        self.all.append(open_writer("scores", folder / "scores", metadata, job, vocab_size))
 
     def check(self, documents: Iterable[Document]) -> Iterator[Document]:
         """The documents to score, each once it is certain that the parts can hold it.

@@ -62,7 +62,7 @@ _WORDS = (
     *("limit", "device", "dtype", "quantization", "uri", "model", "tiers"),
     *("corpus", "peer", "repeat", "keep", "workers", "deadline", "sample", "seed", "doc", "level"),
     *("html", "from", "to", "score", "by", "weight"),
-    *("catalog", "namespace", "date", "database", "sql", "source", "count"),
+    *("layers", "catalog", "namespace", "date", "database", "sql", "source", "count"),
 )
 _COMPOUNDS = (
     *("text_column", "messages_column", "ids_column", "context_column", "id_column"),

@@ -14,6 +14,7 @@ class Tier(StrEnum):
     tokens = "tokens"
     topk = "topk"
     sampled = "sampled"
+    lens = "lens"
     hidden = "hidden"
     logits = "logits"
 

@@ -46,8 +46,9 @@ def score(
         list[Tier] | None,
         typer.Option(
             help="Also keep a record a token (tokens), the likeliest tokens of every row (topk), "
-            "draws from its distribution (sampled), the states that logits are made of (hidden), "
-            "or all log-probabilities (logits). May be given several times."
+            "draws from its distribution (sampled), what layers on the way would have said (lens), "
+            "the states that logits are made of (hidden), or all log-probabilities (logits). May "
+            "be given several times."
         ),
     ] = None,
     top_k: Annotated[
@@ -61,6 +62,13 @@ def score(
     draw_seed: Annotated[
         int | None,
         number("seed", "0", help="With --keep sampled: another one gives other draws; default 0."),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="<layers>",
+            help="With --keep lens: these, from 0, or from the end, as in 0,8,-1; default all.",
+        ),
     ] = None,
     vocabulary: Annotated[
         bool,
@@ -337,6 +345,7 @@ def score(
             top_k=top_k,
             num_draws=num_draws,
             draw_seed=draw_seed,
+            layers=_read_layers(layers),
             vocabulary=vocabulary,
             logits_dtype=logits_dtype.value,
             max_logits_bytes=max_logits_bytes,
@@ -365,6 +374,15 @@ def score(
             raise
 
     or_exit(run)
+
+
+def _read_layers(text: str | None) -> list[int] | None:
+    try:
+        return None if text is None else [int(layer) for layer in text.split(",")]
+    except ValueError:
+        raise ValueError(
+            f"layers: {text!r} are not whole numbers with commas between them; give 0,8,-1"
+        ) from None
 
 
 def _are_swapped(model: str, corpus: str, endpoint_url: str | None) -> bool:

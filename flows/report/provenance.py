@@ -49,6 +49,7 @@ _FACTS = {
     "top_k": "Likeliest tokens kept",
     "num_draws": "Draws kept",
     "draw_seed": "Seed of draws",
+    "layers": "Layers read",
     "logits_dtype": "Log-probabilities kept in",
     "vocabulary": "Vocabulary added up",
     "reading": "Documents made of",
@@ -62,7 +63,7 @@ _FACTS = {
 
 
 # What goes with the tiers that were kept.
-_KEPT = ("top_k", "num_draws", "draw_seed", "logits_dtype")
+_KEPT = ("top_k", "num_draws", "draw_seed", "layers", "logits_dtype")
 
 
 def describe_recipe(recipe: Mapping[str, Any]) -> str:

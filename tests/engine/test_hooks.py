@@ -12,6 +12,8 @@ import pytest
 import torch
 from logitmill.engine import Document, Pipeline, pipeline
 from logitmill.engine.hooks import PackedTokens
+from logitmill.engine.lens import split_lens
+from logitmill.engine.records import TOKEN_DTYPES
 from oracles import row_statistics_float64, save
 from test_families import CASES, from_folder, make_model, sequences
 
@@ -148,6 +150,29 @@ def test_the_lens_is_the_norm_and_head_of_each_layer(pair: tuple[Pipeline, Any])
             assert (tokens.rank == expected["rank"]).mean() > 0.9
 
 
+@pytest.mark.parametrize("kept", ["records", "logits", "states"])
+def test_scores_come_with_the_lens_of_layers(pair: tuple[Pipeline, Any], kept: str) -> None:
+    pipe, _ = pair
+    documents = [ids for ids in sequences(pipe.vocab_size, seed=7) if len(ids) <= 24]
+    more: dict[str, Any] = {
+        "records": {"top_k": 3, "num_draws": 2},
+        "logits": {"on_logits": lambda *rows: None},
+        "states": {"on_states": lambda *rows: None, "top_k": 3},
+    }[kept]
+    plain = list(pipe.score(documents, prefix="none", **more))
+    scores = list(pipe.score(documents, prefix="none", layers=[-1, 0], **more))
+    lenses = list(pipe.lens(documents, recipe=no_prefix(), layers=[0, -1]))
+    assert any(lens.layers for lens in lenses)
+    for score, without, lens in zip(scores, plain, lenses, strict=True):
+        assert score.record == without.record
+        assert split_lens(without.tokens) == []
+        found = split_lens(score.tokens)
+        for tokens, expected in zip(found, lens.layers.values(), strict=bool(lens.layers)):
+            for name in TOKEN_DTYPES:
+                np.testing.assert_array_equal(getattr(tokens, name), getattr(expected, name))
+            assert tokens.top_ids is None and tokens.lens is None
+
+
 def no_prefix() -> Any:
     from logitmill.engine import find_recipe
 
@@ -226,6 +251,9 @@ def test_wrong_states_are_named(demo: Pipeline, wrong: Any, said: str) -> None:
 def test_wrong_layers_are_named(demo: Pipeline, layers: Any) -> None:
     with pytest.raises(ValueError, match="layers: "):
         demo.lens(["x"], layers=layers)
+    if layers:
+        with pytest.raises(ValueError, match="layers: "):
+            demo.score(["x"], layers=layers)
 
 
 def test_models_of_transformers_have_no_layers(tmp_path: Path) -> None:

@@ -29,8 +29,14 @@ from logitmill.flows.request import Request, prepare
 from logitmill.flows.store import Receipt
 from logitmill.flows.summary import Summary
 from logitmill.flows.verify import verify_run
+from logitmill.kernels.logits import RowStatistics
 
-ALL: Any = {"tiers": ["tokens", "topk", "sampled", "hidden"], "top_k": 7, "num_draws": 9}
+ALL: Any = {
+    "tiers": ["tokens", "topk", "sampled", "lens", "hidden"],
+    "top_k": 7,
+    "num_draws": 9,
+    "layers": [-1, 0, 2],
+}
 
 
 @pytest.fixture(scope="module")
@@ -138,6 +144,20 @@ def test_draws_are_what_the_engine_gives(run: Run, demo: Pipeline) -> None:
     assert abs(total / np.sqrt(len(scored(run)))) < 4
 
 
+def test_the_lens_is_what_the_engine_gives(run: Run, demo: Pipeline) -> None:
+    fields = RowStatistics._fields
+    for doc_id in scored(run):
+        record = run.document(doc_id)
+        ids = record["tokens"]["token_id"].tolist()
+        (lens,) = demo.lens([ids], layers=[0, 2, 4])
+        assert list(record["lens"]) == list(lens.layers) == [0, 2, 4]
+        for layer, expected in lens.layers.items():
+            for name in fields:
+                np.testing.assert_array_equal(record["lens"][layer][name], getattr(expected, name))
+        for name in fields:
+            np.testing.assert_array_equal(record["lens"][4][name], record["tokens"][name])
+
+
 def test_states_replay_to_the_bits_of_the_run(run: Run, demo: Pipeline) -> None:
     for doc_id in scored(run)[:3]:
         tokens = run.document(doc_id)["tokens"]
@@ -176,15 +196,15 @@ def test_bfloat16_states_come_back_as_they_were(demo_folder: Path, tmp_path: Pat
 
 def test_what_was_not_scored_has_no_rows(run: Run, demo: Pipeline) -> None:
     (empty,) = {row["doc_id"] for row in run.table().to_pylist()} - set(scored(run))
-    assert not {"tokens", "topk", "sampled"} & run.document(empty).keys()
+    assert not {"tokens", "topk", "sampled", "lens"} & run.document(empty).keys()
     assert run.states(empty).shape == (0, 256)
     assert list(run.replay(empty, demo)) == []
-    for tier in ("topk", "sampled", "hidden"):
+    for tier in ("topk", "sampled", "lens", "hidden"):
         assert set(run.table(tier, ["doc_id"])["doc_id"].to_pylist()) == set(scored(run))
 
 
 def test_schemas_are_those_that_are_stated(run: Run) -> None:
-    for tier in ("topk", "sampled", "hidden"):
+    for tier in ("topk", "sampled", "lens", "hidden"):
         schema = pq.read_schema(run.paths(tier)[0].removeprefix("file://"))
         assert schema.remove_metadata().equals(parts.schema_of(tier, 4096))
         about = {k.decode(): v.decode() for k, v in schema.metadata.items()}
@@ -242,6 +262,8 @@ def test_settings_of_kept_tiers_are_in_the_key(
         for options in (
             {},
             {"tiers": ["hidden"]},
+            {"tiers": ["lens"]},
+            {"tiers": ["lens"], "layers": [1]},
             both,
             {**both, "top_k": 19},
             {**both, "num_draws": 11},
@@ -251,6 +273,8 @@ def test_settings_of_kept_tiers_are_in_the_key(
     assert keys[0] == plain and len(set(keys)) == len(keys)
     # What is left out is what is written out.
     said = {**both, "top_k": 20, "num_draws": 12, "draw_seed": 0}
+    assert key_of(demo_folder, corpus, tmp_path, **said) == keys[4]
+    said = {"tiers": ["lens"], "layers": [-1, 3, 2, 1, 0, 0]}
     assert key_of(demo_folder, corpus, tmp_path, **said) == keys[2]
 
 
@@ -264,6 +288,9 @@ def test_settings_of_kept_tiers_are_in_the_key(
         ({"tiers": ["sampled"], "num_draws": 256}, "num_draws: 256 is not an integer within 1"),
         ({"tiers": ["sampled"], "draw_seed": -1}, "draw_seed: -1 is not an integer within 0"),
         ({"draw_seed": 3}, "draw_seed: 3 is of the tier sampled"),
+        ({"layers": [1]}, r"layers: \[1\] are of the tier lens; keep that, or leave them out"),
+        ({"tiers": ["lens"], "layers": [5]}, r"layers: 5 is not one of the model's, 0 \.\.\. 4"),
+        ({"tiers": ["lens"], "layers": []}, "layers: none are given"),
         ({"tiers": ["topk", "logits"]}, "tiers: 'topk' can be made of 'logits'"),
         ({"tiers": ["sampled", "logits"]}, "tiers: 'sampled' can be made of 'logits'"),
         ({"tiers": ["hidden", "logits"]}, "tiers: 'logits' can be made of 'hidden'"),
@@ -327,7 +354,12 @@ def changed(run: Run, tmp_path: Path, tier: str, column: str, *, resize: bool = 
     values[0] = bytes(first[: -len(first) // 2]) if resize else bytes(first)
     at = table.schema.get_field_index(column)
     column_of = pa.array(values, table.schema[at].type)
-    pq.write_table(table.set_column(at, table.schema[at], column_of), copy / name)
+    return rewrite(copy, name, table.set_column(at, table.schema[at], column_of))
+
+
+def rewrite(copy: Path, name: str, table: pa.Table) -> Run:
+    """The copy of a run with another table in a part's place, of which its receipt knows."""
+    pq.write_table(table, copy / name)
     data = (copy / name).read_bytes()
     part = Part(name, len(data), hashlib.sha256(data).hexdigest())
     for file in ("shards/00000.json", "manifest.json"):
@@ -356,6 +388,30 @@ def test_a_bit_that_is_not_the_models_is_found(
     documents = run.table().num_rows
     found = [str(finding) for finding in verify_run(copy, sample=documents)]
     assert len(found) == 1 and problem in found[0]
+
+
+@pytest.mark.parametrize(
+    ("row", "wrong", "sample", "problem"),
+    [
+        (1, {"rank": 0}, 9, "entry 0 of rank of layer 2 of lens is stored as 0, and is "),
+        (0, {"layer": 1}, 0, "has not all layers of "),
+        (1, {"doc_id": "other"}, 0, "has not all layers of "),
+    ],
+)
+def test_a_layer_that_is_not_the_models_is_found(
+    run: Run, tmp_path: Path, row: int, wrong: dict[str, Any], sample: int, problem: str
+) -> None:
+    copy = Path(shutil.copytree(run.uri.removeprefix("file://"), tmp_path / "copy"))
+    name = "lens/part-00000.parquet"
+    table = pq.read_table(copy / name)
+    rows = table.to_pylist()
+    for column, value in wrong.items():
+        if isinstance(rows[row][column], list):
+            rows[row][column][0] = value
+        else:
+            rows[row][column] = value
+    found = verify_run(rewrite(copy, name, pa.Table.from_pylist(rows, table.schema)), sample=sample)
+    assert len(found) == 1 and problem in str(found[0])
 
 
 @pytest.mark.parametrize(("tier", "column"), [("topk", "top_id_1"), ("sampled", "id_0")])
