@@ -30,7 +30,7 @@ faults: $(VENV)/.tested ## The long form of what goes wrong: an hour or more
 	LOGITMILL_LONG=1 $(BIN)/python -m pytest -rP tests/flows/test_workers.py \
 		tests/flows/test_worker_faults.py tests/flows/test_kill.py \
 		tests/flows/test_storage.py tests/flows/test_storage_faults.py \
-		tests/flows/test_catalog.py tests/infra/test_superset.py tests/infra/test_scheduled.py
+		tests/flows/test_catalog.py tests/infra/test_scheduled.py
 
 clean: ## Remove what the targets made
 	rm -rf $(VENV) build *.egg-info
