@@ -184,14 +184,13 @@ def test_a_newcomers_run_from_start_to_report(
 
 
 def test_a_mistake_is_one_line_and_status_2(
-    demo_folder: Path, corpus: Path, bare_model: Path, tmp_path: Path
+    demo_folder: Path, corpus: Path, tmp_path: Path, forked: Forked
 ) -> None:
     file = tmp_path / "file"
     file.write_text("")
-    done = logitmill("score", demo_folder, corpus, "--out", file / "runs")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    code, out, err = forked("score", demo_folder, corpus, "--out", file / "runs")
+    assert (code, out) == (2, "")
+    (line,) = err.splitlines()
     assert line.startswith(f"error: --out: '{file}/runs' cannot be written:")
 
 
