@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from logitmill.engine import Document, Frequencies, Frequency, pipeline
+from logitmill.engine.lens import split_lens
+from logitmill.engine.records import TOKEN_DTYPES
 from logitmill.engine.samplers import drawing, top_p
 from test_gpu import MODEL, texts
 
@@ -99,6 +101,22 @@ def test_the_last_layers_lens_is_the_score() -> None:
             assert rows.shape == other.shape
             off = (rows.float() - other).norm() / other.norm()
             assert off < 0.03, (layer, off)
+
+
+@pytest.mark.parametrize("settings", FORMATS)
+@pytest.mark.parametrize("kept", [{}, {"top_k": 5, "num_draws": 3}, {"on_logits": sink}])
+def test_the_lens_goes_with_scores(settings: Any, kept: Any) -> None:
+    pipe = pipeline(MODEL, device="cuda", max_batch_tokens=2048, **settings)
+    plain = pipe.score(texts(), **kept)
+    lenses = pipe.lens(texts(), layers=[0, 2, -1])
+    scores = pipe.score(texts(), layers=[0, 2, -1], **kept)
+    for score, without, layered in zip(scores, plain, lenses, strict=True):
+        assert score.record == without.record
+        for found, expected in zip(
+            split_lens(score.tokens), layered.layers.values(), strict=bool(layered.layers)
+        ):
+            for name in TOKEN_DTYPES:
+                assert np.array_equal(getattr(found, name), getattr(expected, name)), name
 
 
 def test_greedy_is_the_likeliest_of_whole_sequences() -> None:
