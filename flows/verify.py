@@ -22,7 +22,7 @@ from .corpus.locations import is_garbled
 from .folder import Folder, Part, endpoint_options, one_line
 from .publish import find_merges, read_table, read_tables
 from .run import Run, open_run
-from .scratch import find_live
+from .scratch import TEMPORARY, find_live
 from .store import MANIFEST, PLAN, REPORT, Receipt
 
 if TYPE_CHECKING:
@@ -260,6 +260,9 @@ class _Stored:
         else:
             named |= {Receipt.name(shard) for shard in range(len(self.shards))}
         for name in sorted(self._there.keys() - named):
+            if self._manifest is None and name.startswith(TEMPORARY):
+                # The next start removes them.
+                continue
             yield Finding(name, f"nothing names it: {self._there[name]:,} bytes left over")
         if self._manifest is not None:
             for name, begun in _list_uploads(self._folder):

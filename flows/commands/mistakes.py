@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import re
+import select
 import signal
+import sys
 from collections.abc import Callable
 from typing import Any, overload
 
@@ -22,6 +25,8 @@ def or_exit(action: Callable[[], None]) -> None:
         say_error(name_options(str(error)))
         raise typer.Exit(2) from None
     except (RuntimeError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and _is_unread():
+            raise typer.Exit(141) from None
         say_error(name_options(str(error)))
         raise typer.Exit(1) from None
     except KeyboardInterrupt as stop:
@@ -29,6 +34,20 @@ def or_exit(action: Callable[[], None]) -> None:
         raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _is_unread() -> bool:
+    """Whether nobody reads standard output any more, as behind `| head`; nothing goes there then.
+
+    The status is what a shell says of a command that such a pipe has ended.
+    """
+    number = sys.stdout.fileno()
+    ends = select.poll()
+    ends.register(number, 0)
+    if not any(event & select.POLLERR for _, event in ends.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+    return True
 
 
 class _Terminated(KeyboardInterrupt):

@@ -183,6 +183,23 @@ def test_a_newcomers_run_from_start_to_report(
     assert "scored now: nothing, the run was complete" in out
 
 
+def test_nobody_who_reads_is_no_failure() -> None:
+    code = """
+import typer
+from logitmill.flows.commands.mistakes import or_exit
+try:
+    or_exit(lambda: print("line\\n" * 50_000))
+except typer.Exit as ended:
+    raise SystemExit(ended.exit_code)
+"""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, timeout=60)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
 def test_a_mistake_is_one_line_and_status_2(
     demo_folder: Path, corpus: Path, tmp_path: Path, forked: Forked
 ) -> None:

@@ -238,6 +238,13 @@ def test_a_file_that_nothing_names(copy: Path) -> None:
     ]
 
 
+def test_what_a_killed_run_left_is_for_the_next_start(copy: Path) -> None:
+    (copy / "manifest.json").unlink()
+    (copy / ".tmp-dead").mkdir()
+    (copy / ".tmp-dead/scores").write_bytes(b"half a part")
+    assert not any("left over" in problem for problem in problems(copy))
+
+
 def test_what_somebody_is_writing_is_not_left_over(copy: Path) -> None:
     from logitmill.flows.folder import Folder
 
