@@ -71,14 +71,14 @@ class Rows:
     groups_R: torch.Tensor | None = None
     """int64: which of `groups` a row's sums are of, -1 for padding; None where none are made."""
     groups: Sequence[int] = ()
-    layers_RD: Sequence[torch.Tensor] = ()
-    """What the head would take of layers on the way, [R, D] each."""
+    lens_R7: Sequence[torch.Tensor] = ()
+    """The statistics that layers on the way would have, packed, [R, 7] each."""
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """All that lies on the device."""
         more = [x for x in (self.keys_R, self.groups_R) if x is not None]
-        return [self.hidden_RD, self.targets_R, *more, *self.layers_RD]
+        return [self.hidden_RD, self.targets_R, *more, *self.lens_R7]
 
 
 class Model(Protocol):
@@ -144,6 +144,14 @@ class Head:
         sums.commit()
         return columns
 
+    def describe(self, hidden_RD: torch.Tensor, targets_R: torch.Tensor) -> torch.Tensor:
+        """Statistics of rows, packed, [R, 7] on the device."""
+        packed_7R = _empty_statistics(len(hidden_RD), hidden_RD.device)
+        for part in self.blocks.cut(len(hidden_RD)):
+            logits_RV = self._model.logits(hidden_RD[part])
+            row_statistics(logits_RV, targets_R[part], out_7R=packed_7R[:, part])
+        return packed_7R.T
+
     def logits(
         self, rows: Rows, outbox: Outbox, *, normalised: bool, extras: Extras = BARE
     ) -> Iterator[tuple[slice, Arrival[tuple[torch.Tensor, Columns]]]]:
@@ -207,19 +215,9 @@ class Head:
             # The roundings of a row's own `logprob`.
             more["top_logprobs"] = values - values[:, :1] + statistics.top1_logprob[:, None]
             more["log_tail_mass"] = log_tail_mass(logits_RV, statistics, ids, tiles)
-        if rows.layers_RD:
-            more["lens"] = self._read_layers(rows, part)
+        if rows.lens_R7:
+            more["lens"] = torch.stack([layer_R7[part] for layer_R7 in rows.lens_R7], 1)
         return statistics, more
-
-    def _read_layers(self, rows: Rows, part: slice) -> torch.Tensor:
-        """[R, L, 7]: the statistics of a chunk as each layer would have them, packed."""
-        found = []
-        for layer_RD in rows.layers_RD:
-            logits_RV = self._model.logits(layer_RD[part])
-            packed_7R = _empty_statistics(len(logits_RV), logits_RV.device)
-            row_statistics(logits_RV, rows.targets_R[part], out_7R=packed_7R)
-            found.append(packed_7R.T)
-        return torch.stack(found, 1)
 
     def _cut(self, rows: Rows, blocks: Blocks) -> Iterator[tuple[slice, int]]:
         """Chunks, and how many rows of each are not padding; without those that are padding."""

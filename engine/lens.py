@@ -137,7 +137,7 @@ def split_lens(tokens: TokenRecords) -> list[TokenRecords]:
     return found
 
 
-def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
+def check_layers(layers: Iterable[int] | None, num_layers: int) -> list[int]:
     """The layers in order, each once; all of them for None, from the end for negative ones.
 
     Raises:
@@ -145,15 +145,20 @@ def check_layers(layers: Sequence[int] | None, num_layers: int) -> list[int]:
     """
     if layers is None:
         return list(range(num_layers))
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise ValueError(f"layers: {layers!r} is no list of whole numbers, as [0, -1]")
+    found = set()
     for layer in layers:
-        if type(layer) is not int or not -num_layers <= layer < num_layers:
+        is_whole = isinstance(layer, (int, np.integer)) and not isinstance(layer, bool)
+        if not is_whole or not -num_layers <= layer < num_layers:
             raise ValueError(
                 f"layers: {layer!r} is not one of the model's, 0 ... {num_layers - 1}, or "
                 f"{-num_layers} ... -1 from the end"
             )
-    if not layers:
+        found.add(int(layer) % num_layers)
+    if not found:
         raise ValueError("layers: none are given; leave it out for all of them")
-    return sorted({layer % num_layers for layer in layers})
+    return sorted(found)
 
 
 def _weigh(item: Work | DocumentScore) -> int:

@@ -544,7 +544,7 @@ class Pipeline:
         top_k: int = 0,
         num_draws: int = 0,
         draw_seed: int = 0,
-        layers: Sequence[int] = (),
+        layers: Sequence[int] | np.ndarray | None = (),
         on_logits: LogitsSink | None = None,
         on_states: StatesSink | None = None,
         logits_dtype: str = "float32",
@@ -571,8 +571,9 @@ class Pipeline:
                 records' `drawn_ids`. They are decided by the seed, the document's tokens and the
                 row's place among them: the same in any batch and order.
             draw_seed: another one gives other draws.
-            layers: also read these by the logit lens, as `lens` does, on the way: the records'
-                `lens`, which `split_lens` makes records of. Contexts are not shared then.
+            layers: also read these by the logit lens, all for None, as `lens` does, on the way:
+                the records' `lens`, which `split_lens` makes records of. Contexts are not shared
+                then.
             on_logits: called with (index, doc_id, first row, log-probabilities [rows, V],
                 logsumexp [rows]) for consecutive rows of every document, before the document is
                 yielded; row i scored the document's record i, and logits are their sum. The
@@ -608,8 +609,8 @@ class Pipeline:
                 raise ValueError(
                     f"{name}: logits that are handed over hold the whole distribution; use one"
                 )
-        read = []
-        if len(layers):
+        read: Sequence[int] = ()
+        if not (isinstance(layers, Sequence) and len(layers) == 0):
             read = check_layers(layers, self._need_decoder("layers").spec.num_layers)
         if on_states is not None:
             if on_logits is not None:

@@ -83,11 +83,16 @@ class TokenRecords:
     drawn_ids: np.ndarray | None = None
     """int32 [n, m] if tokens are drawn: m draws from the whole distribution, ascending."""
     lens: np.ndarray | None = None
-    """float32 [n, L, 7] if layers are read: what each of L would have of the fields from `logprob`
-    to `logsumexp`, in the order of `RowStatistics`, integers as their bits; see `split_lens`."""
+    """float32 [n, L, 7] if layers are read: what each of L would have of `STATISTICS`, integers as
+    their bits; see `split_lens`."""
 
     def __len__(self) -> int:
         return len(self.token_id)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all arrays together."""
+        return sum(values.nbytes for values in vars(self).values() if values is not None)
 
     @classmethod
     def empty(cls, num_tokens: int) -> TokenRecords:
@@ -103,7 +108,7 @@ class TokenRecords:
         if num_draws:
             self.drawn_ids = np.zeros((len(self), num_draws), np.int32)
         if num_layers:
-            self.lens = np.zeros((len(self), num_layers, 7), np.float32)
+            self.lens = np.zeros((len(self), num_layers, len(STATISTICS)), np.float32)
 
 
 TOKEN_DTYPES: dict[str, np.dtype] = {
@@ -118,6 +123,9 @@ TOKEN_DTYPES: dict[str, np.dtype] = {
     "top1_logprob": np.dtype(np.float32),
     "logsumexp": np.dtype(np.float32),
 }
+
+STATISTICS = tuple(TOKEN_DTYPES)[3:]
+"""What a row of logits says of its token, in the order of `kernels.logits.RowStatistics`."""
 
 
 @dataclass

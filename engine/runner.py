@@ -242,7 +242,7 @@ class Runner:
     def _hidden(self, requests: Sequence[Request], layers: Sequence[int] = ()) -> Rows:
         """Hidden states of the scored rows and their targets, padded, and the rows unpadded.
 
-        With them what the head would take of `layers`, for requests that do not share.
+        With them what `layers` would say of them, for requests that do not share.
         """
         sequences = [r.ids for r in requests]
         sizes = np.array([len(r.targets) for r in requests])
@@ -262,11 +262,11 @@ class Runner:
             ids_T = to_device(_pad(sequences if tree is None else [tree.ids], blocks), device)
             rows_R = to_device(_pad([rows], chunks), device)
             targets_R = to_device(_pad([r.targets for r in requests], chunks), device)
-            layers_RD: list[torch.Tensor] = []
+            lens_R7: list[torch.Tensor] = []
             if tree is not None and hidden_of_tree is not None:
                 hidden_TD = hidden_of_tree(ids_T, tree)
             else:
-                with self._seeing(layers, rows_R, layers_RD):
+                with self._reading(layers, rows_R, targets_R, lens_R7):
                     hidden_TD = self._model.hidden(ids_T, [len(ids) for ids in sequences])
             keys_R = None
             if keys := [r.keys for r in requests if r.keys is not None]:
@@ -279,13 +279,17 @@ class Runner:
                 own = np.repeat([places[r.group] for r in requests], sizes)
                 groups_R = to_device(_pad([own], chunks), device) - 1
             hidden_RD = hidden_TD[rows_R]
-            return Rows(hidden_RD, targets_R, len(rows), keys_R, groups_R, groups, layers_RD)
+            return Rows(hidden_RD, targets_R, len(rows), keys_R, groups_R, groups, lens_R7)
 
     @contextmanager
-    def _seeing(
-        self, layers: Sequence[int], rows_R: torch.Tensor, found_RD: list[torch.Tensor]
+    def _reading(
+        self,
+        layers: Sequence[int],
+        rows_R: torch.Tensor,
+        targets_R: torch.Tensor,
+        found_R7: list[torch.Tensor],
     ) -> Iterator[None]:
-        """A block that finds what the head would take of some rows after each of some layers."""
+        """A block that finds what the head would say of some rows after each of some layers."""
         if not layers:
             yield
             return
@@ -294,7 +298,8 @@ class Runner:
 
         def see(layer: int, states_TD: torch.Tensor, tokens: PackedTokens) -> None:
             if layer in layers:
-                found_RD.append(model.normalise(states_TD[rows_R]))
+                normed_RD = model.normalise(states_TD[rows_R])
+                found_R7.append(self._head.describe(normed_RD, targets_R))
 
         with model.hooked(see):
             yield

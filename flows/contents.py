@@ -11,9 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ..engine.records import NONFINITE, OK, TOKEN_DTYPES
+from ..engine.records import NONFINITE, OK, STATISTICS, TOKEN_DTYPES
+from .distributions import check_layout
 from .folder import Folder
-from .parts import BLOBS, LENS, PartFile, schema_of
+from .parts import BLOBS, PartFile, schema_of
 from .publish import read_table
 from .store import Receipt
 from .summary import STATUS
@@ -126,9 +127,12 @@ def _count_arrays(folder: Folder, name: str, plan: Mapping[str, Any]) -> Iterato
 
     Raises:
         ArrowInvalid: if the arrays of a row are not of one length.
+        StoreError: if an earlier version has laid them out otherwise.
     """
     tier = name.split("/")[0]
     columns = schema_of(tier, plan["model"]["vocab_size"]).names
+    with open_part(folder, name) as file:
+        check_layout(PartFile(file), name, folder, plan)
     for rows in _row_groups(folder, name, plan["run_key"], columns):
         sizes = {
             column: pc.binary_length(rows[column]).to_numpy() // BLOBS[column].itemsize
@@ -154,7 +158,7 @@ def _count_layers(folder: Folder, name: str, plan: Mapping[str, Any]) -> Iterato
     Raises:
         ArrowInvalid: if rows are missing, or their lists are not of one length.
     """
-    layers, lists = plan["layers"], [field for field in LENS.names if field != "logprob"][2:]
+    layers, lists = plan["layers"], [name for name in STATISTICS if name != "logprob"]
     columns = ["doc_id", "layer", "logprob"]
     for rows in _row_groups(folder, name, plan["run_key"], columns, same_length=lists):
         doc_ids, found = rows["doc_id"].to_pylist(), rows["layer"].to_pylist()

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..engine.records import DocumentScore
-from .parts import BLOBS, DocumentsWriter, schema_of
+from .folder import Folder, StoreError
+from .parts import BLOBS, DocumentsWriter, PartFile, schema_of
 
 # Of a token's id, spans, log-probability; of the mass of a tail; of an id and what goes with it.
 _OWN_BYTES, _TAIL_BYTES, _TOP_BYTES, _PAIR_BYTES = 16, 4, 5, 4
@@ -177,6 +178,20 @@ COLUMNS: dict[str, Callable[[Sequence[DocumentScore]], dict[str, Any]]] = {
 }
 """What the tiers' columns are, of documents: a list with one value a document each, arrays as
 bytes. High bytes of ids are among them even where the schema leaves them out."""
+
+
+def check_layout(part: PartFile, name: str, folder: Folder, plan: Mapping[str, Any]) -> None:
+    """StoreError for a part in which an earlier version has laid arrays out otherwise."""
+    tier = name.split("/")[0]
+    if tier not in COLUMNS:
+        return
+    wanted = schema_of(tier, plan["model"]["vocab_size"]).names
+    if missing := [column for column in wanted if column not in part.schema_arrow.names]:
+        made_by = plan.get("versions", {}).get("logitmill", "another version")
+        raise StoreError(
+            f"run: {name} of {folder.uri} has no column {missing[0]!r}; it is of logitmill "
+            f"{made_by}, which reads it, or score the corpus again"
+        )
 
 
 def _own_columns(scores: Sequence[DocumentScore]) -> dict[str, Any]:

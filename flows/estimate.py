@@ -23,9 +23,8 @@ from ..engine.checkpoint import Checkpoint, find_model
 from ..engine.frequencies import Frequencies
 from ..engine.intake import Intake, Work
 from ..engine.pipeline import load_pipeline
-from ..engine.records import TOKEN_DTYPES, Document, DocumentScore
+from ..engine.records import STATISTICS, TOKEN_DTYPES, Document, DocumentScore
 from ..engine.tokenization import Tokenizer
-from ..kernels.logits import RowStatistics
 from .corpus import read_shard
 from .corpus.plan import Shard
 from .folder import Folder
@@ -54,7 +53,7 @@ _RECEIPT_BYTES, _REPORT_BYTES = 1500, 300_000
 _STATED_DOCUMENT, _STATED_SHARD = 280.0, 40_000.0
 _STATED_ENTRY = 27.0
 _STATED_TOKEN = 0.65 * sum(dtype.itemsize for dtype in TOKEN_DTYPES.values())
-_STATED_LAYER = 0.8 * sum(TOKEN_DTYPES[name].itemsize for name in RowStatistics._fields)
+_STATED_LAYER = 0.8 * sum(TOKEN_DTYPES[name].itemsize for name in STATISTICS)
 # Of a candidate (k of a token) and of a draw, and what each token takes besides.
 _STATED_CANDIDATE, _STATED_DRAW, _STATED_BESIDE = 2.8, 0.8, 12.6
 

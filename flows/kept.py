@@ -86,7 +86,7 @@ def _settle_layers(
     if "lens" not in tiers:
         if given is not None:
             raise ValueError(
-                f"layers: {list(given)} are of the tier lens; keep that, or leave them out"
+                f"layers: {given!r} are of the tier lens; keep that, or leave them out"
             )
         return None
     if facts.num_layers is None:

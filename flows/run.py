@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from .distributions import COLUMNS as LAID_OUT
-from .distributions import read_draws, read_top_k
+from .distributions import check_layout, read_draws, read_top_k
 from .folder import Folder, StoreError
 from .index import Index, shard_names
 from .parts import LOGITS_DTYPES, PartFile, rows_of, schema_of
@@ -413,21 +412,8 @@ class Run:
         is_local, files = self.folder.is_local, self.folder.filesystem
         with pa.OSFile(path) if is_local else files.open(path, "rb") as file:
             part = PartFile(file)
-            self._check_layout(name, part)
+            check_layout(part, name, self.folder, self.plan)
             yield part
-
-    def _check_layout(self, name: str, part: PartFile) -> None:
-        """StoreError for a part in which an earlier version has laid arrays out otherwise."""
-        tier = name.split("/")[0]
-        if tier not in LAID_OUT:
-            return
-        wanted = schema_of(tier, self.plan["model"]["vocab_size"]).names
-        if missing := [column for column in wanted if column not in part.schema_arrow.names]:
-            made_by = self.plan.get("versions", {}).get("logitmill", "another version")
-            raise StoreError(
-                f"run: {name} of {self.uri} has no column {missing[0]!r}; it is of logitmill "
-                f"{made_by}, which reads it, or score the corpus again"
-            )
 
 
 def _flatten(lists: pa.Table) -> dict[str, np.ndarray]:

@@ -149,7 +149,8 @@ def score_corpus(
         top_k: tokens of a row in the tier `topk`, up to 256; 20 by default.
         num_draws: draws of a row in the tier `sampled`, up to 255; 12 by default.
         draw_seed: of these draws; another one gives others. 0 by default.
-        layers: of the tier `lens`, from 0, or from the end if negative; all by default.
+        layers: of the tier `lens`, from 0, or from the end if negative; all by default. With it,
+            the recipe `conditional` computes contexts for each document anew.
         vocabulary: also add up, by source, how often every token was expected and how often it was
             there (`Run.summary("vocabulary")`).
         logits_dtype: what log-probabilities of the tier `logits` are stored in.

@@ -2,8 +2,8 @@
 
     <root>/<run key>/
       plan.json                      what is scored and how
-      scores/part-00017.parquet      document records; tokens/ topk/ sampled/ hidden/ logits/ on
-                                     request
+      scores/part-00017.parquet      document records; tokens/ topk/ sampled/ lens/ hidden/
+                                     logits/ on request
       shards/00017.json              receipt: the shard's parts with size and sha256
       shards/00017.counts.parquet    the shard's additive tables, also of its outliers and, on
                                      request, of its vocabulary

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from .contents import BLOCK, TOTALS, Finding, hold_rows, open_part
 from .corpus.locations import is_garbled
-from .folder import Folder, Part, endpoint_options, one_line
+from .folder import Folder, Part, StoreError, endpoint_options, one_line
 from .publish import find_merges, read_table, read_tables
 from .run import Run, open_run
 from .scratch import TEMPORARY, find_live
@@ -194,7 +194,9 @@ class _Stored:
         name = f"shard {receipt.shard}"
         try:
             return list(hold_rows(self._folder, self._plan, receipt, self.shards))
-        except (KeyError, pa.ArrowException, OSError) as error:
+        except (KeyError, StoreError, pa.ArrowException, OSError) as error:
+            if isinstance(error, StoreError):
+                return [Finding(name, str(error))]
             if isinstance(error, KeyError):
                 return [Finding(name, f"its tables have no column {error}")]
             if not is_garbled(error):

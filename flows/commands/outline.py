@@ -36,6 +36,8 @@ def say_plan(prepared: Prepared) -> None:
     typer.echo(
         f"recipe  {recipe.name}, context {recipe.context}, prefix {recipe.prefix} ({recipe.hash})"
     )
+    if job.layers:
+        typer.echo(f"lens    of layers {', '.join(map(str, job.layers))}")
     if prepared.logits_bytes is not None:
         kind = ("hidden", facts.dtype) if "hidden" in job.tiers else ("logits", job.logits_dtype)
         typer.echo(f"{kind[0]:7} about {size(prepared.logits_bytes)}, {kind[1]}")

@@ -187,8 +187,9 @@ def _tokens(
         raise NoTokens(f"{record['doc_id']!r} has no scored tokens: {record['status']}")
     if "tokens" in kept:
         return dict(kept["tokens"])
-    if kept:
-        return _of_arrays(next(iter(kept.values())))
+    for tier in ("topk", "sampled"):
+        if tier in kept:
+            return _of_arrays(kept[tier])
     if "logits" in run.tiers:
         return _of_logits(run, record, names, endpoint_url)
     raise NoTokens("the run kept document scores alone; score with --keep tokens to see tokens")

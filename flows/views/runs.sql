@@ -95,6 +95,8 @@ WITH written AS (
         cast(sum(bytes) AS bigint) AS bytes_written,
         coalesce(cast(sum(bytes) FILTER (WHERE tier = 'hidden') AS bigint), 0)
             AS bytes_hidden,
+        coalesce(cast(sum(bytes) FILTER (WHERE tier = 'lens') AS bigint), 0)
+            AS bytes_lens,
         coalesce(cast(sum(bytes) FILTER (WHERE tier = 'logits') AS bigint), 0)
             AS bytes_logits,
         coalesce(cast(sum(bytes) FILTER (WHERE tier = 'sampled') AS bigint), 0)

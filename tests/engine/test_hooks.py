@@ -247,13 +247,20 @@ def test_wrong_states_are_named(demo: Pipeline, wrong: Any, said: str) -> None:
     demo.get_logits([5, 6, 7])
 
 
-@pytest.mark.parametrize("layers", [[5], [-6], [1.0], [True], []])
+@pytest.mark.parametrize("layers", [[5], [-6], [1.0], [True], [], ["0"], "01", 3, np.array([5])])
 def test_wrong_layers_are_named(demo: Pipeline, layers: Any) -> None:
     with pytest.raises(ValueError, match="layers: "):
         demo.lens(["x"], layers=layers)
-    if layers:
+    if not isinstance(layers, list) or layers:
         with pytest.raises(ValueError, match="layers: "):
             demo.score(["x"], layers=layers)
+
+
+def test_layers_may_be_numpys_or_all(demo: Pipeline) -> None:
+    (few,) = demo.score(["import os"], layers=np.array([4, 0]))
+    (every,) = demo.score(["import os"], layers=None)
+    assert few.tokens.lens is not None and every.tokens.lens is not None
+    np.testing.assert_array_equal(every.tokens.lens[:, [0, 4]], few.tokens.lens)
 
 
 def test_models_of_transformers_have_no_layers(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chromium import need_browser
+from direct import score_directly
 from flow_helpers import write_lines
 from logitmill.engine.recipes import find_recipe
 from logitmill.flows import Run, open_run, score_corpus
@@ -328,6 +329,13 @@ def test_the_command(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_a_run_of_scores_alone_says_what_to_keep(run: Run) -> None:
     with pytest.raises(NoTokens, match="score with --keep tokens to see tokens"):
         open_document(planned(run, tiers=["scores"]), "plain")
+
+
+def test_a_lens_alone_tells_no_tokens(demo_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("import os")
+    run = score_directly(demo_folder, tmp_path / "a.txt", tmp_path / "runs", tiers=["lens"])
+    with pytest.raises(NoTokens, match="score with --keep tokens to see tokens"):
+        open_document(run, "a.txt")
 
 
 # ---- as a page

@@ -19,12 +19,13 @@ import pytest
 from direct import score_directly
 from flow_helpers import write_lines
 from logitmill.engine import EngineSettings, Pipeline, pipeline
-from logitmill.engine.records import TokenRecords
+from logitmill.engine.records import STATISTICS, TokenRecords
 from logitmill.flows import Run, distributions, open_run, parts, shards
 from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.distributions import SampledWriter, TopKWriter, read_draws, read_top_k
 from logitmill.flows.estimate import TABLES, estimate_run
 from logitmill.flows.folder import Part
+from logitmill.flows.parts import LensWriter
 from logitmill.flows.request import Request, prepare
 from logitmill.flows.store import Receipt
 from logitmill.flows.summary import Summary
@@ -145,7 +146,8 @@ def test_draws_are_what_the_engine_gives(run: Run, demo: Pipeline) -> None:
 
 
 def test_the_lens_is_what_the_engine_gives(run: Run, demo: Pipeline) -> None:
-    fields = RowStatistics._fields
+    fields = STATISTICS
+    assert fields == RowStatistics._fields
     for doc_id in scored(run):
         record = run.document(doc_id)
         ids = record["tokens"]["token_id"].tolist()
@@ -414,6 +416,22 @@ def test_a_layer_that_is_not_the_models_is_found(
     assert len(found) == 1 and problem in str(found[0])
 
 
+def test_layers_of_many_short_documents_stay_together(tmp_path: Path) -> None:
+    tokens = TokenRecords.empty(1)
+    tokens.lens = np.arange(130 * 7, dtype=np.float32).reshape(1, 130, 7)
+    writer = LensWriter(tmp_path / "part", {}, layers=range(130))
+    one: Any = SimpleNamespace(record=SimpleNamespace(doc_id="a"), tokens=tokens)
+    for _ in range(8_200):
+        writer.add(one)
+    writer.close()
+    file = pq.ParquetFile(tmp_path / "part")
+    sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+    # More rows than Parquet's writer puts into a group unasked.
+    assert sizes == [8_192 * 130, 8 * 130]
+    found = file.read_row_group(1, ["logprob"])["logprob"].slice(129, 2).to_pylist()
+    assert found == [[129.0 * 7], [0.0]]
+
+
 @pytest.mark.parametrize(("tier", "column"), [("topk", "top_id_1"), ("sampled", "id_0")])
 def test_arrays_of_other_lengths_are_found(
     run: Run, tmp_path: Path, tier: str, column: str
@@ -432,6 +450,8 @@ def test_a_part_that_is_laid_out_otherwise_is_refused(run: Run, tmp_path: Path, 
     pq.write_table(table.drop_columns([column]), copy / name)
     with pytest.raises(ValueError, match=rf"{name} of .* no column '{column}'; .* score the"):
         open_run(str(copy)).table(tier)
+    (found,) = verify_run(rewrite(copy, name, pq.read_table(copy / name)), sample=0)
+    assert f"no column '{column}'; it is of logitmill" in str(found)
 
 
 def test_on_another_device_values_are_compared_within_a_tolerance(
