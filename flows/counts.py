@@ -27,23 +27,24 @@ COUNTS = pa.schema(
     }
 )
 """One row a (panel, source, language, length, day, bin). `nll` is a sum in nats. Sums that a panel
-lacks are 0.
+lacks are 0: those that its bins tell already, and what nobody asks of it.
 
     panel            bin                                    value             hits
     bits_per_byte    floor(bits/byte / 0.02), of a document
-    length           `length` of a document
+    length           floor(log2(bytes)), of a document
     sketch/<score>   `sketches.sketch_bin`, of a document
     status/<status>  0; each document is in exactly one     sum of entropy    tokens of rank 1
     token_nll        floor(bits / 0.25), of a token
-    entropy          floor(bits / 0.25), of a token         sum of entropy
+    entropy          floor(bits / 0.25), of a token
     position         floor(4 log2(p + 1)), p from 0         sum of entropy
     window           floor(4 log2(c)), c inputs read        sum of entropy
     calibration      min(19, floor(20 p)), p of the top 1   sum of p          tokens of rank 1
     rank             floor(log2(rank))
 
 The last bin of bits/byte, of token_nll and of entropy takes all from 100 bits up. The first four
-count documents and know documents, tokens and bytes (the sketches nothing else), the others tokens
-and know no documents or bytes.
+count documents, tokens and bytes; the others count tokens and know no documents or bytes. `nll` is
+known of length, status, entropy, position, window and rank. What shards round, and how far, is said
+at `round_sums`.
 
 `window` has the tokens of windows that begin within their document: of all before such a token the
 model has read the c inputs that its window holds. Counted is what was read and not what was scored,
@@ -52,11 +53,12 @@ the end of one that is filled up on its left. What a window knows at the beginni
 no choice of the recipe, and in `position`: a run of one window a document has no rows here, unless
 `conditional` cut contexts on their left.
 
-`length` is floor(log2(bytes)) of a document, floor(log2(tokens)) where it is ids, 0 of nothing;
-`ALL_LENGTHS` where lengths are not told apart, as in all counts of tokens: with them a shard of one
-source, 3 kB of these, would have 20 kB. `day` is that of documents, `OTHER` where days are not told
-apart. Of more rows than `MAX_SHARD_ROWS`, or a run's `MAX_RUN_ROWS`, the smallest groups are told
-apart no longer: by length, then by day, then by source and language. No sum is ever lost.
+`length` is floor(log2(bytes)) of a document, rounded down to an even number: 10 is 1 to 4 KiB. It
+is of tokens where a document is ids, 0 of nothing, and `ALL_LENGTHS` where lengths are not told
+apart, as in all counts of tokens: with them a shard of one source, 3 kB of these, would have 15.
+`day` is that of documents, `OTHER` where days are not told apart. Of more rows than
+`MAX_SHARD_ROWS`, or a run's `MAX_RUN_ROWS`, the smallest groups are told apart no longer: by
+length, then by day, then by source and language. No sum is ever lost.
 """
 KEYS, SUMS = COUNTS.names[:6], COUNTS.names[6:]
 """What rows are told apart by, and what is added."""
@@ -87,6 +89,8 @@ _STEPS: tuple[dict[str, str | int], ...] = (
 )
 # Tables added up at a time: memory stays bounded however many shards there are.
 _FOLD = 64
+# What a sum of floats keeps: significant bits, parts of a nat. Bits of a group's units of weight.
+_SUM_BITS, _FRACTIONS, _WEIGHT_BITS = 20, 2.0**16, 7
 
 
 def merge_counts(tables: Iterable[pa.Table], max_rows: int = MAX_RUN_ROWS) -> pa.Table:
@@ -96,6 +100,41 @@ def merge_counts(tables: Iterable[pa.Table], max_rows: int = MAX_RUN_ROWS) -> pa
     documents or of tokens. Beyond, what is added up stays, and groups are told apart less.
     """
     return fold(tables, COUNTS, lambda table: _bound(_add_up(table), max_rows)).combine_chunks()
+
+
+def round_sums(table: pa.Table) -> pa.Table:
+    """The counts of a shard, with numbers that take a third of the room.
+
+    - `nll` and `value` become multiples of 2^-16, those of tokens with 20 significant bits at most:
+      they stay within 1e-5 nats or 1e-6 of themselves. Multiples of 2^-16 add up exactly, in any
+      order, as long as sums stay below 2^37 nats, those of some 5e10 tokens.
+    - `tokens` and `bytes` of sketches, which quantiles are weighted by, become multiples of a power
+      of two, so that the sum below any bin is within 1 % of that of its group. The group's own sum
+      stays what it is.
+
+    Args:
+        table: schema `COUNTS`, all rows of a shard, in the order of their keys.
+    """
+    if table.num_rows == 0:
+        return table
+    of_tokens = pc.is_in(table["panel"], pa.array(TOKEN_PANELS)).to_numpy()
+    for name in ("nll", "value"):
+        sums = table[name].to_numpy()
+        sums = np.where(of_tokens, round_off(sums, _SUM_BITS), sums)
+        table = _replace(table, name, np.rint(sums * _FRACTIONS) / _FRACTIONS)
+    is_sketch = pc.starts_with(table["panel"], SKETCH)
+    place, starts = np.flatnonzero(is_sketch), _group_starts(table.filter(is_sketch))
+    for name in ("tokens", "bytes"):
+        sums = table[name].to_numpy().copy()
+        sums[place] = _round_weights(sums[place], starts)
+        table = _replace(table, name, sums)
+    return table
+
+
+def round_off(numbers: np.ndarray, bits: int) -> np.ndarray:
+    """float64 numbers to so many significant bits; what is not finite stays."""
+    mantissa, exponent = np.frexp(numbers)
+    return np.ldexp(np.rint(np.ldexp(mantissa, bits)), exponent - bits)
 
 
 def fold(
@@ -131,6 +170,39 @@ def _add_up(table: pa.Table) -> pa.Table:
             pa.array(np.add.reduceat(values, starts) if is_whole else np.bincount(row, values))
         )
     return pa.Table.from_arrays(columns, schema=COUNTS)
+
+
+def _replace(table: pa.Table, name: str, values: np.ndarray) -> pa.Table:
+    return table.set_column(COUNTS.names.index(name), COUNTS.field(name), pa.array(values))
+
+
+def _group_starts(table: pa.Table) -> np.ndarray:
+    """Rows at which another panel or group begins."""
+    keys = [_ordinals(table[name].combine_chunks()) for name in ("panel", *GROUP)]
+    is_first = np.ones(table.num_rows, bool)
+    is_first[1:] = np.any([key[1:] != key[:-1] for key in keys], axis=0)
+    return np.flatnonzero(is_first)
+
+
+def _round_weights(weights: np.ndarray, starts: np.ndarray) -> np.ndarray:
+    """What whole numbers add up to, a group's from each of `starts` on, in units of its own.
+
+    Rounded is what they add up to below each, so that errors never do. A unit is a power of two, 64
+    to 128 of which make a group, and 1 for less.
+    """
+    if len(weights) == 0:
+        return weights
+    sizes = np.diff(starts, append=len(weights))
+    totals = np.add.reduceat(weights, starts)
+    below = np.cumsum(weights)
+    below -= np.repeat(below[starts] - weights[starts], sizes)
+    units = np.int64(1) << np.maximum(np.frexp(totals)[1].astype(np.int64) - _WEIGHT_BITS, 0)
+    units = units.repeat(sizes)
+    below = np.minimum((below + units // 2) // units * units, totals.repeat(sizes))
+    below[starts + sizes - 1] = totals
+    rounded = np.diff(below, prepend=0)
+    rounded[starts] = below[starts]
+    return rounded
 
 
 def _ordinals(column: pa.Array) -> np.ndarray:

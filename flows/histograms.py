@@ -25,7 +25,7 @@ from .counts import (
     TOKEN_NLL,
     WINDOW,
 )
-from .sketches import SKETCHES, sketch_bin
+from .sketches import SKETCHES, WIDTH, sketch_bin
 
 BIN_BITS_PER_BYTE = 0.02
 BIN_TOKEN_BITS = 0.25
@@ -58,7 +58,7 @@ def count_documents(records: Sequence[DocumentRecord]) -> pa.Table:
     groups = {
         "source": pa.array([record.source for record in records], pa.string()),
         "language": pa.array([record.language for record in records], pa.string()),
-        "length": pa.array(length),
+        "length": pa.array(length & ~1),
         "day": pa.array([record.day for record in records], pa.string()),
     }
     sums = {
@@ -82,11 +82,11 @@ def count_documents(records: Sequence[DocumentRecord]) -> pa.Table:
         values = np.array([getattr(record, score) for record in records], np.float64)
         known = np.flatnonzero(~np.isnan(values))
         bins = np.zeros(len(records), np.int32)
-        bins[known] = sketch_bin(values[known])
+        bins[known] = sketch_bin(values[known], WIDTH)
         tables.append(_rows(SKETCH + score, groups, known, bins, sums))
         if score == BITS_PER_BYTE:
             bins[known] = _clamp(values[known] / BIN_BITS_PER_BYTE, _LAST_BITS_PER_BYTE)
-            tables.append(_rows(BITS_PER_BYTE, groups, known, bins, sums | nll))
+            tables.append(_rows(BITS_PER_BYTE, groups, known, bins, sums))
     return pa.concat_tables(tables)
 
 
@@ -129,8 +129,8 @@ def count_tokens(documents: Sequence[Tokens]) -> pa.Table:
     both = {"nll": nll, "value": entropy}
     # Panel, the tokens in it, their bins, what is added.
     binned: list[tuple[str, np.ndarray | slice, np.ndarray, dict[str, np.ndarray]]] = [
-        (TOKEN_NLL, every, _clamp(nll * per_bin, _LAST_TOKEN_BITS), {"nll": nll}),
-        (ENTROPY, every, _clamp(entropy * per_bin, _LAST_TOKEN_BITS), both),
+        (TOKEN_NLL, every, _clamp(nll * per_bin, _LAST_TOKEN_BITS), {}),
+        (ENTROPY, every, _clamp(entropy * per_bin, _LAST_TOKEN_BITS), {"nll": nll}),
         (POSITION, every, _position_bins(num_tokens), both),
         (WINDOW, later, _bins_until(int(read.max()))[read[later] - 1], both),
         (

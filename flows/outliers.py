@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..engine.records import OK, DocumentRecord, DocumentScore
-from .counts import fold
+from .counts import fold, round_off
 
 OUTLIERS = pa.schema(
     {
@@ -50,21 +50,24 @@ OUTLIERS = pa.schema(
     example      any of each tenth of bits/byte                   a hash of the id
     failed       any that were not scored, of all reasons alike   a hash of the id
 
-The hash is a number in [0, 1]; the least are taken. The lists hold a document's first scored tokens
-and are null for documents that no heatmap will show."""
+The hash is a number in [0, 1]; the least are taken. Scores have 14 significant bits. The lists hold
+a document's first scored tokens, `logprob` and `entropy` to a sixteenth of a nat, and are null for
+documents that no heatmap will show."""
 
 LOWEST, HIGHEST, MEMORIZED = "lowest", "highest", "memorized"
 SAMPLE, TRUNCATED, EXAMPLE, FAILED = "sample", "truncated", "example", "failed"
 MAX_ROWS = {LOWEST: 10, HIGHEST: 10, MEMORIZED: 10, SAMPLE: 3, TRUNCATED: 10, FAILED: 24}
-MAX_SHOWN = {LOWEST: 3, HIGHEST: 3, SAMPLE: 3}
+MAX_SHOWN = {LOWEST: 2, HIGHEST: 2, SAMPLE: 2}
 """Documents of a kind that keep their tokens."""
 MAX_EXAMPLES = 2
 """Of a tenth of bits/byte."""
-MAX_TOKENS = 300
+MAX_TOKENS = 80
 MIN_BYTES, MIN_TOKENS = 64, 16
 """A document below this is an extreme only if all are: those of a few tokens tell nothing."""
 
+_SCORE_BITS, _TOKEN_STEP = 14, 1 / 16
 _EXTREMES = (LOWEST, HIGHEST, MEMORIZED)
+_SCORES = ("bits_per_byte", "token_perplexity", "min_k_plus_plus_20")
 _LISTS = ("pieces", "logprob", "rank", "entropy")
 _EXAMPLES_PER_BIT = 10
 _LAST_EXAMPLE = 100 * _EXAMPLES_PER_BIT - 1
@@ -88,7 +91,7 @@ class Chosen:
     def offer(self, score: DocumentScore) -> None:
         """Keep a document for all kinds that it is among the first of so far."""
         record = score.record
-        chance = _hash(record.doc_id)
+        chance = _shorten(_hash(record.doc_id))
         if record.status != OK:
             self._offer(FAILED, record.status, chance, score)
             return
@@ -96,16 +99,18 @@ class Chosen:
         if order is None:
             order = record.nll_per_token
         assert order is not None, "a scored document has its scores"
+        # Documents are chosen by what is kept, so that those of merged tables are the same.
+        order = _shorten(order)
         self._offer(LOWEST, "", order, score)
         self._offer(HIGHEST, "", order, score)
         self._offer(SAMPLE, "", chance, score)
         memorized = record.min_k_plus_plus_20
         if memorized is not None and not math.isnan(memorized):
-            self._offer(MEMORIZED, "", memorized, score)
+            self._offer(MEMORIZED, "", _shorten(memorized), score)
         if record.truncated:
             self._offer(TRUNCATED, "", chance, score)
         if record.bits_per_byte is not None and len(record.doc_id) <= _MAX_EXAMPLE_ID:
-            tenth = int(min(record.bits_per_byte * _EXAMPLES_PER_BIT, _LAST_EXAMPLE))
+            tenth = int(min(order * _EXAMPLES_PER_BIT, _LAST_EXAMPLE))
             self._offer(EXAMPLE, tenth, chance, score)
 
     def rows(self) -> Iterator[dict[str, Any]]:
@@ -140,6 +145,11 @@ def _hash(doc_id: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2.0**64
 
 
+def _shorten(score: float) -> float:
+    """A score with as many digits as are ever shown."""
+    return float(round_off(np.array(score), _SCORE_BITS))
+
+
 def _row(kind: str, order: float, record: DocumentRecord) -> dict[str, Any]:
     return {
         "kind": kind,
@@ -150,9 +160,11 @@ def _row(kind: str, order: float, record: DocumentRecord) -> dict[str, Any]:
         "status": record.status,
         "error": record.error,
         "score": order,
-        "bits_per_byte": record.bits_per_byte,
-        "token_perplexity": record.token_perplexity,
-        "min_k_plus_plus_20": record.min_k_plus_plus_20,
+        **{
+            name: _shorten(score)
+            for name in _SCORES
+            if (score := getattr(record, name)) is not None
+        },
         "num_tokens": record.num_tokens_scored,
         "num_bytes": record.num_bytes,
         "num_windows": record.num_windows,
@@ -172,9 +184,9 @@ def _shown(score: DocumentScore) -> dict[str, Any]:
         pieces = [_piece(utf8[a:b]) for a, b in zip(starts, ends, strict=True)]
     return {
         "pieces": pieces,
-        "logprob": tokens.logprob[first],
+        "logprob": np.rint(tokens.logprob[first] / _TOKEN_STEP) * _TOKEN_STEP,
         "rank": tokens.rank[first],
-        "entropy": tokens.entropy[first],
+        "entropy": np.rint(tokens.entropy[first] / _TOKEN_STEP) * _TOKEN_STEP,
     }
 
 

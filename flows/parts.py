@@ -12,16 +12,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from ..engine.lens import split_lens
-from ..engine.records import DOCUMENT_FIELDS, TOKEN_DTYPES, DocumentScore
-from ..kernels.logits import RowStatistics
+from ..engine.records import DOCUMENT_FIELDS, STATISTICS, TOKEN_DTYPES, DocumentScore
 
 LOGITS_DTYPES = {"float32": np.float32, "float16": np.float16}
 
 # Rows buffered before a row group is written: documents, and bytes of tokens or logits.
 _GROUP_DOCUMENTS = 8192
 _GROUP_BYTES = 32 << 20
+# Of all that buffered documents hold, also for the other parts.
+_HELD_BYTES = 256 << 20
 _BATCH_ROWS = 1 << 16
+# Tables of fewer rows are compressed as well as can be, which takes a tenth of a second at most.
+_FEW_ROWS = 1 << 15
 
 _DOCUMENT_TYPES: dict[str, pa.DataType] = {
     "doc_id": pa.string(),
@@ -100,7 +102,7 @@ probability."""
 
 LENS = pa.schema(
     [("doc_id", pa.string()), ("layer", pa.int32())]
-    + [(name, pa.list_(pa.from_numpy_dtype(TOKEN_DTYPES[name]))) for name in RowStatistics._fields]
+    + [(name, pa.list_(pa.from_numpy_dtype(TOKEN_DTYPES[name]))) for name in STATISTICS]
 )
 """One row a scored document and layer, layers ascending: what its token records would be if the
 head took the layer's states (`Pipeline.lens`), as lists of one length. Which layers there are is in
@@ -208,8 +210,32 @@ def rows_of(parquet: PartFile, doc_id: str) -> Iterator[pa.Table]:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Write a small table as one Parquet file."""
-    pq.write_table(table, path, compression="zstd", compression_level=3)
+    """Write a summary table as one Parquet file, small for it: equal tables give equal bytes.
+
+    No statistics and no copy of the schema, which would be as large as what a shard says; Parquet's
+    own types are those of summaries. Encodings are those that readers of old know, too.
+    """
+    encodings: dict[str, str] = {}
+    names = []
+    for field in table.schema:
+        if pa.types.is_string(field.type):
+            names.append(field.name)
+        elif pa.types.is_floating(field.type):
+            encodings[field.name] = "BYTE_STREAM_SPLIT"
+        elif pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type):
+            encodings[f"{field.name}.list.element"] = "BYTE_STREAM_SPLIT"
+        elif pa.types.is_int32(field.type):
+            encodings[field.name] = "DELTA_BINARY_PACKED"
+    pq.write_table(
+        table,
+        path,
+        compression="zstd",
+        compression_level=19 if table.num_rows < _FEW_ROWS else 3,
+        use_dictionary=names,
+        column_encoding=encodings,
+        write_statistics=False,
+        store_schema=False,
+    )
 
 
 class PartWriter:
@@ -240,7 +266,8 @@ class PartWriter:
     def write(self, columns: Mapping[str, Any]) -> None:
         """Append one row group."""
         arrays = [pa.array(columns[field.name], field.type) for field in self._schema]
-        self._writer.write_table(pa.Table.from_arrays(arrays, schema=self._schema))
+        rows = pa.Table.from_arrays(arrays, schema=self._schema)
+        self._writer.write_table(rows, row_group_size=max(1, len(rows)))
 
     def close(self) -> None:
         """Finish the file."""
@@ -292,7 +319,7 @@ class DocumentsWriter:
         self._part = PartWriter(path, schema, metadata)
         self._token_bytes = token_bytes
         self._scores: list[DocumentScore] = []
-        self._bytes = 0
+        self._bytes = self._held = 0
 
     def make_columns(self, scores: Sequence[DocumentScore]) -> dict[str, Any]:
         """The columns of a row group."""
@@ -304,7 +331,9 @@ class DocumentsWriter:
             return
         self._scores.append(score)
         self._bytes += len(score.tokens) * self._token_bytes
-        if self._bytes >= _GROUP_BYTES:
+        self._held += score.tokens.num_bytes
+        is_full = self._bytes >= _GROUP_BYTES or self._held >= _HELD_BYTES
+        if is_full or len(self._scores) >= _GROUP_DOCUMENTS:
             self._flush()
 
     def close(self) -> None:
@@ -315,7 +344,7 @@ class DocumentsWriter:
     def _flush(self) -> None:
         if self._scores:
             self._part.write(self.make_columns(self._scores))
-            self._scores, self._bytes = [], 0
+            self._scores, self._bytes, self._held = [], 0, 0
 
 
 class TokensWriter(DocumentsWriter):
@@ -343,7 +372,7 @@ class LensWriter(DocumentsWriter):
 
     def __init__(self, path: Path, metadata: Mapping[str, str], *, layers: Sequence[int]) -> None:
         about = {"layers": json.dumps(list(layers))}
-        token_bytes = sum(TOKEN_DTYPES[name].itemsize for name in RowStatistics._fields)
+        token_bytes = sum(TOKEN_DTYPES[name].itemsize for name in STATISTICS)
         super().__init__(path, LENS, {**metadata, **about}, token_bytes * len(layers))
         self._layers = layers
 
@@ -352,12 +381,12 @@ class LensWriter(DocumentsWriter):
         number = len(self._layers)
         lengths = np.repeat([len(score.tokens) for score in scores], number)
         offsets = np.cumsum([0, *lengths]).astype(np.int32)
-        told = [tokens for score in scores for tokens in split_lens(score.tokens)]
         columns: dict[str, Any] = {
             "doc_id": [score.record.doc_id for score in scores for _ in self._layers],
             "layer": [*self._layers] * len(scores),
         }
-        for name in RowStatistics._fields:
-            values = np.concatenate([getattr(tokens, name) for tokens in told])
-            columns[name] = pa.ListArray.from_arrays(offsets, values)
+        told = [score.tokens.lens for score in scores if score.tokens.lens is not None]
+        for i, name in enumerate(STATISTICS):
+            values = np.concatenate([lens[:, :, i].T.ravel() for lens in told])
+            columns[name] = pa.ListArray.from_arrays(offsets, values.view(TOKEN_DTYPES[name]))
         return columns

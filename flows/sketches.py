@@ -8,6 +8,10 @@ relative-error guarantees", 2019): with g = (1 + a) / (1 - a), bin i holds what 
     bin    0             |x| < SMALLEST, taken for 0
            i > 0         SMALLEST g^(i-1) <= x < SMALLEST g^i, taken for SMALLEST 2 g^i / (g + 1)
            i < 0         as -x, taken for the opposite
+
+with a = 0.01. Summaries count two bins as one, under the number of the one that is farther from 0:
+even numbers, and g^2 for g. Those of older runs have odd numbers, too, and are read alike: bin i
+lies in (g^(i-2), g^i].
 """
 
 from __future__ import annotations
@@ -24,29 +28,35 @@ from .counts import COUNTS, SKETCH
 SKETCHES = ("bits_per_byte", "token_perplexity", "min_k_plus_plus_20")
 """Document scores that are sketched: those that corpora are cut by. Bits/byte compares texts over
 tokenizers; the token perplexity is there for documents of ids too, and its logarithm is the nll per
-token, known to 0.01 nats; Min-K%++ tells what was memorized. Cuts by other scores read `scores`."""
-RELATIVE_ERROR = 0.01
-"""Of a quantile, at most, where it is not nearer to 0 than `SMALLEST` nor beyond `LARGEST`."""
+token, known to 0.02 nats; Min-K%++ tells what was memorized. Cuts by other scores read `scores`."""
+RELATIVE_ERROR = 0.02
+"""Of a summary's quantile, at most, where it is not nearer to 0 than `SMALLEST` nor beyond
+`LARGEST`."""
 SMALLEST, LARGEST = 1e-6, 1e12
+WIDTH = 2
+"""Bins that a summary counts as one."""
 WEIGHTS = ("documents", "tokens", "bytes")
 
-_GAMMA = (1.0 + RELATIVE_ERROR) / (1.0 - RELATIVE_ERROR)
+_GAMMA = 1.01 / 0.99
 _LAST = math.ceil(math.log(LARGEST / SMALLEST) / math.log(_GAMMA))
 
 
-def sketch_bin(values: np.ndarray) -> np.ndarray:
-    """Bins, int32, of values that are no NaN; what is beyond `LARGEST` goes to the last."""
+def sketch_bin(values: np.ndarray, width: int = 1) -> np.ndarray:
+    """Bins, int32, of values that are no NaN; what is beyond `LARGEST` goes to the last.
+
+    `width` bins count as one.
+    """
     size = np.abs(values)
     with np.errstate(divide="ignore"):
         bins = np.floor(np.log(size / SMALLEST) / math.log(_GAMMA)) + 1.0
     bins = np.where(size < SMALLEST, 0.0, np.clip(bins, 1.0, _LAST))
-    return (np.sign(values) * bins).astype(np.int32)
+    return (np.sign(values) * np.ceil(bins / width) * width).astype(np.int32)
 
 
-def sketch_value(bins: np.ndarray) -> np.ndarray:
-    """What bins stand for, float64."""
+def sketch_value(bins: np.ndarray, width: int = 1) -> np.ndarray:
+    """What bins stand for, float64, where `width` count as one."""
     bins = np.asarray(bins, np.float64)
-    sizes = SMALLEST * 2.0 / (_GAMMA + 1.0) * np.power(_GAMMA, np.abs(bins))
+    sizes = SMALLEST * 2.0 / (_GAMMA**width + 1.0) * np.power(_GAMMA, np.abs(bins))
     return np.where(bins == 0, 0.0, np.sign(bins) * sizes)
 
 
@@ -59,7 +69,8 @@ def quantile(
         counts: schema `counts.COUNTS`, filtered to the documents that are meant.
         score: one of `SKETCHES`.
         share: from 0 to 1.
-        weight: what a document counts: 1 (`documents`), or its `tokens` or `bytes`.
+        weight: what a document counts: 1 (`documents`), or its `tokens` or `bytes`, of which the
+            share is met to 1 % (`counts.round_sums`).
 
     Returns:
         The value within `RELATIVE_ERROR`; None if there is no weight.
@@ -98,14 +109,14 @@ def quantiles(
     by = list(by)
     rows = counts.filter(pc.equal(counts["panel"], SKETCH + score))
     rows = rows.group_by([*by, "bin"], use_threads=False).aggregate([(w, "sum") for w in WEIGHTS])
-    rows = rows.filter(pc.greater(rows[f"{weight}_sum"], 0))
     rows = rows.sort_by([(name, "ascending") for name in (*by, "bin")])
     sums = {w: rows[f"{w}_sum"].to_numpy() for w in WEIGHTS}
     starts = _starts([rows[name].combine_chunks() for name in by], rows.num_rows)
     ends = np.append(starts, rows.num_rows)[1:]
-    values = sketch_value(rows["bin"].to_numpy())
-    made = {name: rows[name].take(pa.array(starts)) for name in by}
-    groups = [slice(a, b) for a, b in zip(starts, ends, strict=True)]
+    values = sketch_value(rows["bin"].to_numpy(), WIDTH)
+    groups = [slice(a, b) for a, b in zip(starts, ends, strict=True) if sums[weight][a:b].any()]
+    first = pa.array([group.start for group in groups], pa.int64())
+    made = {name: rows[name].take(first) for name in by}
     made |= {w: pa.array([sums[w][group].sum() for group in groups], pa.int64()) for w in WEIGHTS}
     for share in shares:
         found = [values[group][_place(sums[weight][group], share)] for group in groups]

@@ -2,7 +2,9 @@
 
 Made while documents are scored, merged by addition, and all that reports and dashboards read:
 none of them opens token or document rows. Every float is a float64 sum taken in a fixed order
-(tokens in a document, documents in a shard, shards in a run), so equal scores give equal bytes.
+(tokens in a document, documents in a shard, shards in a run), so equal scores give equal bytes. The
+tables of a shard of one source, 10 MB of text, have 16 kB on disk. What is rounded for that stands
+at `counts.round_sums` and at `outliers.OUTLIERS`.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from .counts import (
     TOKEN_PANELS,
     WINDOW,
     merge_counts,
+    round_sums,
 )
 from .histograms import (
     BIN_BITS_PER_BYTE,
@@ -139,7 +142,7 @@ class Summary:
 
     def counts(self) -> pa.Table:
         """The counts so far, schema `COUNTS`, rows in the order of their keys."""
-        return merge_counts([*self._tables, *self._count()], MAX_SHARD_ROWS)
+        return round_sums(merge_counts([*self._tables, *self._count()], MAX_SHARD_ROWS))
 
     def outliers(self) -> pa.Table:
         """The documents to show so far, schema `OUTLIERS`."""

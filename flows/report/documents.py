@@ -8,7 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ...engine.records import OK
-from ..summary import BIN_BITS_PER_BYTE, BITS_PER_BYTE, STATUS, SUMS
+from ..summary import BIN_BITS_PER_BYTE, BITS_PER_BYTE, STATUS
 from . import charts
 from .panel import (
     Behind,
@@ -157,28 +157,22 @@ def _histogram(totals: Totals, scale: Scale, weight: str, unit: str, title: str)
 
 def _source_table(totals: Totals) -> Cells | None:
     scored = totals.by(STATUS + OK, "label")
-    measured = totals.by(BITS_PER_BYTE, "label")
     if not scored:
         return None
-    nothing = dict.fromkeys(SUMS, 0)
-    named = [
-        (label, scored[label], measured.get(label, nothing))
-        for label in totals.labels
-        if label in scored
-    ]
+    named = [(label, scored[label]) for label in totals.labels if label in scored]
     if len(named) > 1:
-        named.append(("All", totals.total(STATUS + OK), totals.total(BITS_PER_BYTE)))
+        named.append(("All", totals.total(STATUS + OK)))
     rows = [
         (
             label,
             f"{sums['documents']:,}",
             size(sums["bytes"]),
             f"{sums['tokens']:,}",
-            number(bits_per_byte(with_bytes), 3),
+            number(bits_per_byte(sums), 3),
             number(perplexity(sums), 2),
             percent(ratio(sums["hits"], sums["tokens"])),
         )
-        for label, sums, with_bytes in named
+        for label, sums in named
     ]
     columns = (
         "source",

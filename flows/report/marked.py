@@ -106,8 +106,8 @@ def _mark_tokens(row: Row, scale: Scale, borders: Mapping[int, int]) -> Markup:
     levels = scale.levels(bits).tolist()
     tokens = zip(row["pieces"], bits.tolist(), row["rank"], row["entropy"], strict=True)
     for i, (piece, surprisal, rank, entropy) in enumerate(tokens):
-        title = f"{number(surprisal, 2)} bits, rank {rank:,}, "
-        title += f"entropy {number(entropy * BITS, 2)} bits"
+        title = f"{number(surprisal, 1)} bits, rank {rank:,}, "
+        title += f"entropy {number(entropy * BITS, 1)} bits"
         names = f"s{levels[i]}"
         if i in borders:
             names += " w"

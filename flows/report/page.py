@@ -16,7 +16,7 @@ import pyarrow as pa
 from markupsafe import Markup
 
 from ...engine.records import OK
-from ..summary import BITS_PER_BYTE, STATUS
+from ..summary import STATUS
 from .explorer import Explorer, draw_data
 from .marked import Heatmap
 from .panel import Behind, Material, Panel
@@ -120,7 +120,7 @@ def _tiles(totals: Totals, facts: Mapping[str, Any]) -> list[tuple[str, str, str
     return [
         (
             "Bits per byte",
-            number(bits_per_byte(totals.total(BITS_PER_BYTE)), 3),
+            number(bits_per_byte(scored), 3),
             "surprise for a byte of text; less is more predictable, 8 is pure noise",
         ),
         (

@@ -77,7 +77,7 @@ def make_run(num_sources: int = 3) -> Summary:
 
 SOURCES = ("web", "code", 'it\'s "quoted"', "line\nbreak\x01")
 LANGUAGES = ("en", "de", "")
-SHORT: dict[str, Any] = {"name": "rolling", "context": 128, "overlap": 1, "prefix": "auto"}
+SHORT: dict[str, Any] = {"name": "rolling", "context": 64, "overlap": 1, "prefix": "auto"}
 """A recipe that cuts most documents into several windows."""
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections import Counter
+import math
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ from logitmill.flows.counts import (
     SUMS,
     TOKEN_PANELS,
     merge_counts,
+    round_off,
 )
-from logitmill.flows.histograms import length_of
+from logitmill.flows.histograms import count_documents, length_of
 from logitmill.flows.summary import Summary
 
 # Beyond the bound goes what cannot be told apart any less: the bins of one group.
@@ -144,6 +146,37 @@ def test_sources_stay_longest_then_days_and_the_largest_groups_whole() -> None:
     assert before == after
 
 
+def test_sums_are_rounded_and_those_of_groups_of_weights_are_not() -> None:
+    rng = np.random.default_rng(7)
+    scores = many(7, 400)
+    scores += [make(rng, f"long{i}", 9000, source="s0", language="en") for i in range(30)]
+    exact = merge_counts([count_documents([score.record for score in scores])])
+    rounded = summarize(scores).counts()
+    before, after = (t.filter(pc.starts_with(t["panel"], SKETCH)) for t in (exact, rounded))
+    assert after.drop_columns(["tokens", "bytes"]).equals(before.drop_columns(["tokens", "bytes"]))
+    assert_equal(totals(after, ["panel", *GROUP]), totals(before, ["panel", *GROUP]))
+    groups = defaultdict(list)
+    for place, row in enumerate(before.select(["panel", *GROUP]).to_pylist()):
+        groups[tuple(row.values())].append(place)
+    for name in ("tokens", "bytes"):
+        exactly, found = before[name].to_numpy(), after[name].to_numpy()
+        assert found.min() >= 0
+        apart = [
+            np.abs(np.cumsum(found[of]) - np.cumsum(exactly[of])).max() / exactly[of].sum()
+            for of in groups.values()
+        ]
+        assert 0.001 < max(apart) <= 0.01
+    for name in ("nll", "value"):
+        assert all((65536 * value).is_integer() for value in rounded[name].to_pylist())
+
+
+def test_what_is_not_finite_is_no_number_of_bits_either() -> None:
+    numbers = np.array([0.0, -0.1, 1 / 3, 5e-324, 1.7e308, math.inf, -math.inf, math.nan])
+    found = round_off(numbers, 10)
+    np.testing.assert_allclose(found, numbers, rtol=2.0**-10)
+    assert found[2] == 683 / 2048
+
+
 def test_a_shard_of_addresses_stays_small() -> None:
     rng = np.random.default_rng(4)
     scores = [
@@ -187,14 +220,15 @@ def test_length_is_the_octave_of_bytes_or_of_ids(
 
 def test_documents_are_counted_by_length_and_day_and_tokens_by_day() -> None:
     rng = np.random.default_rng(6)
-    scores = [make(rng, str(i), 10 << i % 2, day=f"2026-11-2{i % 3}") for i in range(12)]
+    # Of 30 bytes and of 120.
+    scores = [make(rng, str(i), 10 << i % 2 * 2, day=f"2026-11-2{i % 3}") for i in range(12)]
     scores.append(DocumentScore(0, DocumentRecord("f", status="empty", day="2026-11-20")))
     rows = summarize(scores).counts().to_pylist()
     for panel in ("status/ok", "length"):
         counted = Counter(
             {(r["length"], r["day"]): r["documents"] for r in rows if r["panel"] == panel}
         )
-        assert counted == {(n, f"2026-11-2{d}"): 2 for n in (4, 5) for d in range(3)}
+        assert counted == {(n, f"2026-11-2{d}"): 2 for n in (4, 6) for d in range(3)}
     (failed,) = [r for r in rows if r["panel"] == "status/empty"]
     assert (failed["length"], failed["day"], failed["documents"]) == (0, "2026-11-20", 1)
     for panel in TOKEN_PANELS:
@@ -203,4 +237,4 @@ def test_documents_are_counted_by_length_and_day_and_tokens_by_day() -> None:
         by_day = Counter[str]()
         for r in of_panel:
             by_day[r["day"]] += r["tokens"]
-        assert by_day == {f"2026-11-2{d}": 60 for d in range(3)}
+        assert by_day == {f"2026-11-2{d}": 100 for d in range(3)}

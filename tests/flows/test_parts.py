@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from logitmill.flows import rows
+from logitmill.flows import parts, rows
 from logitmill.flows.rows import LogitsWriter, TooManyLogits
 
 VOCABULARY = 16
@@ -73,3 +75,31 @@ def test_no_more_than_was_allowed_is_kept(tmp_path: Path) -> None:
     writer.add_rows(0, "a", 5, values, sums)
     with pytest.raises(TooManyLogits, match="max_logits_bytes: it is used up within document 'b'"):
         writer.add_rows(1, "b", 0, values[:1], sums[:1])
+
+
+def test_a_table_comes_back_as_it_was_from_equal_bytes(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": ["a", None, "b", "a"],
+            "length": pa.array([-1, 0, 1, 127], pa.int8()),
+            "bin": pa.array([-(2**31), -1, 5, 2**31 - 1], pa.int32()),
+            "count": pa.array([0, 1, None, 2**62], pa.int64()),
+            "sum": [0.5, math.nan, None, -math.inf],
+            "is_so": [True, None, False, True],
+            "pieces": pa.array([["a", None], None, [], ["b"]], pa.list_(pa.string())),
+            "logprob": pa.array([[0.5], None, [], [1.5, None]], pa.list_(pa.float32())),
+            "rank": pa.array([[1], None, [], [2, None]], pa.list_(pa.int32())),
+        }
+    )
+    for n, same in enumerate((table, pa.concat_tables([table.slice(0, 1), table.slice(1)]))):
+        parts.write_table(same, tmp_path / str(n))
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes()
+    found = pq.read_table(tmp_path / "0")
+    assert found.schema == table.schema
+    assert found.to_pylist()[0] == table.to_pylist()[0]
+    assert found.drop_columns(["sum"]).equals(table.drop_columns(["sum"]))
+    duckdb = pytest.importorskip("duckdb")
+    first = duckdb.sql(
+        f"SELECT text, bin, logprob FROM read_parquet('{tmp_path / '0'}')"
+    ).fetchall()[0]
+    assert first == ("a", -(2**31), [0.5])

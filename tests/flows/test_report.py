@@ -228,7 +228,7 @@ def test_heatmap_colours_by_surprisal() -> None:
     low, high = max(0.0, logs.mean() - 2.5 * logs.std()), logs.mean() + 2.5 * logs.std()
     levels = np.clip(np.floor(8 * (logs - low) / (high - low)), 0, 7).astype(int)
     assert [a["class"] for a in spans] == [f"s{n}" for n in levels]
-    assert spans[4]["title"] == "3.00 bits, rank 65, entropy 2.16 bits"
+    assert spans[4]["title"] == "3.0 bits, rank 65, entropy 2.2 bits"
     assert [a.get("data-r") for a in spans] == [None, "2", "9", "28", "65", "126", "217", None]
     assert "ab\u21b5\ncd\u21e5\tef" in "".join(page.text)
 
@@ -236,13 +236,14 @@ def test_heatmap_colours_by_surprisal() -> None:
 def test_windows_begin_where_the_recipe_says() -> None:
     made = Summary()
     score = make("d", np.ones(300), "abcd" * 300)
-    score.record.num_windows = 3
+    score.record.num_windows = 10
     made.add(score)
-    spans = [a for a in Page(render(made, recipe=SHORT)).tags("span") if "title" in a]
+    recipe = {**SHORT, "context": 32}
+    spans = [a for a in Page(render(made, recipe=recipe)).tags("span") if "title" in a]
     borders = [i for i, a in enumerate(spans) if (a["class"] or "").endswith(" w")]
-    # 128 tokens in the first window, 128 in the second, which reads one that is scored already.
-    assert borders == [128, 256]
-    assert (spans[256]["title"] or "").endswith("first of window 3")
+    # 32 tokens in the first window, 32 in the second, which reads one that is scored already.
+    assert borders == [32, 64]
+    assert (spans[64]["title"] or "").endswith("first of window 3")
     other = Page(render(made, recipe={"name": "of tomorrow", "context": 128}))
     assert not [a for a in other.tags("span") if (a.get("class") or "").endswith(" w")]
 

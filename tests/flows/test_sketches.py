@@ -16,6 +16,7 @@ from logitmill.flows.sketches import (
     RELATIVE_ERROR,
     SKETCHES,
     SMALLEST,
+    WIDTH,
     quantile,
     quantiles,
     sketch_bin,
@@ -60,14 +61,14 @@ def count(records: list[DocumentRecord]) -> pa.Table:
 
 
 def exact(records: list[DocumentRecord], score: str, share: float, weight: str) -> float:
-    """What numpy says of the values."""
+    """What numpy says of the values, of a share from 0 to 1 or else the nearest of these."""
     values = np.array([getattr(record, score) for record in records])
     weights = {
         "documents": np.ones(len(records)),
         "tokens": np.array([record.num_tokens_scored for record in records]),
         "bytes": np.array([record.num_bytes for record in records]),
     }[weight]
-    found = np.quantile(values, share, weights=weights, method="inverted_cdf")
+    found = np.quantile(values, min(max(share, 0.0), 1.0), weights=weights, method="inverted_cdf")
     return float(found)
 
 
@@ -78,8 +79,12 @@ def test_quantiles_are_numpys_within_the_error(score: str, weight: str) -> None:
     counts = merge_counts([count(records[:700]), count(records[700:])])
     for share in SHARES:
         found = quantile(counts, score, share, weight=weight)
-        expected = exact(records, score, share, weight)
-        assert found == pytest.approx(expected, rel=1.0001 * RELATIVE_ERROR, abs=SMALLEST)
+        assert found is not None
+        # Weights of a shard are rounded: the share is met to 1 %.
+        apart = 0.0 if weight == "documents" else 0.01
+        low, high = (exact(records, score, share + d, weight) for d in (-apart, apart))
+        error = 1.0001 * RELATIVE_ERROR
+        assert low - error * abs(low) <= found <= high + error * abs(high)
 
 
 def test_quantiles_of_groups_are_those_of_their_documents() -> None:
@@ -111,14 +116,14 @@ def test_counts_may_be_filtered_first() -> None:
     counts = count(records)
     german = counts.filter(pc.equal(counts["language"], "de"))
     expected = exact([r for r in records if r.language == "de"], "bits_per_byte", 0.5, "documents")
-    assert quantile(german, "bits_per_byte", 0.5) == pytest.approx(expected, rel=0.0101)
+    assert quantile(german, "bits_per_byte", 0.5) == pytest.approx(expected, rel=0.0201)
 
 
 def test_small_shares_are_whole_documents() -> None:
     records = [DocumentRecord(str(i), bits_per_byte=float(i), num_bytes=1) for i in range(1, 11)]
     counts = count([r for r in records if r.bits_per_byte])
     for share, expected in ((0.0, 1), (0.1, 1), (0.11, 2), (0.3, 3), (0.7, 7), (1.0, 10)):
-        assert quantile(counts, "bits_per_byte", share) == pytest.approx(expected, rel=0.0101)
+        assert quantile(counts, "bits_per_byte", share) == pytest.approx(expected, rel=0.0201)
 
 
 def test_nothing_has_no_quantile() -> None:
@@ -126,7 +131,7 @@ def test_nothing_has_no_quantile() -> None:
     counts = count(records)
     assert quantile(counts, "token_perplexity", 0.5) is None
     assert quantile(counts, "bits_per_byte", 0.5, weight="bytes") is None
-    assert quantile(counts, "bits_per_byte", 0.5) == pytest.approx(1.0, rel=0.0101)
+    assert quantile(counts, "bits_per_byte", 0.5) == pytest.approx(1.0, rel=0.0201)
     assert quantiles(counts.slice(0, 0), "bits_per_byte", [0.5]).num_rows == 0
 
 
@@ -146,19 +151,27 @@ def test_what_is_not_there_is_named(settings: dict[str, Any], said: str) -> None
         quantiles(count([]), **asked)
 
 
-def test_bins_are_ordered_as_values_are_and_stand_for_them() -> None:
+@pytest.mark.parametrize("width", [1, WIDTH])
+def test_bins_are_ordered_as_values_are_and_stand_for_them(width: int) -> None:
     rng = np.random.default_rng(4)
     sizes = 10.0 ** rng.uniform(-8, 11.9, 4000)
     values = np.sort(np.concatenate([sizes, -sizes, [0.0]]))
-    bins = sketch_bin(values)
+    bins = sketch_bin(values, width)
     assert bins.dtype == np.int32
     assert (np.diff(bins) >= 0).all()
-    np.testing.assert_array_equal(bins, -sketch_bin(-values))
+    assert (bins % width == 0).all()
+    np.testing.assert_array_equal(bins, -sketch_bin(-values, width))
     near = np.abs(values) < SMALLEST
     assert (bins[near] == 0).all()
-    far = sketch_value(bins)[~near]
-    np.testing.assert_allclose(far, values[~near], rtol=1.0001 * RELATIVE_ERROR)
-    np.testing.assert_array_equal(sketch_bin(far), bins[~near])
+    far = sketch_value(bins, width)[~near]
+    np.testing.assert_allclose(far, values[~near], rtol=0.01001 * width)
+    np.testing.assert_array_equal(sketch_bin(far, width), bins[~near])
+
+
+def test_bins_of_older_runs_are_read_within_the_error() -> None:
+    values = np.exp(np.random.default_rng(5).normal(0.0, 3.0, 4000))
+    older = sketch_value(sketch_bin(values), WIDTH)
+    np.testing.assert_allclose(older, values, rtol=RELATIVE_ERROR)
 
 
 def test_what_is_beyond_the_last_bin_is_in_it() -> None:

@@ -147,11 +147,9 @@ def test_counts_of_a_document_by_hand() -> None:
     counts = summarize([score]).counts()
     assert counts.schema == COUNTS
 
-    nlls = {0: 0.0, 1: 0.3, 8: 2.0, 52: 13.1}
+    # 0, 0.3, 2 and 13.1 bits.
     rows = panel(counts, "token_nll")
-    assert {b: row["tokens"] for b, row in rows.items()} == dict.fromkeys(nlls, 1)
-    for b, expected in nlls.items():
-        assert rows[b]["nll"] == pytest.approx(expected * LN2, rel=1e-6)
+    assert {b: row["tokens"] for b, row in rows.items()} == {0: 1, 1: 1, 8: 1, 52: 1}
 
     # Positions 0, 1, 2, 3 are 1, 2, 3, 4 counted from one: 0, 4, 6.3, 8 quarter octaves.
     rows = panel(counts, "position")
@@ -160,8 +158,8 @@ def test_counts_of_a_document_by_hand() -> None:
 
     rows = panel(counts, "entropy")
     # 1, 2, 3, 4 nats are 1.44, 2.89, 4.33, 5.77 bits.
-    assert {b: row["value"] for b, row in rows.items()} == {5: 1.0, 11: 2.0, 17: 3.0, 23: 4.0}
-    assert rows[11]["nll"] == pytest.approx(0.3 * LN2, rel=1e-6)
+    assert {b: row["tokens"] for b, row in rows.items()} == {5: 1, 11: 1, 17: 1, 23: 1}
+    assert rows[11]["nll"] == pytest.approx(0.3 * LN2, abs=1e-5)
 
     rows = panel(counts, "calibration")
     assert {b: (row["tokens"], row["hits"]) for b, row in rows.items()} == {
@@ -169,24 +167,24 @@ def test_counts_of_a_document_by_hand() -> None:
         10: (2, 0),
         19: (1, 1),
     }
-    assert rows[10]["value"] == pytest.approx(1.06, rel=1e-6)
+    assert rows[10]["value"] == pytest.approx(1.06, abs=1e-5)
 
     rows = panel(counts, "rank")
     assert {b: row["tokens"] for b, row in rows.items()} == {0: 1, 1: 2, 10: 1}
-    assert rows[1]["nll"] == pytest.approx(2.3 * LN2, rel=1e-6)
+    assert rows[1]["nll"] == pytest.approx(2.3 * LN2, abs=1e-5)
 
     (row,) = panel(counts, "status/ok").values()
     assert (row["documents"], row["tokens"], row["bytes"], row["hits"]) == (1, 4, 16, 1)
-    assert (row["nll"], row["value"]) == (pytest.approx(15.4 * LN2, rel=1e-6), 10.0)
+    assert (row["nll"], row["value"]) == (pytest.approx(15.4 * LN2, abs=1e-5), 10.0)
 
     # 15.4 bits over 16 bytes: 0.9625.
-    (b,) = panel(counts, "bits_per_byte")
-    assert b == 48
+    ((b, row),) = panel(counts, "bits_per_byte").items()
+    assert (b, row["documents"], row["bytes"]) == (48, 1, 16)
 
     # 16 bytes.
     ((b, row),) = panel(counts, "length").items()
     assert (b, row["length"], row["documents"], row["tokens"], row["bytes"]) == (4, 4, 1, 4, 16)
-    assert row["nll"] == pytest.approx(15.4 * LN2, rel=1e-6)
+    assert row["nll"] == pytest.approx(15.4 * LN2, abs=1e-5)
     (row,) = panel(counts, "sketch/bits_per_byte").values()
     assert (row["length"], row["documents"], row["tokens"], row["bytes"]) == (4, 1, 4, 16)
 
@@ -195,8 +193,9 @@ def test_uniform_byte_model_is_8_bits_per_byte() -> None:
     text = "x" * 100
     score = make("d", np.full(100, 8.0), text=text, entropy=8 * LN2, top1=1 / 256)
     counts = summarize([score]).counts()
-    (row,) = panel(counts, "bits_per_byte").values()
-    assert row["bin"] in (399, 400)
+    (b,) = panel(counts, "bits_per_byte")
+    assert b in (399, 400)
+    (row,) = panel(counts, "status/ok").values()
     assert row["nll"] / row["bytes"] / LN2 == pytest.approx(8.0, rel=1e-6)
     for row in panel(counts, "position").values():
         assert row["nll"] == pytest.approx(row["value"], rel=1e-6)
@@ -214,8 +213,8 @@ def test_counts_equal_a_loop_over_tokens() -> None:
             hit, entropy, rank = t.rank[p] == 1, float(t.entropy[p]), int(t.rank[p])
             position = math.floor(4 * math.log2(p + 1) + 1e-12)
             for name, b, sums in (
-                ("token_nll", int(nll / LN2 / 0.25), (1, nll, 0, 0)),
-                ("entropy", int(entropy / LN2 / 0.25), (1, nll, entropy, 0)),
+                ("token_nll", int(nll / LN2 / 0.25), (1, 0, 0, 0)),
+                ("entropy", int(entropy / LN2 / 0.25), (1, nll, 0, 0)),
                 ("position", position, (1, nll, entropy, 0)),
                 ("window", position, (1, nll, entropy, 0)),
                 ("calibration", min(19, int(20 * top1)), (1, 0, top1, hit)),
@@ -228,7 +227,7 @@ def test_counts_equal_a_loop_over_tokens() -> None:
     for r in rows:
         found = (r["tokens"], r["nll"], r["value"], r["hits"])
         key = tuple(r[name] for name in KEYS)
-        np.testing.assert_allclose(found, expected[key], rtol=1e-12, atol=1e-12)
+        np.testing.assert_allclose(found, expected[key], rtol=1e-6, atol=1e-5)
 
 
 RECIPES = (
@@ -266,7 +265,8 @@ def test_tokens_of_later_windows_are_counted_by_what_was_read(recipe: dict[str, 
     assert found.keys() == expected.keys()
     assert bool(found) == (recipe["name"] != "truncated")
     for b, row in found.items():
-        np.testing.assert_allclose((row["tokens"], row["nll"], row["value"]), expected[b])
+        sums = row["tokens"], row["nll"], row["value"]
+        np.testing.assert_allclose(sums, expected[b], rtol=1e-6, atol=1e-5)
         assert (row["documents"], row["bytes"], row["hits"]) == (0, 0, 0)
 
 
@@ -290,7 +290,7 @@ def test_short_windows_are_a_saw_tooth_and_a_long_one_is_none(demo: Pipeline) ->
         bins = [row for b, row in rows.items() if b // 4 == octave]
         assert sum(row["tokens"] for row in bins) == chosen.sum() > 0
         nll = -short.tokens.logprob[chosen].astype(np.float64)
-        assert sum(row["nll"] for row in bins) == pytest.approx(nll.sum(), rel=1e-12)
+        assert sum(row["nll"] for row in bins) == pytest.approx(nll.sum(), rel=1e-6)
         # The same tokens in one window, where they have all that stands before them.
         means[low] = nll.mean() + long.tokens.logprob[chosen].mean()
     # A tooth: nats too many after one token of context, and few after many.
@@ -334,7 +334,7 @@ def test_documents_of_ids_have_no_bits_per_byte() -> None:
     assert not panel(made.counts(), "bits_per_byte")
     lowest = kind(made.outliers(), "lowest")
     assert [row["doc_id"] for row in lowest] == ["a", "b"]
-    assert lowest[0]["score"] == pytest.approx(LN2, rel=1e-6)
+    assert lowest[0]["score"] == pytest.approx(LN2, rel=1e-4)
     assert lowest[0]["pieces"] == [str(i) for i in range(20)]
 
 
@@ -367,12 +367,12 @@ def test_outliers_are_the_ends_and_keep_few_tokens() -> None:
     assert [row["doc_id"] for row in highest] == [f"{i:02}" for i in range(39, 29, -1)]
     hashed = sorted(range(40), key=lambda i: outliers_module._hash(f"{i:02}"))
     assert [row["doc_id"] for row in sample] == [f"{i:02}" for i in hashed[:3]]
-    for rows, num_shown in ((lowest, 3), (highest, 3), (sample, 3)):
+    for rows, num_shown in ((lowest, 2), (highest, 2), (sample, 2)):
         for n, row in enumerate(rows):
             lengths = {
                 row[name] and len(row[name]) for name in ("pieces", "logprob", "rank", "entropy")
             }
-            assert lengths == ({300} if n < num_shown else {None})
+            assert lengths == ({80} if n < num_shown else {None})
 
 
 def test_memorized_documents_are_those_of_most_min_k_plus_plus() -> None:
@@ -380,7 +380,7 @@ def test_memorized_documents_are_those_of_most_min_k_plus_plus() -> None:
     made = summarize([make(f"{i:02}", [1.0 + i / 10] * 40) for i in order])
     rows = kind(made.outliers(), "memorized")
     assert [row["doc_id"] for row in rows] == [f"{i:02}" for i in range(29, 19, -1)]
-    assert rows[0]["score"] == pytest.approx(3.9 * LN2 - 2.0, rel=1e-6)
+    assert rows[0]["score"] == pytest.approx(3.9 * LN2 - 2.0, rel=1e-4)
     score = make("d", [1.0] * 40)
     score.record.min_k_plus_plus_20 = None
     assert kind(summarize([score]).outliers(), "memorized") == []
@@ -444,7 +444,8 @@ def test_pieces_are_the_text_of_the_tokens() -> None:
         utf8[a:b].decode(errors="replace") for a, b in zip(t.byte_start, t.byte_end, strict=True)
     ]
     assert row["pieces"] == expected
-    assert row["logprob"] == t.logprob.tolist()
+    # A bit is 11.09 sixteenths of a nat.
+    assert row["logprob"] == [-11 / 16] * 40
 
 
 def test_a_piece_of_skipped_text_is_cut() -> None:
@@ -467,12 +468,8 @@ def test_merging_merged_counts_is_merging_all() -> None:
     tables = [shard.counts() for shard in shards(5, 7)]
     whole = merge_counts(tables)
     parts = merge_counts([merge_counts(tables[:3]), merge_counts([]), merge_counts(tables[3:])])
-    for column in COUNTS.names:
-        a, b = whole[column], parts[column]
-        if column in ("nll", "value"):
-            np.testing.assert_allclose(a.to_numpy(), b.to_numpy(), rtol=1e-13)
-        else:
-            assert a.equals(b), column
+    assert parts.equals(whole)
+    assert merge_counts(tables[::-1]).equals(whole)
 
 
 def test_counts_merge_to_those_of_one_shard() -> None:
@@ -480,9 +477,19 @@ def test_counts_merge_to_those_of_one_shard() -> None:
     scores = [make_random(rng, str(i), 50) for i in range(40)]
     whole = summarize(scores).counts()
     merged = merge_counts([summarize(scores[:11]).counts(), summarize(scores[11:]).counts()])
-    assert merged.drop_columns(["nll", "value"]).equals(whole.drop_columns(["nll", "value"]))
+    assert merged.select([*KEYS, "documents", "hits"]).equals(
+        whole.select([*KEYS, "documents", "hits"])
+    )
     for column in ("nll", "value"):
-        np.testing.assert_allclose(merged[column], whole[column], rtol=1e-12)
+        np.testing.assert_allclose(merged[column], whole[column], rtol=2e-6, atol=2e-5)
+    # Within a sketch they are rounded, but not in sum.
+    groups = [name for name in KEYS if name != "bin"]
+    for column in ("tokens", "bytes"):
+        a, b = (
+            table.group_by(groups, use_threads=False).aggregate([(column, "sum")])
+            for table in (merged, whole)
+        )
+        assert a.equals(b), column
 
 
 def test_merging_merged_outliers_is_merging_all() -> None:

@@ -87,7 +87,7 @@ def test_by_day(db: duckdb.DuckDBPyConnection, documents: pd.DataFrame) -> None:
     assert len(found) == len(want)
     for row in found.itertuples():
         key = (pd.Timestamp(row.day), row.source, row.language)
-        assert row.bits_per_byte == pytest.approx(want[key], rel=1e-12)
+        assert row.bits_per_byte == pytest.approx(want[key], rel=1e-6)
 
 
 def test_drift_this_week(db: duckdb.DuckDBPyConnection, documents: pd.DataFrame) -> None:
@@ -100,8 +100,8 @@ def test_drift_this_week(db: duckdb.DuckDBPyConnection, documents: pd.DataFrame)
         before = of[of.day <= newest - pd.Timedelta(days=7)]
         before = before[before.day > newest - pd.Timedelta(days=14)]
         assert (row.documents, row.documents_before) == (len(new), len(before))
-        assert row.bits_per_byte == pytest.approx(bits(new), rel=1e-12)
-        assert row.change == pytest.approx(bits(new) - bits(before), rel=1e-9)
+        assert row.bits_per_byte == pytest.approx(bits(new), rel=1e-6)
+        assert row.change == pytest.approx(bits(new) - bits(before), abs=1e-5)
         bins = [np.floor(side.bits_per_byte / 0.02) * 0.02 for side in (new, before)]
         assert row.moved == pytest.approx(wasserstein_distance(*bins), rel=1e-9)
     assert list(found.change.abs()) == sorted(found.change.abs(), reverse=True)
@@ -114,9 +114,9 @@ def test_worst_sources(db: duckdb.DuckDBPyConnection, run: Run) -> None:
         of = everything[(everything.source == row.source) & (everything.language == row.language)]
         ok = of[of.status == "ok"]
         assert (row.documents, row.failed) == (len(of), len(of) - len(ok))
-        assert row.bits_per_byte == pytest.approx(bits(ok), rel=1e-12)
+        assert row.bits_per_byte == pytest.approx(bits(ok), rel=1e-6)
         nll = -ok.loglikelihood.sum() / ok.num_tokens_scored.sum()
-        assert row.token_perplexity == pytest.approx(math.exp(nll), rel=1e-12)
+        assert row.token_perplexity == pytest.approx(math.exp(nll), rel=1e-6)
     assert found.failed.sum() == 1
     assert list(found.bits_per_byte) == sorted(found.bits_per_byte, reverse=True)
 
@@ -156,7 +156,7 @@ def test_calibration_by_source(db: duckdb.DuckDBPyConnection, run: Run) -> None:
         bins = counts[counts.source == row.source].groupby("bin")[["tokens", "value", "hits"]].sum()
         share = bins.tokens / bins.tokens.sum()
         apart = (bins.value / bins.tokens - bins.hits / bins.tokens).abs()
-        assert row.ece == pytest.approx((share * apart).sum(), rel=1e-12)
+        assert row.ece == pytest.approx((share * apart).sum(), rel=1e-6)
         ok = run.to_pandas()
         ok = ok[(ok.source == row.source) & (ok.status == "ok")]
         assert row.accuracy == pytest.approx(ok.num_top1.sum() / ok.num_tokens_scored.sum())
