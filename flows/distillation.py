@@ -106,7 +106,7 @@ class DistillationDataset(IterableDataset):
     def load_state_dict(self, state: Mapping[str, int]) -> None:
         """Begin the next iteration after the examples that were given by then.
 
-        What lies before is read and not unpacked. The other settings must be the same.
+        What lies before is read again. The other settings must be the same.
         """
         self._epoch = state["epoch"]
         self._given = self._skipped = state["given"]

@@ -93,11 +93,10 @@ class Reader:
                 first, end = end, end + num_tokens
                 for start, stop in _pieces(num_tokens, self.context):
                     row = group.cut(first + start, first + stop)
-                    if self.keeps:
-                        # A view would hold all of its row group.
-                        row = {name: bytearray(blob) for name, blob in row.items()}
                     before = group.token_id[first + start - 1] if start else first_input
-                    yield partial(self._unpack, doc_id, start, before, row)
+                    make = partial(self._unpack, doc_id, start, before, row)
+                    # A view would hold all of its row group.
+                    yield partial(_same, make()) if self.keeps else make
 
     def _unpack(self, doc_id: str, first_row: int, before: int, row: Mapping[str, Any]) -> Example:
         """The arrays of some of a document's rows, which follow the token `before`."""
@@ -244,6 +243,10 @@ class _Group:
                 first, end, size = start, stop, self._sizes[name]
             found[name] = blob[first * size : end * size]
         return found
+
+
+def _same(example: Example) -> Example:
+    return example
 
 
 def _bytes_of(column: pa.Array) -> memoryview:

@@ -85,9 +85,7 @@ def _settle_layers(
     given = request.layers
     if "lens" not in tiers:
         if given is not None:
-            raise ValueError(
-                f"layers: {given!r} are of the tier lens; keep that, or leave them out"
-            )
+            raise ValueError(f"layers: {given!r} is of the tier lens; keep that, or leave it out")
         return None
     if facts.num_layers is None:
         raise ValueError(

@@ -70,7 +70,7 @@ def rescore(
     plan = run.plan
     chosen = _choose([receipt.documents for receipt in receipts], sample, seed)
     if not chosen:
-        on_line("scored no document again: there is none")
+        on_line("scored no document again: no shard that is whole has any")
         return []
     try:
         pipe, exact_here = _load(plan, engine or EngineSettings(), endpoint_url)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Annotated
 
@@ -69,6 +70,7 @@ def ask(
         elif question is None:
             for name, asked in find_questions().items():
                 typer.echo(f"{name:22} {asked}")
+            typer.echo(f"ask one: {shlex.join(['logitmill', 'ask', runs, name])}")
         else:
             options = endpoint_options(runs, endpoint_url)
             db = connect(runs, catalog=catalog, namespace=namespace, storage_options=options)

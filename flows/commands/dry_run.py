@@ -48,7 +48,8 @@ def say_estimate(prepared: Prepared, price: float | None) -> None:
     typer.echo(f"storage about {size(expected.num_bytes)}: {sizes} ({expected.sized_by}{packed})")
     if price is not None:
         cost = price * expected.num_bytes / 1e9
-        typer.echo(f"cost    about {cost:,.4g} a month, at {price:g} a GB and month")
+        said = f"about {cost:,.2f}" if cost >= 0.01 else "less than 0.01"
+        typer.echo(f"cost    {said} a month, at {price:g} a GB and month")
     if expected.shards_left < num_shards:
         typer.echo(
             f"left    {expected.shards_left:,} of {counted(num_shards, 'shard')}, about "

@@ -290,7 +290,7 @@ def test_settings_of_kept_tiers_are_in_the_key(
         ({"tiers": ["sampled"], "num_draws": 256}, "num_draws: 256 is not an integer within 1"),
         ({"tiers": ["sampled"], "draw_seed": -1}, "draw_seed: -1 is not an integer within 0"),
         ({"draw_seed": 3}, "draw_seed: 3 is of the tier sampled"),
-        ({"layers": [1]}, r"layers: \[1\] are of the tier lens; keep that, or leave them out"),
+        ({"layers": [1]}, r"layers: \[1\] is of the tier lens; keep that, or leave it out"),
         ({"tiers": ["lens"], "layers": [5]}, r"layers: 5 is not one of the model's, 0 \.\.\. 4"),
         ({"tiers": ["lens"], "layers": []}, "layers: none are given"),
         ({"tiers": ["topk", "logits"]}, "tiers: 'topk' can be made of 'logits'"),
