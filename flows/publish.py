@@ -84,11 +84,19 @@ def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
     folder.write_json(MANIFEST, manifest)
 
 
-def rewrite_report(run: Run, out: str | None) -> str:
+def rewrite_report(
+    run: Run,
+    out: str | None,
+    base: Run | None = None,
+    on_progress: Callable[[str, int, int], object] = lambda doing, done, total: None,
+) -> str:
     """Render a run's report anew, in its place or into the local file `out`; returns where.
 
+    With `base` it also shows what is different from that run, of which `on_progress` is told as
+    `compare` tells it.
+
     Raises:
-        ValueError: if `out` cannot be written, or is no page's name.
+        ValueError: if `out` cannot be written, or is no page's name, or the runs do not compare.
     """
     from .report import render_report
 
@@ -99,7 +107,14 @@ def rewrite_report(run: Run, out: str | None) -> str:
     receipts = list(find_receipts(run.folder, len(run.plan["corpus"]["shards"])).values())
     facts = report_facts(run.uri, run.plan, receipts)
     tables = {name: run.summary(name) for name in find_merges(run.plan)}
-    html = render_report(**tables, facts=facts, operations=operations(receipts)).encode()
+    against = None
+    if base is not None:
+        from .compare import compare
+        from .compare.page import show_against
+
+        against = show_against(compare(base, run, on_progress=on_progress))
+    told = operations(receipts)
+    html = render_report(**tables, facts=facts, operations=told, against=against).encode()
     if out is None:
         run.folder.write(REPORT, html)
         return run.report_path

@@ -8,12 +8,17 @@ import typer
 
 from .mistakes import or_exit
 from .options import ENDPOINT_HELP
+from .terminal import show_counts
 
 
 def report(
     run: Annotated[str, typer.Argument(help="URI of a run, or of a folder that holds one.")],
     out: Annotated[
         str | None, typer.Option(help="Local file to write; default the run's report.html.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="A run to compare with: drift by source, model against model."),
     ] = None,
     endpoint_url: Annotated[str | None, typer.Option(help=ENDPOINT_HELP)] = None,
 ) -> None:
@@ -24,6 +29,8 @@ def report(
     `logitmill report runs/6f3a09c2d41b77e0`
 
     `logitmill report s3://scores/6f3a09c2d41b77e0 --out report.html`
+
+    `logitmill report s3://scores/tuesday --base s3://scores/monday`
     """
 
     def make() -> None:
@@ -32,6 +39,12 @@ def report(
         from ..run import open_run
 
         opened = open_run(run, storage_options=endpoint_options(run, endpoint_url))
-        typer.echo(rewrite_report(opened, out))
+        if base is None:
+            typer.echo(rewrite_report(opened, out))
+            return
+        other = open_run(base, storage_options=endpoint_options(base, endpoint_url))
+        with show_counts() as on_progress:
+            place = rewrite_report(opened, out, other, on_progress=on_progress)
+        typer.echo(place)
 
     or_exit(make)

@@ -18,6 +18,7 @@ import numpy as np
 from markupsafe import Markup
 
 from ..document.text import Names, join_bytes
+from ..report.panel import Against
 from ..report.template import REPORT, fill, mark_up
 from ..report.wording import number, percent, plural, show
 from .comparison import NUMBERS, Comparison, describe_run, why_no_pairs
@@ -101,6 +102,19 @@ def render_comparison(
         num_differ=sum(ours != theirs for _, ours, theirs in provenance),
         command=show(_command(comparison), 4000),
         numbers=show(numbers),
+    )
+
+
+def show_against(comparison: Comparison) -> Against:
+    """What the report of run B shows of a comparison."""
+    sections = [section(comparison) for section in SECTIONS]
+    return Against(
+        base=show(comparison.base.uri, 4000),
+        command=show(_command(comparison), 4000),
+        alerts=find_alerts(comparison),
+        gaps=find_gaps(comparison),
+        panels=[section for section in sections if section is not None],
+        style=_HERE / "page.css",
     )
 
 

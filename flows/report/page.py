@@ -19,7 +19,7 @@ from ...engine.records import OK
 from ..summary import STATUS
 from .explorer import Explorer, draw_data
 from .marked import Heatmap
-from .panel import Behind, Material, Panel
+from .panel import Against, Behind, Material, Panel
 from .panels import PANELS
 from .provenance import describe_recipe, list_facts, plain, repeat_command
 from .standouts import list_failed, list_standouts
@@ -46,6 +46,7 @@ def render_report(
     facts: Mapping[str, Any],
     operations: pa.Table | None = None,
     vocabulary: pa.Table | None = None,
+    against: Against | None = None,
 ) -> str:
     """The report of a run as one HTML page.
 
@@ -57,6 +58,7 @@ def render_report(
             tokens, bytes`. Any of them may be missing.
         operations: schema `operations.OPERATIONS`, of all shards.
         vocabulary: schema `vocabulary.VOCABULARY`.
+        against: what `compare.page.show_against` makes of a comparison with another run.
     """
     material = Material(Totals.of(counts), Explorer.of(counts), facts, operations, vocabulary)
     totals, rows = material.totals, outliers.to_pylist()
@@ -65,7 +67,7 @@ def render_report(
     panels = [panel for make in PANELS if (panel := make(material)) is not None]
     return fill(
         REPORT,
-        styles=[REPORT / "page.css"],
+        styles=[REPORT / "page.css", *([against.style] if against is not None else [])],
         scripts=[REPORT / name for name in _SCRIPTS],
         data=Markup(draw_data(material.explorer, facts, rows, links, _behind(panels))),
         model=plain(facts.get("model")),
@@ -76,6 +78,7 @@ def render_report(
         tiles=_tiles(totals, facts),
         failure=_failure(totals),
         panels=panels,
+        against=against,
         tables=list_standouts(rows, totals),
         links=links,
         failed=list_failed(rows),

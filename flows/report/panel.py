@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -92,6 +93,21 @@ class Panel:
     """With their titles."""
     heatmap: Heatmap | None = None
     empty: str = "Nothing to draw: no document was scored."
+
+
+@dataclass(frozen=True)
+class Against:
+    """What a report shows of a comparison in which its run is B."""
+
+    base: str
+    """Where A lies."""
+    command: str
+    """What makes the whole comparison."""
+    alerts: Sequence[str]
+    gaps: Sequence[str]
+    panels: Sequence[Panel]
+    style: Path
+    """Of the panels, besides the report's own."""
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ class Ahead(Runner):
     def depth(self) -> int:
         return 2
 
-    def _hidden(self, requests):
+    def _hidden(self, requests, layers=()):
         self.num_held.append(sum(made() is not None for made in self._made))
-        hidden = super()._hidden(requests)
+        hidden = super()._hidden(requests, layers)
         self._made.append(weakref.ref(hidden.hidden_RD))
         return hidden
 

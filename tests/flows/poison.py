@@ -47,13 +47,13 @@ def dask_setup(worker: Any) -> None:
             os.kill(os.getpid(), signal.SIGABRT)
         return encode(self, texts, **options)
 
-    def fit(self: Runner, requests: Sequence[Any]) -> Any:
+    def fit(self: Runner, requests: Sequence[Any], *layers: Any) -> Any:
         room = _asked().get("memory")
         if room is not None and sum(len(r.ids) for r in requests) > room:
             with _FILE.with_suffix(".full").open("a") as file:
                 file.write(".")
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return compute(self, requests)
+        return compute(self, requests, *layers)
 
     shards.read_shard = read
     Tokenizer.encode = tokenize  # type: ignore[method-assign]

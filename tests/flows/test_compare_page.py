@@ -14,6 +14,7 @@ from logitmill.flows import Run, open_run
 from logitmill.flows.compare import compare
 from logitmill.flows.compare.page import render_comparison
 from logitmill.flows.corpus import CorpusSpec
+from logitmill.flows.publish import rewrite_report
 from logitmill.flows.score import score_corpus
 from test_compare import Corpus, write_run
 
@@ -27,6 +28,8 @@ IDS = {
     "another corpus": ("scores",),
 }
 """Comparisons of runs of token ids, by what both kept."""
+REPORT = "report"
+"""The report of a run beside another one."""
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +60,8 @@ def pages(
         found[name] = root / name / "compare.html"
         found[name].parent.mkdir(exist_ok=True)
         found[name].write_text(render_comparison(compare(ours, theirs)), "utf-8")
+    found[REPORT] = root / "report.html"
+    rewrite_report(open_run(fp8), str(found[REPORT]), finished)
     return found
 
 
@@ -92,8 +97,30 @@ def test_sections_are_those_of_what_was_kept(browser: Any, pages: dict[str, Path
             assert links == sections, name
 
 
+def test_a_report_has_what_is_different_from_another_run(
+    browser: Any, pages: dict[str, Path]
+) -> None:
+    assert pages[REPORT].stat().st_size < 3_000_000
+    with open_page(browser, pages[REPORT], reduced_motion="reduce") as page:
+        found = headings(page)
+        assert len(set(found)) == len(found)
+        first = found.index("other-runs")
+        sections = ["documents", "scatter", "kl", "deltas", "shift"]
+        assert found[first + 1 : first + 6] == sections
+        links = page.locator("nav a").evaluate_all("all => all.map(e => e.hash.slice(1))")
+        assert links == found
+        with open_page(browser, pages[TEXTS], reduced_motion="reduce") as whole:
+            for section in sections:
+                said = [p.locator(f"#{section}").inner_text() for p in (page, whole)]
+                assert said[0] == said[1]
+        for section in ("documents", "scatter"):
+            mark = page.locator(f"#{section} .role-mark [aria-label]").last
+            mark.hover()
+            assert page.locator("#tip").inner_text() == mark.get_attribute("aria-label")
+
+
 @pytest.mark.parametrize(("scheme", "viewport"), [("light", LAPTOP), ("dark", PHONE)])
-@pytest.mark.parametrize("name", [TEXTS, *IDS])
+@pytest.mark.parametrize("name", [TEXTS, REPORT, *IDS])
 def test_nothing_that_axe_objects_to(
     browser: Any, pages: dict[str, Path], name: str, scheme: str, viewport: Any
 ) -> None:
@@ -108,7 +135,7 @@ def test_nothing_that_axe_objects_to(
 
 
 @pytest.mark.parametrize("viewport", [LAPTOP, PHONE], ids=["laptop", "phone"])
-@pytest.mark.parametrize("name", [TEXTS, *IDS])
+@pytest.mark.parametrize("name", [TEXTS, REPORT, *IDS])
 def test_nothing_sticks_out_on_the_side(
     browser: Any, pages: dict[str, Path], name: str, viewport: Any
 ) -> None:
