@@ -57,7 +57,8 @@ class Folder:
         Raises:
             StoreError: for a URI that cannot be.
         """
-        self._field = field
+        self.field = field
+        """The argument that named the place."""
         if redact(uri) != uri:
             raise StoreError(
                 f"{field}: {redact(uri)!r} holds a credential; give it in the environment instead"
@@ -77,7 +78,7 @@ class Folder:
 
     def below(self, name: str) -> Folder:
         """The folder `name` in this one."""
-        return Folder(f"{self.uri}/{name}", self.options, field=self._field)
+        return Folder(f"{self.uri}/{name}", self.options, field=self.field)
 
     def path(self, name: str) -> str:
         """What the file system calls the file `name` ("scores/part-00000.parquet")."""
@@ -109,7 +110,7 @@ class Folder:
             # A folder needs nobody to make it; what is missing is the bucket.
             works = "; create it first" if isinstance(error, FileNotFoundError) else ""
             raise StoreError(
-                f"{self._field}: {self.uri!r} cannot be written: {one_line(error)}{works}"
+                f"{self.field}: {self.uri!r} cannot be written: {one_line(error)}{works}"
             ) from None
 
     def read(self, name: str) -> bytes | None:
@@ -257,7 +258,7 @@ class Folder:
         if error.errno in _FULL:
             works = "free some of it" if self.is_local else "free some of it, or set TMPDIR"
             raise OSError(
-                f"{self._field}: the disk of {str(within)!r}, where parts are made, is full "
+                f"{self.field}: the disk of {str(within)!r}, where parts are made, is full "
                 f"({os.strerror(error.errno)}); {works}"
             ) from None
         place = self.uri if self.is_local else str(within)
@@ -269,7 +270,7 @@ class Folder:
             said += "name another folder" if self.is_local else "set TMPDIR to another folder"
         else:
             return
-        raise StoreError(f"{self._field}: {place!r} cannot be written: {said}") from None
+        raise StoreError(f"{self.field}: {place!r} cannot be written: {said}") from None
 
     @contextmanager
     def _plain_errors(self, name: str, done: str) -> Iterator[None]:
@@ -278,7 +279,7 @@ class Folder:
             yield
         except Exception as error:
             where = f"{self.uri}/{name}".rstrip("/")
-            raise OSError(f"{self._field}: {where} cannot be {done}: {one_line(error)}") from None
+            raise OSError(f"{self.field}: {where} cannot be {done}: {one_line(error)}") from None
 
 
 def endpoint_options(uri: str, endpoint_url: str | None) -> dict[str, Any]:

@@ -104,6 +104,10 @@ def rewrite_report(
         raise ValueError(f"out: {out!r} is no page's name; give one that ends in .html")
     if out is not None and not Path(out).absolute().parent.is_dir():
         raise ValueError(f"out: {out!r} lies in a folder that is not there; make it first")
+    if out is not None and Path(out).is_dir():
+        raise ValueError(f"out: {out!r} is a folder; give the name of a page in it")
+    if out is None:
+        run.folder.check_writable()
     receipts = list(find_receipts(run.folder, len(run.plan["corpus"]["shards"])).values())
     facts = report_facts(run.uri, run.plan, receipts)
     tables = {name: run.summary(name) for name in find_merges(run.plan)}

@@ -30,7 +30,11 @@ _MOST_NAMED, _MOST_SOUGHT = 5, 10
 
 
 def open_run(
-    uri: str, *, partial: bool = False, storage_options: Mapping[str, Any] | None = None
+    uri: str,
+    *,
+    partial: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    field: str = "run",
 ) -> Run:
     """Open a run's folder, or a folder that holds one run.
 
@@ -38,11 +42,12 @@ def open_run(
         uri: `<root>/<run key>`, or `<root>` if there is a single run below it.
         partial: also open a run that is not complete, and read the shards that are.
         storage_options: what fsspec opens the URI with.
+        field: the argument that named it, which errors begin with.
 
     Raises:
         ValueError: if there is no run, more than one, or only an incomplete one.
     """
-    folder = Folder(uri, storage_options, field="run")
+    folder = Folder(uri, storage_options, field=field)
     found = find_runs(folder)
     if not found:
         raise no_run(folder)
@@ -61,7 +66,9 @@ def find_runs(folder: Folder) -> list[Folder]:
 
 def several_runs(folder: Folder, found: Sequence[Folder]) -> StoreError:
     """What to raise for a place with more runs than one, where one is meant."""
-    return StoreError(f"run: {folder.uri!r} holds {len(found)} runs, name one: {_name(found)}")
+    return StoreError(
+        f"{folder.field}: {folder.uri!r} holds {len(found)} runs, name one: {_name(found)}"
+    )
 
 
 def no_run(folder: Folder) -> StoreError:
@@ -71,7 +78,7 @@ def no_run(folder: Folder) -> StoreError:
     why = f", no {PLAN} in it or in a folder of it; {makes}"
     try:
         root, slash, _ = folder.uri.rpartition("/")
-        around = Folder(root or slash or ".", folder.options, field="run")
+        around = Folder(root or slash or ".", folder.options, field=folder.field)
         below = [folder.below(name) for name in folder.folders()[:_MOST_SOUGHT]]
         deeper = [
             one.below(name)
@@ -89,7 +96,7 @@ def no_run(folder: Folder) -> StoreError:
             why = f", nor anything else; {makes}"
     except Exception:  # A place that cannot be looked at has no more to say.
         pass
-    return StoreError(f"run: there is no run in {folder.uri!r}{why}")
+    return StoreError(f"{folder.field}: there is no run in {folder.uri!r}{why}")
 
 
 def _name(runs: Sequence[Folder]) -> str:
@@ -125,8 +132,8 @@ class Run:
             names = [part.name for r in receipts.values() for part in r.parts]
         else:
             raise StoreError(
-                f"run: {folder.uri!r} is {not_complete(folder.uri, self.plan)}, and open_run(..., "
-                "partial=True) reads what there is"
+                f"{folder.field}: {folder.uri!r} is {not_complete(folder.uri, self.plan)}, and "
+                "open_run(..., partial=True) reads what there is"
             )
         self._parts: dict[str, list[str]] = {}
         for name in names:
@@ -199,7 +206,9 @@ class Run:
         Only a complete run has them.
         """
         if self.manifest is None:
-            raise StoreError(f"run: {self.uri!r} is {not_complete(self.uri, self.plan)}")
+            raise StoreError(
+                f"{self.folder.field}: {self.uri!r} is {not_complete(self.uri, self.plan)}"
+            )
         names = [part["name"] for part in self.manifest["summaries"]]
         if f"summary/{name}.parquet" not in names:
             known = ", ".join(n.split("/")[1].split(".")[0] for n in names)
@@ -406,11 +415,23 @@ class Run:
 
     @contextmanager
     def open_part(self, name: str) -> Iterator[PartFile]:
-        """A part of the run, by its name below the folder."""
+        """A part of the run, by its name below the folder.
+
+        Raises:
+            StoreError: if it is not there.
+        """
         path = self.folder.path(name)
         # Arrow reads a local file itself, without the copies that Python's files make.
         is_local, files = self.folder.is_local, self.folder.filesystem
-        with pa.OSFile(path) if is_local else files.open(path, "rb") as file:
+        try:
+            opened = pa.OSFile(path) if is_local else files.open(path, "rb")
+        except FileNotFoundError:
+            raise StoreError(
+                f"{self.folder.field}: {self.uri!r} lacks {name}, which is a part of it; "
+                f"{shlex.join(['logitmill', 'inspect', self.uri, '--verify'])} lists all that is "
+                "missing"
+            ) from None
+        with opened as file:
             part = PartFile(file)
             check_layout(part, name, self.folder, self.plan)
             yield part

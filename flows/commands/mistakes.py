@@ -80,7 +80,7 @@ _WORDS = (
     *("out", "recipe", "context", "overlap", "stride", "prefix", "format", "subset", "split"),
     *("limit", "device", "dtype", "quantization", "uri", "model", "tiers"),
     *("corpus", "peer", "repeat", "keep", "workers", "deadline", "sample", "seed", "doc", "level"),
-    *("html", "from", "to", "score", "by", "weight"),
+    *("base", "html", "from", "to", "score", "by", "weight"),
     *("layers", "catalog", "namespace", "date", "database", "sql", "source", "count"),
 )
 _COMPOUNDS = (

@@ -42,7 +42,7 @@ def report(
         if base is None:
             typer.echo(rewrite_report(opened, out))
             return
-        other = open_run(base, storage_options=endpoint_options(base, endpoint_url))
+        other = open_run(base, storage_options=endpoint_options(base, endpoint_url), field="base")
         with show_counts() as on_progress:
             place = rewrite_report(opened, out, other, on_progress=on_progress)
         typer.echo(place)

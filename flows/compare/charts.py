@@ -39,14 +39,16 @@ def draw_intervals(rows: Sequence[Row], *, x_title: str) -> str:
 def draw_cells(
     cells: Sequence[Row],
     points: Sequence[Row],
+    line: tuple[float, float] | None,
     *,
     x_title: str,
     y_title: str,
     ends: tuple[float, float],
 ) -> str:
-    """A picture of how often pairs of values come, with single points, and the diagonal.
+    """A picture of how often pairs of values come, with single points, a line and the diagonal.
 
-    Cells: `x`, `x2`, `y`, `y2`, `share` (0 to 1, the strength), `label`. Points: `x`, `y`, `label`.
+    Line: slope and intercept. Cells: `x`, `x2`, `y`, `y2`, `share` (0 to 1, the strength), `label`.
+    Points: `x`, `y`, `label`.
     """
     import altair as alt
 
@@ -78,4 +80,13 @@ def draw_cells(
         .mark_point(filled=False, size=60, strokeWidth=2, opacity=1, clip=True)
         .encode(x="x:Q", y="y:Q", color=alt.ColorValue(charts.color(6)), description="label:N")
     )
-    return charts.render_svg(picture + diagonal + dots)
+    layers = picture + diagonal
+    if line is not None:
+        slope, intercept = line
+        fitted = [{"x": end, "y": intercept + slope * end} for end in ends]
+        layers += (
+            alt.Chart(charts.make_data(fitted))
+            .mark_line(strokeWidth=1.2, aria=False, clip=True)
+            .encode(x="x:Q", y="y:Q", color=alt.ColorValue("var(--muted)"))
+        )
+    return charts.render_svg(layers + dots)

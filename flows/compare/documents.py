@@ -103,14 +103,15 @@ class Documents:
 
 def compare_documents(base: Run, other: Run, on_progress: OnProgress) -> Documents:
     """Pair the documents of two runs and add up what differs, shard by shard."""
-    tally = _Tally(_find_measure(base, other))
+    tally = _Tally(find_measure(base, other))
     streams = [Stream(run, "scores", COLUMNS) for run in (base, other)]
     for ours, theirs in pair(*streams, on_progress=on_progress, on_alone=tally.add_alone):
         tally.add(ours, theirs)
     return tally.sum_up()
 
 
-def _find_measure(base: Run, other: Run) -> str:
+def find_measure(base: Run, other: Run) -> str:
+    """What documents of two runs are compared by: bits/byte, or bits/token if one has no bytes."""
     assert base.manifest is not None and other.manifest is not None
     has_bytes = base.manifest["bytes"] and other.manifest["bytes"]
     return BITS_PER_BYTE if has_bytes else BITS_PER_TOKEN
@@ -124,7 +125,7 @@ class _Sums:
         self.moments = Moments(3)
         """Base, other, and other less base."""
         self.delta_nll = Moments(1)
-        self.size = 0
+        self.size = np.zeros(2, np.int64)
         self.bits = np.zeros(2)
 
     def add(self, found: Found, rows: np.ndarray | slice) -> None:
@@ -133,14 +134,14 @@ class _Sums:
         self.moments.add(found.base[rows], found.other[rows], delta)
         nll = found.delta_nll[rows]
         self.delta_nll.add(nll[~np.isnan(nll)])
-        self.size += int(found.size[rows].sum())
+        self.size += found.size[:, rows].sum(1)
         self.bits += found.bits[:, rows].sum(1)
 
     def drift(self, source: str, language: str) -> Drift:
         low, high = self.delta.median_interval() or (None, None)
         (median,) = self.delta.quantiles([0.5])
         has_nll = self.delta_nll.count > 0
-        base, other = self.bits / self.size if self.size else (math.nan, math.nan)
+        base, other = self.bits / self.size if self.size.all() else (math.nan, math.nan)
         return Drift(
             source=source,
             language=language,
@@ -211,15 +212,16 @@ class _Tally:
     def _find(self, ours: pa.Table, theirs: pa.Table) -> Found:
         bits = np.stack([-numbers(t, "loglikelihood") / _LN2 for t in (ours, theirs)])
         if self._measure == BITS_PER_BYTE:
-            size = numbers(ours, "num_bytes")
+            sized = "num_bytes"
             base, other = (numbers(t, "bits_per_byte") for t in (ours, theirs))
         else:
-            size = numbers(ours, "num_tokens_scored")
+            sized = "num_tokens_scored"
             base, other = (numbers(t, "nll_per_token") / _LN2 for t in (ours, theirs))
         nll = numbers(theirs, "nll_per_token") - numbers(ours, "nll_per_token")
         unlike = numbers(ours, "num_tokens_scored") != numbers(theirs, "num_tokens_scored")
         nll[unlike] = math.nan
-        return Found(base, other, other - base, nll, size.astype(np.int64), bits)
+        size = np.stack([numbers(t, sized).astype(np.int64) for t in (ours, theirs)])
+        return Found(base, other, other - base, nll, size, bits)
 
     def sum_up(self) -> Documents:
         total = self._drift.total
@@ -256,7 +258,8 @@ def same_text(ours: pa.Table, theirs: pa.Table) -> np.ndarray:
 
     # Words are counted where all of the text was scored, and then bytes are all of its bytes.
     whole = pc.and_(ours["num_words"].is_valid(), theirs["num_words"].is_valid()).to_numpy()
-    is_text = pc.or_(ours["zlib_bytes"].is_valid(), theirs["zlib_bytes"].is_valid()).to_numpy()
+    # Of ids, or of text in one run and ids in the other, there is but the number of tokens.
+    is_text = pc.and_(ours["zlib_bytes"].is_valid(), theirs["zlib_bytes"].is_valid()).to_numpy()
     text = equal("zlib_bytes") & (~whole | (equal("num_bytes") & equal("num_words")))
     return np.where(is_text, text, equal("num_tokens"))
 

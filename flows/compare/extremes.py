@@ -48,7 +48,7 @@ class Found:
     delta: np.ndarray
     delta_nll: np.ndarray
     size: np.ndarray
-    """Bytes, or tokens."""
+    """[2, documents]: bytes, or tokens, of base and other."""
     bits: np.ndarray
     """[2, documents]: of base and other."""
 

@@ -110,6 +110,8 @@ def show_against(comparison: Comparison) -> Against:
     sections = [section(comparison) for section in SECTIONS]
     return Against(
         base=show(comparison.base.uri, 4000),
+        sides=[_name_side(comparison, side) for side in ("base", "other")],
+        tiles=_tiles(comparison),
         command=show(_command(comparison), 4000),
         alerts=find_alerts(comparison),
         gaps=find_gaps(comparison),
@@ -125,7 +127,8 @@ def find_alerts(comparison: Comparison) -> list[str]:
     if comparison.base.plan["run_key"] == comparison.other.plan["run_key"]:
         alerts.append("A and B are one run, or copies of it: every difference must be 0.")
     if found.all is None:
-        alerts.append(f"Nothing is paired: {why_no_pairs(found)}. Only distributions are compared.")
+        rest = "Only distributions are compared." if comparison.shifts else ""
+        alerts.append(f"Nothing is paired: {why_no_pairs(found)}. {rest}".rstrip())
     for name, few in (("A", found.only_base), ("B", found.only_other)):
         if few.count and found.all is not None:
             alerts.append(f"{plural(few.count, 'document')} in {name} alone, and left out.")
@@ -311,4 +314,10 @@ def _flatten(value: Any, name: str) -> dict[str, str]:
 
 
 def _command(comparison: Comparison) -> str:
-    return shlex.join(["logitmill", "compare", comparison.base.uri, comparison.other.uri])
+    runs = (comparison.base, comparison.other)
+    command = ["logitmill", "compare", *(run.uri for run in runs)]
+    if len({run.folder.address("").rstrip("/").rpartition("/")[0] for run in runs}) > 1:
+        command += ["--out", "compare"]
+    for url in {run.folder.options.get("endpoint_url") for run in runs} - {None}:
+        command += ["--endpoint-url", str(url)]
+    return shlex.join(command)

@@ -13,9 +13,9 @@ from ..report.wording import NOTHING, edge, number, plural, show
 from .charts import draw_cells, draw_intervals
 from .comparison import Comparison, why_no_pairs
 from .documents import BIN, Document, Documents, Drift, Few
-from .shift import MIN_DOCUMENTS
+from .shift import MIN_DOCUMENTS, Shift
 from .tokens import Estimate
-from .wording import estimate, list_names, name_group, signed, small
+from .wording import estimate, fit_names, list_names, name_group, say_omitted, signed, small
 
 _MAX_DRAWN, _MAX_LISTED = 12, 60
 _MAX_CELLS = 32
@@ -36,13 +36,12 @@ def documents_section(comparison: Comparison) -> Panel | None:
         "confidence of 95 %, told from order statistics and so for any distribution."
     )
     title = f"median change of {found.measure}, B less A"
-    rows = [_interval_row(drift, found) for drift in drawn]
+    names = fit_names([_name(drift, found) for drift in drawn])
+    rows = [_interval_row(drift, found, name) for drift, name in zip(drawn, names, strict=True)]
     svg = draw_intervals(rows, x_title=title)
     chart = Chart("Change of the median document", Markup(svg), _drift_cells(drawn, found))
     table = _drift_cells([found.all, *groups[:_MAX_LISTED]], found)
-    notes = []
-    if len(groups) > _MAX_LISTED:
-        notes.append(f"Of {len(groups):,} sources the {_MAX_LISTED} largest are listed.")
+    notes = say_omitted(len(groups), _MAX_DRAWN, _MAX_LISTED)
     notes.append(
         "The mean's error is sd / \u221an over documents. "
         "\u0394 nats/token is the mean over documents too; \u201call text\u201d is bits over "
@@ -57,11 +56,15 @@ def documents_section(comparison: Comparison) -> Panel | None:
     return Panel("documents", "Documents", about, [chart], notes, tables)
 
 
-def _interval_row(drift: Drift, found: Documents) -> dict[str, object]:
-    name = "All documents" if drift is found.all else name_group(drift.source, drift.language)
+def _name(drift: Drift, found: Documents) -> str:
+    return "All documents" if drift is found.all else name_group(drift.source, drift.language)
+
+
+def _interval_row(drift: Drift, found: Documents, name: str) -> dict[str, object]:
     ends = [drift.median if end is None else end for end in (drift.low, drift.high)]
+    whole = _name(drift, found)
     text = (
-        f"{name}: {signed(drift.median)} {_interval(drift)}, {plural(drift.documents, 'document')}"
+        f"{whole}: {signed(drift.median)} {_interval(drift)}, {plural(drift.documents, 'document')}"
     )
     return {"name": name, "value": drift.median, "low": ends[0], "high": ends[1], "label": text}
 
@@ -75,12 +78,12 @@ def _interval(drift: Drift) -> str:
 def _drift_cells(drifts: Sequence[Drift], found: Documents) -> Cells:
     rows = [
         (
-            "All documents" if drift is found.all else name_group(drift.source, drift.language),
+            _name(drift, found),
             f"{drift.documents:,}",
             signed(drift.median),
             _interval(drift) if drift.low is not None else NOTHING,
-            estimate(Estimate(drift.mean, drift.error), signed),
-            estimate(Estimate(drift.delta_nll, drift.delta_nll_error), signed),
+            estimate(Estimate(drift.mean, drift.error), "+"),
+            estimate(Estimate(drift.delta_nll, drift.delta_nll_error), "+"),
             f"{number(drift.base, 4)} \u2192 {number(drift.other, 4)}",
         )
         for drift in drifts
@@ -125,8 +128,9 @@ def scatter_section(comparison: Comparison) -> Panel | None:
     unit = found.measure
     about = (
         f"Documents by their {unit} in A and in B: the stronger the colour, the more documents "
-        "(log scale). On the dashed diagonal both agree; the circles are the documents farthest "
-        "from the straight line through them all, which B treats unlike others of the kind."
+        "(log scale). On the dashed diagonal both agree; the solid line is the straight one that "
+        "fits all documents best, and the circles are those farthest from it, which B treats "
+        "unlike others of the kind."
     )
     cells, numbers, ends = _grid(found)
     points = [
@@ -137,12 +141,14 @@ def scatter_section(comparison: Comparison) -> Panel | None:
         }
         for d in found.residual
     ]
-    svg = draw_cells(cells, points, x_title=f"A, {unit}", y_title=f"B, {unit}", ends=ends)
+    line = None if math.isnan(found.slope) else (found.slope, found.intercept)
+    titles = {"x_title": f"A, {unit}", "y_title": f"B, {unit}"}
+    svg = draw_cells(cells, points, line, ends=ends, **titles)
     chart = Chart("B over A", Markup(svg), numbers)
     notes = []
-    if not math.isnan(found.slope):
-        line = f"B = {small(found.slope)} A {found.intercept:+.4f}"
-        notes.append(f"The line: {line}; correlation {small(found.correlation)}.")
+    if line is not None:
+        said = f"B = {small(found.slope)} A {found.intercept:+.4f}"
+        notes.append(f"The line: {said}; correlation {found.correlation:.5f}.")
     tables = [
         (title, _document_cells(rows, found))
         for title, rows in (
@@ -158,7 +164,8 @@ def scatter_section(comparison: Comparison) -> Panel | None:
         notes.append(f"{plural(beyond, 'document')} beyond the picture's end are not in it.")
     if tables:
         notes.append(
-            "Documents below 64 bytes are left out of these tables unless there are no others."
+            "Documents below 64 bytes are neither circled nor in these tables unless there are no "
+            "others."
         )
     return Panel("scatter", "Model against model", about, [chart], notes, tables)
 
@@ -207,16 +214,16 @@ def _document_cells(documents: Sequence[Document], found: Documents) -> Cells:
         (
             show(d.doc_id),
             name_group(d.source, d.language),
-            number(d.base, 3),
-            number(d.other, 3),
-            signed(d.delta, 3),
-            signed(d.residual, 3),
+            signed(d.delta),
+            number(d.base, 4),
+            number(d.other, 4),
+            signed(d.residual),
             f"{d.num_tokens:,}",
         )
         for d in documents
     ]
     unit = found.measure
-    columns = ("document", "source", f"A, {unit}", f"B, {unit}", "\u0394", "off the line", "tokens")
+    columns = ("document", "source", "\u0394", f"A, {unit}", f"B, {unit}", "off the line", "tokens")
     return Cells(columns, rows, 2)
 
 
@@ -240,8 +247,8 @@ def shift_section(comparison: Comparison) -> Panel | None:
             f"{s.other_documents:,}",
             number(s.base_median, 2),
             number(s.other_median, 2),
-            number(s.psi, 4),
-            number(s.psi_by_chance, 4),
+            number(s.psi if _is_crowd(s) else None, 4),
+            number(s.psi_by_chance if _is_crowd(s) else None, 4),
             number(s.wasserstein, 4),
         )
         for n, s in enumerate(comparison.shifts[: _MAX_LISTED + 1])
@@ -252,9 +259,15 @@ def shift_section(comparison: Comparison) -> Panel | None:
     )
     notes = [
         "From bins of 0.02 bits/byte, weighted by documents; sources of fewer than "
-        f"{MIN_DOCUMENTS} documents in either run are left out. An empty tenth counts half "
+        f"{MIN_DOCUMENTS} documents in either run are left out, and so few have no index. An empty "
+        "tenth counts half "
         "a document. \u201cBy chance\u201d is the index that two draws from one population "
         "have on average."
     ]
     tables = [("Bits per byte", Cells(columns, rows))]
     return Panel("shift", "Distribution of documents", about, (), notes, tables)
+
+
+def _is_crowd(shift: Shift) -> bool:
+    """Whether there are documents enough for tenths of them to mean something."""
+    return min(shift.base_documents, shift.other_documents) >= MIN_DOCUMENTS

@@ -110,8 +110,11 @@ def _shift(source: str, language: str, base: np.ndarray, other: np.ndarray) -> S
 
 
 def _median(counts: np.ndarray) -> float:
+    # Documents lie evenly within their bin.
     below = np.cumsum(counts)
-    return float((np.searchsorted(below, below[-1] / 2) + 0.5) * BIN_BITS_PER_BYTE)
+    at = int(np.searchsorted(below, below[-1] / 2))
+    within = 1 - (below[at] - below[-1] / 2) / counts[at]
+    return float((at + within) * BIN_BITS_PER_BYTE)
 
 
 def _histograms(counts: pa.Table) -> dict[tuple[str, str], np.ndarray]:

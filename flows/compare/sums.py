@@ -65,8 +65,8 @@ class Moments:
 class Values:
     """Quantiles of a stream of numbers: exact of the first `EXACT_VALUES`, of more from a sketch.
 
-    The sketch is that of the summaries: a quantile is within 1 %, or 1e-6, of the value of its
-    rank. Extremes are exact.
+    The sketch has the bins of the summaries', twice as many: a quantile is within 1 %, or 1e-6, of
+    the value of its rank. Extremes are exact.
     """
 
     def __init__(self, most: int = EXACT_VALUES) -> None:

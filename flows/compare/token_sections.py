@@ -11,7 +11,16 @@ from .comparison import Comparison
 from .distributions import EXACT, Distributions
 from .sums import Spread
 from .tokens import Estimate, Tokens
-from .wording import estimate, kl_name, list_names, name_group, signed, small
+from .wording import (
+    estimate,
+    fit_names,
+    kl_name,
+    list_names,
+    name_group,
+    say_omitted,
+    signed,
+    small,
+)
 
 _MAX_DRAWN, _MAX_LISTED = 12, 60
 _TAILS = ("0.1", "1", "5", "10", "25")
@@ -69,6 +78,7 @@ def tokens_section(comparison: Comparison) -> Panel | None:
     ]
     if len(found.groups) > 1:
         tables.append(("By source", _token_groups(found)))
+        notes += say_omitted(len(found.groups), len(found.groups), _MAX_LISTED)
     return Panel("deltas", "True tokens", about, [chart], notes, tables)
 
 
@@ -114,7 +124,7 @@ def _token_groups(found: Tokens) -> Cells:
         (
             name_group(g.source, g.language),
             f"{g.tokens:,}",
-            estimate(g.ln_ratio, signed),
+            estimate(g.ln_ratio, "+"),
             percent(g.same_top.value),
             f"{signed(100 * g.mean_delta_p.value)} %",
             f"{100 * g.rms_delta_p.value:.4f} %",
@@ -146,15 +156,16 @@ def distributions_section(comparison: Comparison) -> Panel | None:
     groups = found.groups if len(found.groups) > 1 else []
     drawn = []
     if groups:
+        largest = groups[:_MAX_DRAWN]
+        names = [name_group(g.source, g.language) for g in largest]
         rows = [
             {
-                "name": name_group(g.source, g.language),
+                "name": short,
                 "value": g.kl.mean,
                 "color": charts.color(0),
-                "label": f"{name_group(g.source, g.language)}: {small(g.kl.mean)} nats, "
-                f"{plural(g.tokens, 'token')}",
+                "label": f"{name}: {small(g.kl.mean)} nats, {plural(g.tokens, 'token')}",
             }
-            for g in groups[:_MAX_DRAWN]
+            for short, name, g in zip(fit_names(names), names, largest, strict=True)
         ]
         svg = charts.draw_bars(rows, x_title=f"mean {kl_name(found)}, nats", x_format="~g")
         drawn.append(Chart("Mean KL by source", Markup(svg), _kl_groups(found)))
@@ -162,6 +173,7 @@ def distributions_section(comparison: Comparison) -> Panel | None:
     if groups:
         tables.append(("By source", _kl_groups(found)))
     notes = [f"{plural(found.tokens, 'token')}; the same top: {_same_top(found)}."]
+    notes += say_omitted(len(groups), _MAX_DRAWN, _MAX_LISTED)
     if not found.kl.is_exact:
         notes.append("Of so many tokens, percentiles are those of a sketch, within 1 %.")
     return Panel("kl", "Distributions", about, drawn, notes, tables)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..run import Run
-from .documents import Few
+from .documents import BITS_PER_BYTE, Few, find_measure
 from .flat import Flat, are_same, find_tier, stream
 from .pairing import OnProgress, pair
 from .sums import EXACT_VALUES, Grouped, Moments, Spread, Spreads
@@ -126,9 +126,10 @@ def compare_tokens(
         if tally.documents == 0 and tally.unlike.count >= _ENOUGH_UNLIKE:
             break
     if tally.unlike.count > tally.documents:
-        raise OtherTokens(
-            "the runs' token ids differ, so their tokenizers do; bits per byte compare all the same"
-        )
+        why = "the runs' token ids differ, so their tokenizers do"
+        if find_measure(base, other) == BITS_PER_BYTE:
+            why += "; bits per byte compare all the same"
+        raise OtherTokens(why)
     if not tally.documents:
         raise NotComparable("no document was scored in both")
     return tally.sum_up(), tally.told

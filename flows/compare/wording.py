@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from ..report.wording import MAX_LABEL, NOTHING, show
 from .distributions import EXACT, Distributions
 from .documents import MAX_NAMED, Few
 from .tokens import Estimate
+
+_MAX_AXIS = 21
 
 
 def signed(value: float | None, digits: int = 4) -> str:
@@ -30,10 +32,37 @@ def name_group(source: str, language: str) -> str:
     return ", ".join(parts) or "(no source)"
 
 
-def estimate(found: Estimate, say: Callable[[float], str] = small) -> str:
-    """A value and its error."""
-    error = "" if math.isnan(found.error) else f" \u00b1 {small(found.error)}"
-    return say(found.value) + error
+def fit_names(names: Sequence[str]) -> list[str]:
+    """Names as an axis has room for, their middles left out; each of its own still."""
+    fitting: list[str] = []
+    for name in names:
+        short = show(name, _MAX_AXIS)
+        count = 1 + sum(held.startswith(short) for held in fitting)
+        fitting.append(short if count == 1 else f"{short} ({count})")
+    return fitting
+
+
+def estimate(found: Estimate, sign: str = "") -> str:
+    """A value and its error, which has two digits, and the value as many decimals.
+
+    `sign` is "+" for a difference.
+    """
+    if not math.isfinite(found.value) or not 0 < found.error < math.inf:
+        return signed(found.value) if sign else small(found.value)
+    if found.error < 1e-7:
+        return f"{found.value:{sign}.3g} \u00b1 {found.error:.2g}"
+    decimals = max(0, 1 - math.floor(math.log10(found.error)))
+    return f"{found.value:{sign}z,.{decimals}f} \u00b1 {found.error:,.{decimals}f}"
+
+
+def say_omitted(count: int, drawn: int, listed: int) -> list[str]:
+    """That sources are too many to be drawn, or listed; nothing if they are not."""
+    said = []
+    if count > drawn:
+        said.append(f"Of {count:,} sources the {drawn} largest are drawn.")
+    if count > listed:
+        said.append(f"Of {count:,} sources the {listed} largest are listed.")
+    return said
 
 
 def list_names(few: Few) -> str:

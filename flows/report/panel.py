@@ -101,6 +101,10 @@ class Against:
 
     base: str
     """Where A lies."""
+    sides: Sequence[str]
+    """What tells A and B apart: their models, and what differs."""
+    tiles: Sequence[tuple[str, str, str]]
+    """The headline: (name, value, what it means)."""
     command: str
     """What makes the whole comparison."""
     alerts: Sequence[str]

@@ -402,11 +402,15 @@ def test_inspect_and_report(
     code, out, _ = in_process(capsys, "report", finished.uri, "--out", tmp_path / "r.html")
     assert code == 0 and out.strip() == str(tmp_path / "r.html")
     assert finished.plan["run_key"] in (tmp_path / "r.html").read_text()
+    (tmp_path / "folder.html").mkdir()
+    code, _, err = in_process(capsys, "report", finished.uri, "--base", tmp_path / "nowhere")
+    assert code == 2 and err.startswith("error: --base: there is no run in")
     code, _, err = in_process(capsys, "report", tmp_path)
     assert code == 2 and err.startswith(f"error: run: there is no run in '{tmp_path}'")
     for place, said in (
         ("no/r.html", "lies in a folder that is not there"),
         ("r.md", "ends in .html"),
+        ("folder.html", "is a folder"),
     ):
         code, _, err = in_process(capsys, "report", finished.uri, "--out", tmp_path / place)
         assert code == 2 and err.startswith(f"error: --out: '{tmp_path / place}' ") and said in err

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from logitmill.engine.recipes import Recipe
 from logitmill.engine.records import DocumentRecord
 from logitmill.flows import open_run
 from logitmill.flows.compare import Comparison, compare, compare_runs, comparison, pairing, sums
+from logitmill.flows.compare.page import find_alerts, show_against
 from logitmill.flows.compare.shift import measure_shift
 from logitmill.flows.compare.sums import Moments, Values
-from logitmill.flows.compare.wording import signed
+from logitmill.flows.compare.tokens import Estimate
+from logitmill.flows.compare.wording import estimate, fit_names, signed
 from logitmill.flows.counts import merge_counts
 from logitmill.flows.parts import LOGITS, SCORES, schema_of
 from logitmill.flows.run import Run
@@ -335,6 +337,45 @@ def test_documents_of_ids_compare_in_bits_a_token(
     )
 
 
+def test_text_beside_ids_is_the_same_only_of_as_many_tokens(
+    tmp_path: Path, base: Corpus, other: Corpus
+) -> None:
+    """What one run scored as text and the other as ids, of which half are of another number."""
+
+    def change(i: int, record: DocumentRecord) -> None:
+        record.num_bytes, record.bits_per_byte = 0, None
+        record.num_words = record.zlib_bytes = None
+        record.num_tokens += i % 2
+
+    a = write_run(tmp_path / "a", base)
+    b = write_run(tmp_path / "b", other, change=change)
+    for ours, theirs in ((a, b), (b, a)):
+        found = compare(ours, theirs, level="documents").documents
+        assert found.measure == "bits/token" and found.all is not None
+        assert (found.all.documents, found.changed.count) == (15, 15)
+    even = range(0, 30, 2)
+    bits = [sum(-c.target(i).astype(np.float64).sum() for i in even) / LN2 for c in (other, base)]
+    tokens = sum(len(base.ids[i]) for i in even)
+    assert (found.all.base, found.all.other) == pytest.approx([x / tokens for x in bits])
+
+
+def test_all_text_is_over_the_size_of_either_run(tmp_path: Path, base: Corpus) -> None:
+    """A document that one run cut is compared still, and its bytes are what was scored of it."""
+
+    def cut(i: int, record: DocumentRecord) -> None:
+        record.num_words = None
+        if i == 0:
+            record.num_bytes //= 2
+
+    a, b = write_run(tmp_path / "a", base), write_run(tmp_path / "b", base, change=cut)
+    drift = compare(a, b, level="documents").documents.all
+    assert drift is not None and drift.documents == 30
+    tables = [run.table(columns=["loglikelihood", "num_bytes"]).to_pandas() for run in (a, b)]
+    expected = [-t["loglikelihood"].sum() / LN2 / t["num_bytes"].sum() for t in tables]
+    assert (drift.base, drift.other) == pytest.approx(expected)
+    assert expected[0] < expected[1]
+
+
 # ---- tokens ----------------------------------------------------------------------------------
 
 
@@ -344,11 +385,11 @@ def test_tokens_against_numpy(tmp_path: Path, base: Corpus, other: Corpus) -> No
     (base_all, ours), (other_all, theirs) = stack(base), stack(other)
     n = len(ours)
     assert (found.tokens, found.documents) == (n, 30)
-    for estimate, nll in ((found.base_perplexity, -ours), (found.other_perplexity, -theirs)):
-        assert estimate.value == pytest.approx(math.exp(nll.mean()), rel=1e-12)
+    for perplexity, nll in ((found.base_perplexity, -ours), (found.other_perplexity, -theirs)):
+        assert perplexity.value == pytest.approx(math.exp(nll.mean()), rel=1e-12)
         # README of llama.cpp's tool: PPL sqrt(var / (n - 1)) of population variance.
         error = math.exp(nll.mean()) * math.sqrt(nll.var() / (n - 1))
-        assert estimate.error == pytest.approx(error, rel=1e-9)
+        assert perplexity.error == pytest.approx(error, rel=1e-9)
     assert found.correlation == pytest.approx(np.corrcoef(ours, theirs)[0, 1])
     excess = ours - theirs
     assert found.ln_ratio.value == pytest.approx(excess.mean())
@@ -563,6 +604,42 @@ def test_no_common_document_leaves_distributions_of_documents(tmp_path: Path, ba
     assert set(found.missing) == {"documents", "tokens", "distributions"}
     with pytest.raises(ValueError, match="no document is in both runs"):
         compare(a, b, level="documents")
+    (alert,) = find_alerts(found)
+    assert alert.endswith("Only distributions are compared.")
+    (alert,) = find_alerts(replace(found, shifts=[]))
+    assert alert.startswith("Nothing is paired") and "distributions" not in alert
+
+
+def test_the_median_of_a_histogram_is_within_its_bin(tmp_path: Path, base: Corpus) -> None:
+    """Of 1, 2 and 1 documents in three bins it is the middle; of 3 and 1, two thirds of one."""
+
+    def count(documents: Sequence[int]) -> pa.Table:
+        bins = list(range(40, 40 + len(documents)))
+        names = {"panel": "bits_per_byte", "source": "a", "language": "en"}
+        columns = {name: [value] * len(bins) for name, value in names.items()}
+        return pa.table({**columns, "bin": bins, "documents": documents})
+
+    (total, *_) = measure_shift(count([1, 2, 1]), count([3, 1]))
+    assert total.base_median == pytest.approx(41.5 * 0.02)
+    assert total.other_median == pytest.approx((40 + 2 / 3) * 0.02)
+
+
+def test_the_command_of_runs_in_two_folders_says_where_the_page_goes(
+    tmp_path: Path, base: Corpus
+) -> None:
+    a, b = write_run(tmp_path / "x/a", base), write_run(tmp_path / "y/b", base)
+    near = write_run(tmp_path / "x/c", base)
+    command = f"logitmill compare {a.uri} {near.uri}"
+    assert show_against(compare(a, near)).command == command
+    command = f"logitmill compare {a.uri} {b.uri} --out compare"
+    assert show_against(compare(a, b)).command == command
+
+
+def test_a_part_that_is_gone_is_named(tmp_path: Path, base: Corpus) -> None:
+    a, b = write_run(tmp_path / "a", base), write_run(tmp_path / "b", base)
+    (tmp_path / "b/tokens/part-00003.parquet").unlink()
+    with pytest.raises(ValueError, match=r"run: .*/b' lacks tokens/part-00003.parquet"):
+        compare(a, b)
 
 
 def test_the_index_by_chance_is_its_mean_over_draws_of_one_population() -> None:
@@ -669,3 +746,29 @@ def test_sources_beyond_the_bound_are_added_up_as_others(
 )
 def test_differences_have_a_sign_where_there_is_one_to_see(value: float, said: str) -> None:
     assert signed(value, 3) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "sign", "said"),
+    [
+        (1.00412, 0.0003173, "", "1.00412 \u00b1 0.00032"),
+        (0.121732, 0.0060194, "+", "+0.1217 \u00b1 0.0060"),
+        (-25.36, 1.234, "+", "-25.4 \u00b1 1.2"),
+        (12345.6, 234.5, "", "12,346 \u00b1 234"),
+        (3e-9, 2e-10, "", "3e-09 \u00b1 2e-10"),
+        (0.25, math.nan, "+", "+0.2500"),
+        (0.0, 0.0, "+", "0"),
+        (math.nan, math.nan, "", "\u2013"),
+    ],
+)
+def test_a_value_has_the_digits_of_its_error(
+    value: float, error: float, sign: str, said: str
+) -> None:
+    assert estimate(Estimate(value, error), sign) == said
+
+
+def test_names_of_an_axis_are_short_and_unlike() -> None:
+    names = ["short", *(f"very/long/source/name/{end}/of/many" for end in ("a", "b", "c"))]
+    fitting = fit_names(names)
+    assert fitting[0] == "short" and len(set(fitting)) == 4
+    assert fitting[1] == "very/long/sour\u2026of/many" and fitting[3] == f"{fitting[1]} (3)"
