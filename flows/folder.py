@@ -36,6 +36,10 @@ class StoreError(ValueError):
     """The output cannot be used as asked. The message names field, value and what would work."""
 
 
+class FullDisk(OSError):
+    """The disk of the output is full."""
+
+
 @dataclass(frozen=True)
 class Part:
     """One file of a run."""
@@ -59,6 +63,8 @@ class Folder:
         """
         self.field = field
         """The argument that named the place."""
+        if not uri.strip():
+            raise StoreError(f"{field}: {uri!r} names no place; give a folder or a URI")
         if redact(uri) != uri:
             raise StoreError(
                 f"{field}: {redact(uri)!r} holds a credential; give it in the environment instead"
@@ -257,7 +263,8 @@ class Folder:
         """Raise what an error of a scratch folder comes from, and what works; else nothing."""
         if error.errno in _FULL:
             works = "free some of it" if self.is_local else "free some of it, or set TMPDIR"
-            raise OSError(
+            # Where parts are made elsewhere than they stay, another worker may have room.
+            raise (FullDisk if self.is_local else OSError)(
                 f"{self.field}: the disk of {str(within)!r}, where parts are made, is full "
                 f"({os.strerror(error.errno)}); {works}"
             ) from None
@@ -280,6 +287,27 @@ class Folder:
         except Exception as error:
             where = f"{self.uri}/{name}".rstrip("/")
             raise OSError(f"{self.field}: {where} cannot be {done}: {one_line(error)}") from None
+
+
+def open_page(uri: str, field: str, endpoint_url: str | None = None) -> tuple[Folder, str]:
+    """The folder that a page will lie in, and the page's name there.
+
+    Args:
+        uri: where the page goes, a local path or an fsspec URI.
+        field: the argument that named it, which errors begin with.
+        endpoint_url: the S3 server where it is not Amazon's.
+
+    Raises:
+        StoreError: if its folder is not there, or cannot be written.
+    """
+    within, slash, name = uri.rpartition("/")
+    folder = Folder(within or slash or ".", endpoint_options(uri, endpoint_url), field=field)
+    if folder.is_local and not os.path.isdir(folder.path("")):
+        raise StoreError(f"{field}: {uri!r} lies in a folder that is not there; make it first")
+    if folder.is_local and os.path.isdir(folder.path(name)):
+        raise StoreError(f"{field}: {uri!r} is a folder; give the name of a page in it")
+    folder.check_writable()
+    return folder, name
 
 
 def endpoint_options(uri: str, endpoint_url: str | None) -> dict[str, Any]:

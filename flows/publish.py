@@ -7,12 +7,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 
-from .folder import Folder, Part
+from .folder import Folder, Part, open_page
 from .kept import OF_TIERS
 from .operations import operations
 from .parts import PartFile, write_table
@@ -86,11 +85,13 @@ def publish(folder: Folder, receipts: Sequence[Receipt]) -> None:
 
 def rewrite_report(
     run: Run,
-    out: str | None,
+    out: str | None = None,
     base: Run | None = None,
+    *,
+    endpoint_url: str | None = None,
     on_progress: Callable[[str, int, int], object] = lambda doing, done, total: None,
 ) -> str:
-    """Render a run's report anew, in its place or into the local file `out`; returns where.
+    """Render a run's report anew, in its place or as the page `out`; returns where.
 
     With `base` it also shows what is different from that run, of which `on_progress` is told as
     `compare` tells it.
@@ -100,14 +101,11 @@ def rewrite_report(
     """
     from .report import render_report
 
-    if out is not None and not out.endswith(".html"):
-        raise ValueError(f"out: {out!r} is no page's name; give one that ends in .html")
-    if out is not None and not Path(out).absolute().parent.is_dir():
-        raise ValueError(f"out: {out!r} lies in a folder that is not there; make it first")
-    if out is not None and Path(out).is_dir():
-        raise ValueError(f"out: {out!r} is a folder; give the name of a page in it")
     if out is None:
-        run.folder.check_writable()
+        folder, name = run.folder, REPORT
+        folder.check_writable()
+    else:
+        folder, name = open_page(out, "out", endpoint_url)
     receipts = list(find_receipts(run.folder, len(run.plan["corpus"]["shards"])).values())
     facts = report_facts(run.uri, run.plan, receipts)
     tables = {name: run.summary(name) for name in find_merges(run.plan)}
@@ -119,14 +117,8 @@ def rewrite_report(
         against = show_against(compare(base, run, on_progress=on_progress))
     told = operations(receipts)
     html = render_report(**tables, facts=facts, operations=told, against=against).encode()
-    if out is None:
-        run.folder.write(REPORT, html)
-        return run.report_path
-    try:
-        Path(out).write_bytes(html)
-    except OSError as error:
-        raise ValueError(f"out: {out!r} cannot be written: {error.strerror}") from None
-    return out
+    folder.write(name, html)
+    return run.report_path if out is None else out
 
 
 def report_facts(uri: str, plan: dict[str, Any], receipts: Sequence[Receipt]) -> dict[str, Any]:

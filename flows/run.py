@@ -271,7 +271,8 @@ class Run:
         """Logits, float32 [n, V]: row i scored the document's i-th scored token.
 
         With a prefix token in front (the default recipe) these are the rows that `get_logits`
-        gives for prefix + document, the last left out. Needs the tier `logits`.
+        gives for prefix + document, the last left out, but for the rounding of the
+        log-probabilities that they are made of: 4e-6 in float32. Needs the tier `logits`.
 
         Raises:
             KeyError: if the run has no such document.
@@ -305,7 +306,9 @@ class Run:
         """(rows, their logits [rows, V] float32) of a document, made of its states, by chunks.
 
         On the device and software of the run these are the bits that it scored with. Needs the tier
-        `hidden`.
+        `hidden`. All of a document at once:
+
+            torch.cat([logits for _, logits in run.replay(doc_id, pipe)])
 
         Args:
             pipe: the run's model, from `logitmill.engine.pipeline`.

@@ -28,7 +28,7 @@ from ..engine.records import OK, DocumentScore
 from . import metrics
 from .corpus import read_shard
 from .corpus.plan import Shard
-from .folder import one_line
+from .folder import FullDisk, one_line
 from .kept import row_bytes
 from .parts import write_table
 from .progress import TALLY, Attempt, Count
@@ -79,7 +79,8 @@ class Stopped(Exception):
     # A mistake stays one, and what was stopped is not wanted: only the rest may pass.
     retry_condition_fn=lambda task, run, state: (
         not isinstance(
-            state.result(raise_on_failure=False), (ValueError, Stopped, TooManyLogits, Unfit)
+            state.result(raise_on_failure=False),
+            (ValueError, Stopped, FullDisk, TooManyLogits, Unfit),
         )
     ),
     cache_policy=NO_CACHE,
@@ -116,7 +117,7 @@ def complete(job: Job, shard: Shard, topic: str | None = None, num_begun: int = 
                 receipt = replace(receipt, attempt=number)
                 receipt.write(job.folder)
         except Exception as error:
-            if isinstance(error, TooManyLogits):
+            if isinstance(error, (TooManyLogits, FullDisk)):
                 # The other shards have no more room than this one.
                 stopped.add(job.attempt)
             get_run_logger().warning("shard %d: %s", shard.index, one_line(error))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..progress import counted
-from .mistakes import or_exit, say_error, to_bytes
+from .mistakes import need_page_name, or_exit, say_error, to_bytes
 from .options import (
     ENDPOINT_HELP,
     BatchTokens,
@@ -41,7 +41,8 @@ def inspect(
         str | None, typer.Option(help="Show this document of a run, token by token if kept.")
     ] = None,
     html: Annotated[
-        str | None, typer.Option(help="With --doc: write it as a page to this local file instead.")
+        str | None,
+        typer.Option(help="With --doc: write it as a page instead, on any fsspec URI."),
     ] = None,
     first: Annotated[
         str | None,
@@ -178,16 +179,16 @@ def _show_document(
     html: str | None,
     ends: tuple[str | None, str | None],
 ) -> None:
-    if html is not None and not html.endswith(".html"):
-        raise ValueError(f"html: {html!r} is no page's name; give one that ends in .html")
-    if html is not None and not Path(html).absolute().parent.is_dir():
-        raise ValueError(f"html: {html!r} lies in a folder that is not there; make it first")
+    need_page_name("html", html)
+
+    from ..folder import endpoint_options, open_page
+
+    page = open_page(html, "html", endpoint_url) if html is not None else None
 
     from rich.console import Console
 
     from ..document import NoTokens, Stretch, open_document, render_page
     from ..document.terminal import print_document
-    from ..folder import endpoint_options
     from ..run import open_run
 
     stretch = Stretch.between(*ends, most=_MOST_IN_PAGE if html is not None else _MOST)
@@ -198,16 +199,14 @@ def _show_document(
     except KeyError as error:
         raise ValueError(error.args[0]) from None
     except NoTokens as missing:
-        if html is not None:
+        if page is not None:
             raise
         _show_record(run.document(doc))
         typer.echo(f"{missing}", err=True)
         return
-    if html is not None:
-        try:
-            Path(html).write_text(render_page(view), encoding="utf-8")
-        except OSError as error:
-            raise ValueError(f"html: {html!r} cannot be written: {error.strerror}") from None
+    if page is not None:
+        folder, name = page
+        folder.write(name, render_page(view).encode())
         typer.echo(html)
         return
     print_document(view, console)

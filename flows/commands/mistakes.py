@@ -120,6 +120,12 @@ def name_options(message: str) -> str:
     return "".join(part if i % 2 else say(part) for i, part in enumerate(parts))
 
 
+def need_page_name(field: str, uri: str | None) -> None:
+    """ValueError if an option that names a page names none; None is no option."""
+    if uri is not None and not uri.endswith(".html"):
+        raise ValueError(f"{field}: {uri!r} is no page's name; give one that ends in .html")
+
+
 # What one of an option's units is in bytes, by the field that the option sets.
 _UNITS = {
     "shard_bytes": (10**6, "MB"),

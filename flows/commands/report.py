@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .mistakes import or_exit
+from .mistakes import need_page_name, or_exit
 from .options import ENDPOINT_HELP
 from .terminal import show_counts
 
@@ -14,7 +14,10 @@ from .terminal import show_counts
 def report(
     run: Annotated[str, typer.Argument(help="URI of a run, or of a folder that holds one.")],
     out: Annotated[
-        str | None, typer.Option(help="Local file to write; default the run's report.html.")
+        str | None,
+        typer.Option(
+            help="Where the page goes, a file or any fsspec URI; default the run's report.html."
+        ),
     ] = None,
     base: Annotated[
         str | None,
@@ -34,17 +37,21 @@ def report(
     """
 
     def make() -> None:
+        need_page_name("out", out)
+
         from ..folder import endpoint_options
         from ..publish import rewrite_report
         from ..run import open_run
 
         opened = open_run(run, storage_options=endpoint_options(run, endpoint_url))
         if base is None:
-            typer.echo(rewrite_report(opened, out))
+            typer.echo(rewrite_report(opened, out, endpoint_url=endpoint_url))
             return
         other = open_run(base, storage_options=endpoint_options(base, endpoint_url), field="base")
         with show_counts() as on_progress:
-            place = rewrite_report(opened, out, other, on_progress=on_progress)
+            place = rewrite_report(
+                opened, out, other, endpoint_url=endpoint_url, on_progress=on_progress
+            )
         typer.echo(place)
 
     or_exit(make)

@@ -35,6 +35,12 @@ def show_totals(run: Run) -> None:
         typer.echo(f"  {row['doc_id']}: {row['status']}, {row['error']}")
     if m["failed"] > _FAILED_SHOWN:
         typer.echo("  ... (columns status and error of the scores say why)")
+    column = (run.plan.get("reading") or {}).get("day_column")
+    if column and (dayless := _count_dayless(run)):
+        typer.echo(
+            f"note: {counted(dayless, 'document')} of no day: neither their {column!r} nor their "
+            "path begins with one or names one, as in 2026-11-23"
+        )
     if m["bytes"] and m["tokens"]:
         bits = -m["loglikelihood"] / math.log(2) / m["bytes"]
         ppl = math.exp(-m["loglikelihood"] / m["tokens"])
@@ -45,12 +51,28 @@ def show_totals(run: Run) -> None:
         typer.echo(line)
 
 
+def _count_dayless(run: Run) -> int:
+    """Documents of which no day is known, from the run's summary."""
+    import pyarrow.compute as pc
+
+    from ..counts import STATUS
+
+    counts = run.summary("counts")
+    is_dayless = pc.and_(pc.starts_with(counts["panel"], STATUS), pc.equal(counts["day"], ""))
+    return int(pc.sum(counts.filter(is_dayless)["documents"]).as_py() or 0)
+
+
 def show_outliers(run: Run, count: int = 5) -> None:
-    """A table of the least and the most surprising documents."""
+    """A table of the least and the most surprising documents, each of them once."""
     from rich.console import Console
     from rich.table import Table
 
+    from ..outliers import HIGHEST, LOWEST, MAX_ROWS, MIN_BYTES, MIN_TOKENS
+
     rows = run.summary("outliers").to_pylist()
+    lowest, highest = ([r for r in rows if r["kind"] == kind] for kind in (LOWEST, HIGHEST))
+    listed = {row["doc_id"] for row in lowest[:count]}
+    highest = [row for row in highest[:count] if row["doc_id"] not in listed]
     table = Table(box=None, header_style="bold")
     for name, justify in (
         ("", "left"),
@@ -60,8 +82,8 @@ def show_outliers(run: Run, count: int = 5) -> None:
         ("bytes", "right"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for kind, label in (("lowest", "least surprising"), ("highest", "most surprising")):
-        for i, row in enumerate([r for r in rows if r["kind"] == kind][:count]):
+    for end, label in ((lowest[:count], "least surprising"), (highest, "most surprising")):
+        for i, row in enumerate(end):
             bits = f"{row['bits_per_byte']:.3f}" if row["bits_per_byte"] is not None else "-"
             table.add_row(
                 label if not i else "",
@@ -71,3 +93,11 @@ def show_outliers(run: Run, count: int = 5) -> None:
                 f"{row['num_bytes']:,}",
             )
     Console(file=sys.stdout).print(table)
+    m = run.manifest
+    assert m is not None
+    # Fewer than there is room for: the others are too short.
+    if len(lowest) < MAX_ROWS[LOWEST] and (short := m["documents"] - m["failed"] - len(lowest)):
+        typer.echo(
+            f"(not among them: {counted(short, 'document')} of fewer than {MIN_BYTES} bytes, or of "
+            f"fewer than {MIN_TOKENS} tokens)"
+        )

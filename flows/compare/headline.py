@@ -9,6 +9,7 @@ from .tokens import Estimate
 from .wording import estimate, kl_name, signed, small
 
 _KL = ("99.9", "99", "50")
+_MOST_GROUPS = 5
 
 
 def headline(found: Comparison) -> list[tuple[str, str]]:
@@ -21,10 +22,14 @@ def headline(found: Comparison) -> list[tuple[str, str]]:
         if drift.low is not None and drift.high is not None:
             span = f" [{signed(drift.low)}, {signed(drift.high)}]"
         lines.append((f"Median \u0394 {unit}, 95 % interval", f"{signed(drift.median)}{span}"))
-        lines.append((f"Mean \u0394 {unit}", f"{signed(drift.mean)} \u00b1 {small(drift.error)}"))
-        for group in found.documents.groups[:5] if len(found.documents.groups) > 1 else ():
+        mean = Estimate(drift.mean, drift.error)
+        lines.append((f"Mean \u0394 {unit}", estimate(mean, "+")))
+        groups = found.documents.groups
+        for group in groups[:_MOST_GROUPS] if len(groups) > 1 else ():
             name = ", ".join(filter(None, (group.source, group.language))) or "(no source)"
             lines.append((f"  median of {name}", signed(group.median)))
+        if len(groups) > _MOST_GROUPS:
+            lines.append((f"  {len(groups) - _MOST_GROUPS:,} more on the page", ""))
     elif found.shifts:
         shift = found.shifts[0]
         lines.append(("Documents", f"{shift.base_documents:,} and {shift.other_documents:,}"))

@@ -24,7 +24,7 @@ from typing import Any, Protocol
 from ...engine.records import Document
 from ...engine.remote import nearest, redact
 from . import hub
-from .days import day_of_path
+from .days import day_of_path, day_of_value
 from .documents import FILE, Columns, RowError, id_of, to_document
 from .ids import find_twin
 from .locations import CorpusError, File, Location
@@ -35,6 +35,8 @@ _THREADS = 16
 _WINDOW = 64
 _DATASET = "dataset"
 _ID_SHOWN = 200
+# Rows of which one at least must have a day, and characters of a value that has none.
+_DAYS_READ, _VALUE_SHOWN = 100, 40
 
 LeaveOut = Callable[[Input], bool]
 """Whether an input takes no part in a plan; called from several threads."""
@@ -73,8 +75,8 @@ class CorpusSpec:
     day_column: str | None = None
     """Column of the day that a document is of, by which summaries are grouped: dates, timestamps
     (their day in UTC, where they have a time zone) or texts that begin with a date as in
-    2026-11-23. Where it says none, the path of the input does: `dt=2026-11-23`,
-    `2026/11/23/` or a bare 2026-11-23 in it."""
+    2026-11-23, 2026/11/23 or 20261123. Where it says none, the path of the input does:
+    `dt=2026-11-23`, `2026/11/23/` or a bare 2026-11-23 in it."""
     source: str | None = None
     """Source of every document that no column gives one. Default: for text files the first folder
     below the corpus's root (or the root's own name), for tables the file's stem or the dataset."""
@@ -189,6 +191,8 @@ def plan_corpus(spec: CorpusSpec, leave_out: LeaveOut | None = None) -> Plan:
         raise NothingLeft
     if not pieces:
         raise CorpusError(f"uri={redact(spec.uri)!r} holds no documents.")
+    if spec.day_column is not None:
+        _check_days(corpus, pieces, spec.day_column)
     if spec.id_column is not None:
         _check_ids_differ(corpus, pieces, spec.id_column)
     return Plan(
@@ -270,6 +274,26 @@ def _fingerprint(spec: CorpusSpec, inputs: list[Input], labels: list[tuple[str, 
         "limit": spec.limit,
     }
     return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+
+def _check_days(corpus: _Corpus, pieces: list[Piece], column: str) -> None:
+    """Raises CorpusError if there are values in the first rows, and none of them is a day."""
+    first = next((piece for piece in pieces if piece.format != "text"), None)
+    if first is None:
+        return
+    with corpus.plain_errors(first.input):
+        rows = corpus.reader(first.input).rows(first.start, first.stop, [column])
+        taken = [row for _, row in islice(rows, _DAYS_READ) if not isinstance(row, RowError)]
+    values = [row[column] for row in taken if row.get(column) is not None]
+    if values and not any(map(day_of_value, values)):
+        first_value = values[0]
+        if isinstance(first_value, bytes):
+            first_value = first_value.decode("utf-8", "replace")
+        raise CorpusError(
+            f"day_column={column!r}: of the first {len(taken)} rows none has a day there; the "
+            f"first value is {str(first_value)[:_VALUE_SHOWN]!r}. Give dates, timestamps or texts "
+            "that begin with a date, as 2026-11-23."
+        )
 
 
 def _check_ids_differ(corpus: _Corpus, pieces: list[Piece], column: str) -> None:

@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 _DATE = r"(\d{4})-(\d{2})-(\d{2})(?!\d)"
-_BEGINNING = re.compile(rf"\s*{_DATE}")
+_BEGINNING = re.compile(r"\s*(\d{4})([-/]?)(\d{2})\2(\d{2})(?!\d)")
 _IN_PATH = (
     # dt=2026-11-23
     re.compile(rf"(?<![^/])(?:dt|ds|date|day)={_DATE}", re.IGNORECASE),
@@ -25,7 +25,8 @@ _IN_PATH = (
 
 def day_of_value(value: Any) -> str:
     """The day of a date, of a timestamp (in UTC, if it has a time zone), or that a text begins
-    with; nothing for what is none of these or no day of the calendar."""
+    with as in 2026-11-23, 2026/11/23 or 20261123; nothing for what is none of these or no day of
+    the calendar."""
     if isinstance(value, datetime.datetime):
         return _day_of_time(value)
     if isinstance(value, datetime.date):
@@ -33,7 +34,7 @@ def day_of_value(value: Any) -> str:
     if isinstance(value, bytes):
         value = value[:64].decode("utf-8", "replace")
     found = _BEGINNING.match(value) if isinstance(value, str) else None
-    return _day(found) if found else ""
+    return _day(found[1], found[3], found[4]) if found else ""
 
 
 def day_of_path(path: str) -> str:
@@ -41,7 +42,7 @@ def day_of_path(path: str) -> str:
     else `year=2026/month=11/day=23`, else `2026/11/23/`, else a bare `2026-11-23`; of several of
     one kind the last."""
     for kind in _IN_PATH:
-        days = [day for found in kind.finditer(path) if (day := _day(found))]
+        days = [day for found in kind.finditer(path) if (day := _day(*found.groups()))]
         if days:
             return days[-1]
     return ""
@@ -55,9 +56,8 @@ def _day_of_time(time: datetime.datetime) -> str:
         return ""
 
 
-def _day(found: re.Match[str]) -> str:
-    year, month, day = map(int, found.groups())
+def _day(year: str, month: str, day: str) -> str:
     try:
-        return datetime.date(year, month, day).isoformat()
+        return datetime.date(int(year), int(month), int(day)).isoformat()
     except ValueError:
         return ""

@@ -227,7 +227,8 @@ class Location:
         if self._info is not None:
             return "the folder holds no files (hidden ones and __pycache__ are left out)"
         if not self._is_glob:
-            return f"no such file or folder.{self._near(self.path)}"
+            what = "file or folder" if self.is_local else "file, folder or bucket"
+            return f"no such {what}.{self._near(self.path)}"
         if num_listed:
             return "the glob matches only folders or hidden files; end it with /** to go down"
         seen = self._seen() if os.path.isdir(self.root) else self._near(self.root)

@@ -23,6 +23,8 @@ from flow_helpers import Score
 from forks import CONTEXT
 from logitmill.flows import CorpusSpec, Run, cli, open_run, progress
 from logitmill.flows.commands.mistakes import name_options
+from logitmill.flows.commands.words import show_outliers
+from logitmill.flows.folder import Folder
 
 
 def logitmill(*arguments: Any, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -294,8 +296,6 @@ def test_shards_that_fail_are_status_1(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from logitmill.flows.folder import Folder
-
     def full(self: Folder, local: Path, name: str) -> Any:
         raise OSError(28, "No space left on device")
 
@@ -405,6 +405,8 @@ def test_inspect_and_report(
     (tmp_path / "folder.html").mkdir()
     code, _, err = in_process(capsys, "report", finished.uri, "--base", tmp_path / "nowhere")
     assert code == 2 and err.startswith("error: --base: there is no run in")
+    code, _, err = in_process(capsys, "score", demo_folder, "a.py", "--out", "")
+    assert (code, err) == (2, "error: --out: '' names no place; give a folder or a URI\n")
     code, _, err = in_process(capsys, "report", tmp_path)
     assert code == 2 and err.startswith(f"error: run: there is no run in '{tmp_path}'")
     for place, said in (
@@ -414,6 +416,19 @@ def test_inspect_and_report(
     ):
         code, _, err = in_process(capsys, "report", finished.uri, "--out", tmp_path / place)
         assert code == 2 and err.startswith(f"error: --out: '{tmp_path / place}' ") and said in err
+
+
+def test_the_ends_of_a_run_are_listed_once_each(
+    score: Score, demo_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where there are few; that others are too short to be listed is said."""
+    texts = {f"{i}.txt": f"import number_{i}\n" * 9 for i in range(7)} | {"short.txt": "import re"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+    show_outliers(score(CorpusSpec(uri=str(tmp_path))))
+    said = capsys.readouterr().out
+    assert all(said.count(f"{i}.txt") == 1 for i in range(7))
+    assert "short.txt" not in said and "(not among them: 1 document of fewer than 64 bytes" in said
 
 
 def test_a_run_is_verified(
@@ -664,7 +679,8 @@ def test_a_run_on_a_server_of_ones_own_is_written_and_read(
 ) -> None:
     endpoint = ("--endpoint-url", s3)
     out_uri = "s3://bucket/from-the-command"
-    code, out, err = in_process(capsys, "score", demo_folder, corpus, "--out", out_uri, *endpoint)
+    arguments = (demo_folder, corpus, "--keep", "tokens", "--out", out_uri)
+    code, out, err = in_process(capsys, "score", *arguments, *endpoint)
     assert code == 0, err
     (uri,) = re.findall(rf"^run: +({out_uri}/\w+)$", out, re.MULTILINE)
     code, out, _ = in_process(capsys, "inspect", uri, *endpoint)
@@ -673,6 +689,18 @@ def test_a_run_on_a_server_of_ones_own_is_written_and_read(
     code, out, _ = in_process(capsys, "report", uri, *endpoint)
     assert code == 0
     assert out.strip() == f"{uri}/report.html"
+    for page, command in (
+        ("report.html", ("report", uri, "--out")),
+        ("document.html", ("inspect", uri, "--doc", "one/file0.py", "--html")),
+    ):
+        place = f"s3://bucket/pages/{page}"
+        code, out, err = in_process(capsys, *command, place, *endpoint)
+        assert (code, out.strip()) == (0, place), err
+        written = Folder("s3://bucket/pages", {"endpoint_url": s3}).read(page)
+        assert written is not None and written.startswith(b"<!doctype html>")
+    for command in (("report", uri, "--out"), ("inspect", uri, "--doc", "a", "--html")):
+        code, _, err = in_process(capsys, *command, "s3://nothing/x.html", *endpoint)
+        assert code == 2 and "'s3://nothing' cannot be written" in err
 
 
 def test_a_model_on_a_server_is_inspected_by_headers_and_fetched_to_score(

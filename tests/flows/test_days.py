@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from flow_helpers import Score
+from logitmill.flows.commands.words import show_totals
 from logitmill.flows.corpus import CorpusSpec, plan_corpus, read_shard
 from logitmill.flows.corpus.days import day_of_path, day_of_value
 from logitmill.flows.operations import operations
@@ -71,6 +72,10 @@ def test_a_path_names_a_day(path: str, day: str) -> None:
         ("2026-11-23", "2026-11-23"),
         (b" 2026-11-23T10:00:00-05:00", "2026-11-23"),
         ("2026-11-23 later", "2026-11-23"),
+        ("2026/11/23", "2026-11-23"),
+        ("20261123T100000Z", "2026-11-23"),
+        ("2026-11/23", ""),
+        ("1763856000", ""),
         (DAY, "2026-11-23"),
         (NIGHT, "2026-11-23"),
         (NIGHT.replace(tzinfo=UTC), "2026-11-23"),
@@ -175,6 +180,35 @@ def test_columns_that_can_hold_no_day_are_refused(
         plan_corpus(CorpusSpec(uri=str(path), day_column="when"))
     with pytest.raises(ValueError, match="day_column='wen': no such column"):
         plan_corpus(CorpusSpec(uri=str(path), day_column="wen"))
+
+
+def test_a_column_without_a_day_in_it_is_refused(tmp_path: Path) -> None:
+    """By its first hundred rows, if they say anything at all."""
+    late = [*["en"] * 100, "2026-11-23"]
+    for values, refused in ((late, True), (late[1:], False), ([None] * 3, False)):
+        path = write(tmp_path / "x.parquet", pa.array(values, pa.string()))
+        spec = CorpusSpec(uri=str(path), day_column="when")
+        if refused:
+            said = "day_column='when': of the first 100 rows none has a day there; .* is 'en'"
+            with pytest.raises(ValueError, match=said):
+                plan_corpus(spec)
+        else:
+            plan_corpus(spec)
+    lines = tmp_path / "x.jsonl"
+    lines.write_text('{"text": "x", "when": 1763856000}\n{"text": "x"}\nnothing\n')
+    with pytest.raises(ValueError, match=r"the first 2 rows none has a day there; .* '1763856"):
+        plan_corpus(CorpusSpec(uri=str(lines), day_column="when"))
+
+
+def test_documents_without_a_day_are_told_of(
+    score: Score, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "x.parquet", pa.array(["2026-11-23", "yesterday", None]))
+    run = score(CorpusSpec(uri=str(path), day_column="when"))
+    show_totals(run)
+    assert "note: 2 documents of no day: neither their 'when' nor" in capsys.readouterr().out
+    show_totals(score(CorpusSpec(uri=str(path))))
+    assert "note" not in capsys.readouterr().out
 
 
 def test_a_run_has_days_in_scores_and_summary(

@@ -24,6 +24,7 @@ from logitmill.engine.checkpoint import find_model
 from logitmill.flows import Run, folder, open_run
 from logitmill.flows.corpus import CorpusSpec
 from logitmill.flows.folder import Folder
+from logitmill.flows.shards import RETRIES
 from s3 import Fault, FaultyProxy
 
 TOKEN = "token-of-the-session-of-the-tests"
@@ -256,6 +257,9 @@ def test_a_full_disk_is_named_and_a_rerun_completes(
             score(spec, **options)
     assert ("set TMPDIR" in str(raised.value)) == (place == "s3")
     run = score(spec, **options)
+    shards = len(run.plan["corpus"]["shards"])
+    # What is there for all to be full is not tried again; the run itself writes twice.
+    assert calls == (1 + RETRIES) * shards if place == "s3" else calls <= shards + 2
     if place == "s3":
         check("full disk", calls, started, run, finished, scratch)
     else:
