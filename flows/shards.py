@@ -71,17 +71,18 @@ class Stopped(Exception):
     """The run was interrupted while its shard was scored."""
 
 
+# A mistake stays one, a full disk is so for all, and what was stopped is not wanted: only the rest
+# may pass.
+_LASTING = (ValueError, Stopped, FullDisk, TooManyLogits, Unfit)
+
+
 @task(
     name="score-shard",
     task_run_name="shard-{shard.index}",
     retries=RETRIES,
     retry_delay_seconds=exponential_backoff(backoff_factor=10),
-    # A mistake stays one, and what was stopped is not wanted: only the rest may pass.
     retry_condition_fn=lambda task, run, state: (
-        not isinstance(
-            state.result(raise_on_failure=False),
-            (ValueError, Stopped, FullDisk, TooManyLogits, Unfit),
-        )
+        not isinstance(state.result(raise_on_failure=False), _LASTING)
     ),
     cache_policy=NO_CACHE,
     persist_result=False,
@@ -120,7 +121,10 @@ def complete(job: Job, shard: Shard, topic: str | None = None, num_begun: int = 
             if isinstance(error, (TooManyLogits, FullDisk)):
                 # The other shards have no more room than this one.
                 stopped.add(job.attempt)
-            get_run_logger().warning("shard %d: %s", shard.index, one_line(error))
+            said = one_line(error)
+            if 0 < (task_run.run_count or 0) <= RETRIES and not isinstance(error, _LASTING):
+                said += f"; attempt {number + 1} follows in a moment"
+            get_run_logger().warning("shard %d: %s", shard.index, said)
             raise
     # Else another run of the same key, or an earlier start of this task, was here first.
     return receipt

@@ -81,14 +81,16 @@ def _show(title: str, tokens: list[Usage]) -> None:
     from rich.table import Table
     from rich.text import Text
 
+    from ..report.wording import show_piece
+
     table = Table(box=None, header_style="bold")
     table.add_column(title)
     for name in ("id", "observed", "expected", "observed/expected", "z"):
         table.add_column(name, justify="right")
     for usage in tokens:
         table.add_row(
-            # Spaces are part of tokens, and brackets are no style.
-            Text(repr(usage.token)),
+            # Brackets in a token are no style.
+            Text(show_piece(usage.token)),
             str(usage.token_id),
             f"{usage.observed:,}",
             f"{usage.expected:,.1f}",

@@ -296,16 +296,19 @@ def test_shards_that_fail_are_status_1(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def full(self: Folder, local: Path, name: str) -> Any:
-        raise OSError(28, "No space left on device")
+    def fail(self: Folder, local: Path, name: str) -> Any:
+        raise OSError(5, "Input/output error")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "publish", full)
+        patch.setattr(Folder, "publish", fail)
         code, _, err = in_process(capsys, "score", demo_folder, corpus, "--out", tmp_path / "runs")
     assert code == 1
     line = err.splitlines()[-1]
     assert line.startswith("error: 1 of 1 shards failed, the first is shard 0: ")
-    assert "No space left on device" in line and line.endswith("; run again to do them")
+    assert "Input/output error" in line and line.endswith("; run again to do them")
+    told = [line for line in err.splitlines() if line.startswith("shard 0: ")]
+    ends = ["; attempt 2 follows in a moment", "; attempt 3 follows in a moment", "output error"]
+    assert len(told) == 3 and all(map(str.endswith, told, ends))
     assert "Traceback" not in err
 
 
