@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import pyarrow as pa
@@ -55,7 +55,7 @@ no choice of the recipe, and in `position`: a run of one window a document has n
 
 `length` is floor(log2(bytes)) of a document, rounded down to an even number: 10 is 1 to 4 KiB. It
 is of tokens where a document is ids, 0 of nothing, and `ALL_LENGTHS` where lengths are not told
-apart, as in all counts of tokens: with them a shard of one source, 3 kB of these, would have 15.
+apart, as in `position`, `window` and `calibration`.
 `day` is that of documents, `OTHER` where days are not told apart. Of more rows than
 `MAX_SHARD_ROWS`, or a run's `MAX_RUN_ROWS`, the smallest groups are told apart no longer: by
 length, then by day, then by source and language. No sum is ever lost.
@@ -231,17 +231,26 @@ def _coarsen(table: pa.Table, max_rows: int) -> pa.Table:
     for step in _STEPS:
         if table.num_rows <= max_rows:
             break
+        name, value = next(iter(step.items()))
+        is_told = pc.not_equal(table[name], value)
+        told, others = table.filter(is_told), table.filter(pc.invert(is_told))
         # Sources are told apart before days, and these before lengths: they have most of the room.
-        mask = _largest(table, max_rows if "source" in step else max_rows // 4)
-        kept.append(table.filter(mask))
+        room = max_rows if "source" in step else max_rows // 4
+        # But if all fits with this step, what is left over.
+        mask = _largest(told, max(room, max_rows - _tell_less(table, step).num_rows))
+        kept.append(told.filter(mask))
         max_rows -= kept[-1].num_rows
-        table = table.filter(pc.invert(mask))
-        for name, value in step.items():
-            place, type_ = KEYS.index(name), COUNTS.field(name).type
-            same = pa.repeat(pa.scalar(value, type_), table.num_rows)
-            table = table.set_column(place, COUNTS.field(name), same)
-        table = _add_up(table)
+        table = _tell_less(pa.concat_tables([told.filter(pc.invert(mask)), others]), step)
     return pa.concat_tables([*kept, table])
+
+
+def _tell_less(table: pa.Table, step: Mapping[str, str | int]) -> pa.Table:
+    """The table with these values for what groups were told apart by."""
+    for name, value in step.items():
+        place, type_ = KEYS.index(name), COUNTS.field(name).type
+        same = pa.repeat(pa.scalar(value, type_), table.num_rows)
+        table = table.set_column(place, COUNTS.field(name), same)
+    return _add_up(table)
 
 
 def _largest(table: pa.Table, max_rows: int) -> pa.Array:

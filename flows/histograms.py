@@ -32,6 +32,8 @@ BIN_TOKEN_BITS = 0.25
 BINS_PER_OCTAVE = 4
 CALIBRATION_BINS = 20
 
+# Two octaves of lengths are one class.
+_LENGTH_CLASS = ~1
 # The last bin of an open scale takes all that is beyond: 100 bits.
 _LAST_BITS_PER_BYTE = int(100 / BIN_BITS_PER_BYTE) - 1
 _LAST_TOKEN_BITS = int(100 / BIN_TOKEN_BITS) - 1
@@ -58,7 +60,7 @@ def count_documents(records: Sequence[DocumentRecord]) -> pa.Table:
     groups = {
         "source": pa.array([record.source for record in records], pa.string()),
         "language": pa.array([record.language for record in records], pa.string()),
-        "length": pa.array(length & ~1),
+        "length": pa.array(length & _LENGTH_CLASS),
         "day": pa.array([record.day for record in records], pa.string()),
     }
     sums = {
@@ -93,8 +95,8 @@ def count_documents(records: Sequence[DocumentRecord]) -> pa.Table:
 class Tokens(NamedTuple):
     """What is counted of a document's tokens, and under which group."""
 
-    group: tuple[str, str, str]
-    """Source, language, day."""
+    group: tuple[str, str, str, int]
+    """Source, language, day, class of length."""
     logprob: np.ndarray
     entropy: np.ndarray
     top1_logprob: np.ndarray
@@ -106,17 +108,34 @@ class Tokens(NamedTuple):
     def of(cls, score: DocumentScore) -> Tokens:
         """Those of a document. Holds none of the other columns, which may be far larger."""
         record, tokens = score.record, score.tokens
-        group = record.source, record.language, record.day
+        length = length_of(record) & _LENGTH_CLASS
+        group = record.source, record.language, record.day, length
         columns = tokens.logprob, tokens.entropy, tokens.top1_logprob, tokens.rank
         return cls(group, *columns, _count_read(score))
 
 
+class _Groups(NamedTuple):
+    """The groups of documents, and which of them each token is of."""
+
+    keys: dict[str, pa.Array]
+    of_token: np.ndarray
+
+    @classmethod
+    def of(cls, groups: Sequence[tuple[str, str, str, int]], num_tokens: np.ndarray) -> _Groups:
+        places: dict[tuple[str, str, str, int], int] = {}
+        of_document = [places.setdefault(group, len(places)) for group in groups]
+        columns = zip(
+            ("source", "language", "day", "length"), zip(*places, strict=True), strict=True
+        )
+        keys = {name: pa.array(column, COUNTS.field(name).type) for name, column in columns}
+        return cls(keys, np.repeat(np.array(of_document, np.int64), num_tokens))
+
+
 def count_tokens(documents: Sequence[Tokens]) -> pa.Table:
     """Every panel of tokens, added up: one row for each bin that holds any, of every group."""
-    groups: dict[tuple[str, str, str], int] = {}
-    of_document = [groups.setdefault(tokens.group, len(groups)) for tokens in documents]
     num_tokens = np.array([len(tokens.logprob) for tokens in documents])
-    group = np.repeat(np.array(of_document, np.int64), num_tokens)
+    by_length = _Groups.of([tokens.group for tokens in documents], num_tokens)
+    together = _Groups.of([(*tokens.group[:3], ALL_LENGTHS) for tokens in documents], num_tokens)
     nll = -_joined(tokens.logprob for tokens in documents)
     entropy = _joined(tokens.entropy for tokens in documents)
     top1 = np.exp(_joined(tokens.top1_logprob for tokens in documents))
@@ -127,35 +146,34 @@ def count_tokens(documents: Sequence[Tokens]) -> pa.Table:
     every = slice(None)
     per_bin = 1.0 / (BIN_TOKEN_BITS * math.log(2.0))
     both = {"nll": nll, "value": entropy}
-    # Panel, the tokens in it, their bins, what is added.
-    binned: list[tuple[str, np.ndarray | slice, np.ndarray, dict[str, np.ndarray]]] = [
-        (TOKEN_NLL, every, _clamp(nll * per_bin, _LAST_TOKEN_BITS), {}),
-        (ENTROPY, every, _clamp(entropy * per_bin, _LAST_TOKEN_BITS), {"nll": nll}),
-        (POSITION, every, _position_bins(num_tokens), both),
-        (WINDOW, later, _bins_until(int(read.max()))[read[later] - 1], both),
+    # Panel, how its tokens are told apart, which these are, their bins, what is added.
+    binned: list[tuple[str, _Groups, np.ndarray | slice, np.ndarray, dict[str, np.ndarray]]] = [
+        (TOKEN_NLL, by_length, every, _clamp(nll * per_bin, _LAST_TOKEN_BITS), {}),
+        (ENTROPY, by_length, every, _clamp(entropy * per_bin, _LAST_TOKEN_BITS), {"nll": nll}),
+        (POSITION, together, every, _position_bins(num_tokens), both),
+        (WINDOW, together, later, _bins_until(int(read.max()))[read[later] - 1], both),
         (
             CALIBRATION,
+            together,
             every,
             _clamp(top1 * CALIBRATION_BINS, CALIBRATION_BINS - 1),
             {"value": top1, "hits": is_first},
         ),
         # The exponent of x = m 2^e with m in [0.5, 1): exact where a logarithm would round.
-        (RANK, every, np.frexp(rank)[1].astype(np.int64) - 1, {"nll": nll}),
+        (RANK, by_length, every, np.frexp(rank)[1].astype(np.int64) - 1, {"nll": nll}),
     ]
-    names = [pa.array(column, pa.string()) for column in zip(*groups, strict=True)]
     tables = []
-    for panel, chosen, bins, sums in binned:
+    for panel, groups, chosen, bins, sums in binned:
         num_bins = int(bins.max(initial=0)) + 1
-        place = group[chosen] * num_bins + bins
-        count = np.bincount(place, minlength=len(groups) * num_bins)
+        place = groups.of_token[chosen] * num_bins + bins
+        count = np.bincount(place)
         held = np.flatnonzero(count)
         owner = pa.array(held // num_bins)
         columns = {"tokens": count[held]}
         for name, values in sums.items():
             added = np.bincount(place, values[chosen], minlength=len(count))[held]
             columns[name] = added.astype(np.int64) if name == "hits" else added
-        keys = dict(zip(("source", "language", "day"), (n.take(owner) for n in names), strict=True))
-        keys["length"] = pa.array(np.full(len(held), ALL_LENGTHS, np.int8))
+        keys = {name: column.take(owner) for name, column in groups.keys.items()}
         tables.append(_rows(panel, keys, np.arange(len(held)), held % num_bins, columns))
     return pa.concat_tables(tables)
 

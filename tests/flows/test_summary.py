@@ -29,6 +29,7 @@ from logitmill.flows.summary import (
     KEYS,
     OUTLIERS,
     Summary,
+    length_of,
     merge_counts,
     merge_outliers,
 )
@@ -207,18 +208,20 @@ def test_counts_equal_a_loop_over_tokens() -> None:
     expected: dict[tuple[Any, ...], np.ndarray] = defaultdict(lambda: np.zeros(4))
     for score in scores:
         record, t = score.record, score.tokens
-        group = (record.source, record.language, ALL_LENGTHS, record.day)
+        length = length_of(record) // 2 * 2
+        any_length = (record.source, record.language, ALL_LENGTHS, record.day)
+        of_length = (record.source, record.language, length, record.day)
         for p in range(len(t)):
             nll, top1 = -float(t.logprob[p]), math.exp(float(t.top1_logprob[p]))
             hit, entropy, rank = t.rank[p] == 1, float(t.entropy[p]), int(t.rank[p])
             position = math.floor(4 * math.log2(p + 1) + 1e-12)
-            for name, b, sums in (
-                ("token_nll", int(nll / LN2 / 0.25), (1, 0, 0, 0)),
-                ("entropy", int(entropy / LN2 / 0.25), (1, nll, 0, 0)),
-                ("position", position, (1, nll, entropy, 0)),
-                ("window", position, (1, nll, entropy, 0)),
-                ("calibration", min(19, int(20 * top1)), (1, 0, top1, hit)),
-                ("rank", rank.bit_length() - 1, (1, nll, 0, 0)),
+            for name, group, b, sums in (
+                ("token_nll", of_length, int(nll / LN2 / 0.25), (1, 0, 0, 0)),
+                ("entropy", of_length, int(entropy / LN2 / 0.25), (1, nll, 0, 0)),
+                ("position", any_length, position, (1, nll, entropy, 0)),
+                ("window", any_length, position, (1, nll, entropy, 0)),
+                ("calibration", any_length, min(19, int(20 * top1)), (1, 0, top1, hit)),
+                ("rank", of_length, rank.bit_length() - 1, (1, nll, 0, 0)),
             ):
                 expected[(name, *group, b)] += sums
     counts = summarize(scores).counts()
