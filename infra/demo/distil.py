@@ -151,6 +151,13 @@ def main() -> None:
     arguments = parser.parse_args()
     library = Path(sysconfig.get_path("stdlib"))
     modules = sorted(library.glob("*.py"))
+    # The others are what both students are measured on.
+    if not 1 <= arguments.files < len(modules):
+        parser.error(
+            f"--files: {arguments.files} of {len(modules)} modules; give 1 or more, not all"
+        )
+    if arguments.steps < 1:
+        parser.error(f"--steps: {arguments.steps}; give 1 or more")
     corpus = str(library / "*.py")
     uri = score_corpus(
         model=str(TEACHER), corpus=corpus, out=arguments.out, limit=arguments.files, tiers=["topk"]

@@ -61,3 +61,19 @@ def test_both_students_see_the_same_batches(distil: Any, run: Run) -> None:
     assert one["top_ids"].shape == (*one["mask"].shape, 20)
     a, b = (distil.make_student(plan, 50).state_dict() for _ in range(2))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--files", "0"), ("--files", "999999"), ("--steps", "0")]
+)
+def test_what_leaves_nothing_to_train_on_or_to_measure_is_refused(
+    distil: Any,
+    option: str,
+    value: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["distil.py", option, value])
+    with pytest.raises(SystemExit):
+        distil.main()
+    assert f"error: {option}: {value}" in capsys.readouterr().err
