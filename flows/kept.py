@@ -35,12 +35,12 @@ class Kept:
     layers: Sequence[int] | None
 
 
-def check_kept(request: Request, tiers: Sequence[str], facts: ModelFacts) -> Kept:
-    """Settings of the tiers.
+def check_ranges(request: Request, tiers: Sequence[str]) -> None:
+    """What is wrong with the tiers' settings whatever the model is.
 
     Raises:
-        ValueError: for tiers that the model cannot give or that hold the same twice, and for a
-            setting that is out of range, or of a tier that is not kept.
+        ValueError: for tiers that hold the same twice, and for a setting that is out of range, or
+            of a tier that is not kept.
     """
     if "logits" in tiers:
         for tier in ("topk", "sampled"):
@@ -53,8 +53,6 @@ def check_kept(request: Request, tiers: Sequence[str], facts: ModelFacts) -> Kep
             raise ValueError(
                 "tiers: 'logits' can be made of 'hidden' by the model; keep one of both"
             )
-    if "hidden" in tiers and facts.hidden_size is None:
-        raise ValueError(f"tiers: 'hidden' cannot be kept: {NO_STATES}")
     for tier, names in (("topk", ("top_k",)), ("sampled", ("num_draws", "draw_seed"))):
         for name in names:
             value = getattr(request, name)
@@ -63,9 +61,28 @@ def check_kept(request: Request, tiers: Sequence[str], facts: ModelFacts) -> Kep
                     f"{name}: {value} is of the tier {tier}; keep that, or leave it out"
                 )
             least, most = _RANGES[name]
-            most = min(most, facts.vocab_size) if name == "top_k" else most
             if value is not None and not (type(value) is int and least <= value <= most):
                 raise ValueError(f"{name}: {value!r} is not an integer within {least} ... {most}")
+    if "lens" not in tiers and request.layers is not None:
+        raise ValueError(
+            f"layers: {request.layers!r} is of the tier lens; keep that, or leave it out"
+        )
+
+
+def check_kept(request: Request, tiers: Sequence[str], facts: ModelFacts) -> Kept:
+    """Settings of the tiers, which `check_ranges` has let pass.
+
+    Raises:
+        ValueError: for a tier that the model cannot give, or a setting that is beyond it.
+    """
+    if "hidden" in tiers and facts.hidden_size is None:
+        raise ValueError(f"tiers: 'hidden' cannot be kept: {NO_STATES}")
+    if request.top_k is not None and request.top_k > facts.vocab_size:
+        least, _ = _RANGES["top_k"]
+        raise ValueError(
+            f"top_k: {request.top_k} is not an integer within {least} ... {facts.vocab_size}, the "
+            "model's vocabulary"
+        )
 
     def settle(tier: str, given: int | None, default: int) -> int | None:
         return (default if given is None else given) if tier in tiers else None
@@ -82,16 +99,13 @@ def _settle_layers(
     request: Request, tiers: Sequence[str], facts: ModelFacts
 ) -> Sequence[int] | None:
     """The layers of the tier `lens`, in order."""
-    given = request.layers
     if "lens" not in tiers:
-        if given is not None:
-            raise ValueError(f"layers: {given!r} is of the tier lens; keep that, or leave it out")
         return None
     if facts.num_layers is None:
         raise ValueError(
             "tiers: 'lens' cannot be kept: transformers runs this model, and its layers are its own"
         )
-    return check_layers(given, facts.num_layers)
+    return check_layers(request.layers, facts.num_layers)
 
 
 def row_bytes(tiers: Sequence[str], model: ModelFacts | Pipeline, logits_dtype: str) -> int:

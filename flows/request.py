@@ -24,7 +24,7 @@ from .cluster import ask, check_workers, is_address
 from .corpus import CorpusError, CorpusSpec, NothingLeft, plan_corpus, read_shard
 from .corpus.plan import Input, Plan
 from .folder import Folder, Part, endpoint_options
-from .kept import OF_TIERS, WHOLE, check_kept, check_tiers, row_bytes
+from .kept import OF_TIERS, WHOLE, check_kept, check_ranges, check_tiers, row_bytes
 from .parts import LOGITS_DTYPES
 from .store import MANIFEST, PLAN, find_receipts, hash_json
 from .versions import versions
@@ -226,13 +226,12 @@ class Prepared:
         return folder.holds(summaries) and len(find_receipts(folder, num_shards)) == num_shards
 
 
-def prepare(request: Request) -> Prepared:
-    """Check everything that can be checked before the model is loaded. Leaves nothing behind.
+def check_settings(request: Request) -> list[str]:
+    """Check what needs neither the model nor the corpus; returns the tiers, in their order.
 
     Raises:
         ValueError: naming the field, its value and what would work.
     """
-    engine = request.engine or EngineSettings()
     tiers = check_tiers(request.tiers)
     if request.logits_dtype not in LOGITS_DTYPES:
         raise ValueError(
@@ -241,6 +240,18 @@ def prepare(request: Request) -> Prepared:
     if request.deadline <= 0:
         raise ValueError(f"deadline: {request.deadline} s is not more than 0")
     check_workers(request.workers)
+    check_ranges(request, tiers)
+    return tiers
+
+
+def prepare(request: Request) -> Prepared:
+    """Check everything that can be checked before the model is loaded. Leaves nothing behind.
+
+    Raises:
+        ValueError: naming the field, its value and what would work.
+    """
+    engine = request.engine or EngineSettings()
+    tiers = check_settings(request)
     is_elsewhere = is_address(request.workers)
     spec = _make_spec(request)
     root = Folder(request.out, endpoint_options(request.out, request.endpoint_url))

@@ -306,7 +306,7 @@ def score(
         from ...engine.pipeline import EngineSettings
         from ...engine.recipes import find_recipe
         from ..corpus import CorpusSpec
-        from ..request import NothingNew, Request
+        from ..request import NothingNew, Request, check_settings
 
         request = Request(
             model=model,
@@ -355,7 +355,8 @@ def score(
             only_new=only_new,
             catalog=catalog,
         )
-        # A mistake in settings is told by now: the rest takes seconds to import.
+        # A mistake in settings is told here: the rest takes seconds to import.
+        check_settings(request)
         if not dry_run:
             import_all()
         show_own_lines()
