@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -227,7 +227,7 @@ def _bound(table: pa.Table, max_rows: int) -> pa.Table:
 
 def _coarsen(table: pa.Table, max_rows: int) -> pa.Table:
     """The largest groups as they are, the others told apart less and less until they fit."""
-    kept = []
+    kept, whole, told_by = [], table, list(GROUP)
     for step in _STEPS:
         if table.num_rows <= max_rows:
             break
@@ -237,10 +237,13 @@ def _coarsen(table: pa.Table, max_rows: int) -> pa.Table:
         # Sources are told apart before days, and these before lengths: they have most of the room.
         room = max_rows if "source" in step else max_rows // 4
         # But if all fits with this step, what is left over.
-        mask = _largest(told, max(room, max_rows - _tell_less(table, step).num_rows))
+        room = max(room, max_rows - _tell_less(table, step).num_rows)
+        # What is large is so by all of its rows, also by those that are kept already.
+        mask = _largest(told, room, _weigh(whole, told_by))
         kept.append(told.filter(mask))
         max_rows -= kept[-1].num_rows
         table = _tell_less(pa.concat_tables([told.filter(pc.invert(mask)), others]), step)
+        told_by = [key for key in told_by if key not in step]
     return pa.concat_tables([*kept, table])
 
 
@@ -253,11 +256,24 @@ def _tell_less(table: pa.Table, step: Mapping[str, str | int]) -> pa.Table:
     return _add_up(table)
 
 
-def _largest(table: pa.Table, max_rows: int) -> pa.Array:
-    """Which rows are of the groups with most tokens, as many groups as have that many rows."""
-    measures = [("tokens", "sum"), ("documents", "sum"), ("bin", "count")]
-    sizes = table.group_by(GROUP, use_threads=False).aggregate(measures)
-    most = [("tokens_sum", "descending"), ("documents_sum", "descending")]
+def _weigh(table: pa.Table, keys: Sequence[str]) -> pa.Table:
+    """`tokens` and `documents` of every group, those of the panel that counts most of them."""
+    measures = ("tokens", "documents")
+    sums = table.group_by(["panel", *keys], use_threads=False).aggregate(
+        [(name, "sum") for name in measures]
+    )
+    most = sums.group_by(keys, use_threads=False).aggregate(
+        [(f"{name}_sum", "max") for name in measures]
+    )
+    return most.rename_columns([*keys, *measures])
+
+
+def _largest(table: pa.Table, max_rows: int, weights: pa.Table) -> pa.Array:
+    """Which rows are of the groups that weigh most, as many groups as have that many rows."""
+    keys = [name for name in weights.column_names if name in GROUP]
+    sizes = table.group_by(GROUP, use_threads=False).aggregate([("bin", "count")])
+    sizes = sizes.join(weights, keys, join_type="left outer", use_threads=False)
+    most = [("tokens", "descending"), ("documents", "descending")]
     sizes = sizes.sort_by([*most, *((key, "ascending") for key in GROUP)])
     num_kept = np.searchsorted(np.cumsum(sizes["bin_count"].to_numpy()), max_rows, side="right")
     largest = sizes.select(GROUP).append_column("kept", pa.repeat(True, len(sizes)))

@@ -105,7 +105,7 @@ class Folder:
             if self.is_local:
                 with self.scratch() as folder:
                     (folder / "probe").write_bytes(b"logitmill")
-                sweep(Path(self._root))
+                sweep(Path(self.path("")))
             else:
                 probe = f"{TEMPORARY}{uuid.uuid4().hex}"
                 self._fs.pipe_file(self.path(probe), b"logitmill")
@@ -159,7 +159,7 @@ class Folder:
             StoreError: if this is no place to make one.
             OSError: naming where it lies, if the disk is full.
         """
-        within = Path(self._root) if self.is_local else Path(gettempdir(), "logitmill")
+        within = Path(self.path("")) if self.is_local else Path(gettempdir(), "logitmill")
         try:
             within.mkdir(parents=True, exist_ok=True)
             folder, lock = make_scratch(within)
@@ -220,7 +220,7 @@ class Folder:
         Not so their unfinished uploads to S3, which nothing tells from those of the dead: call this
         once nothing is left to be written. Who is cut off finds the shard's receipt in place.
         """
-        sweep(Path(self._root) if self.is_local else Path(gettempdir(), "logitmill"))
+        sweep(Path(self.path("")) if self.is_local else Path(gettempdir(), "logitmill"))
         self._end_uploads()
 
     def list_uploads(self) -> list[dict[str, Any]]:
@@ -301,6 +301,10 @@ def open_page(uri: str, field: str, endpoint_url: str | None = None) -> tuple[Fo
         StoreError: if its folder is not there, or cannot be written.
     """
     within, slash, name = uri.rpartition("/")
+    if within.endswith(":/"):
+        raise StoreError(
+            f"{field}: {uri!r} names no bucket; give one, as in {within}/bucket/{name}"
+        )
     folder = Folder(within or slash or ".", endpoint_options(uri, endpoint_url), field=field)
     if folder.is_local and not os.path.isdir(folder.path("")):
         raise StoreError(f"{field}: {uri!r} lies in a folder that is not there; make it first")

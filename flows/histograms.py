@@ -33,7 +33,7 @@ BINS_PER_OCTAVE = 4
 CALIBRATION_BINS = 20
 
 # Two octaves of lengths are one class.
-_LENGTH_CLASS = ~1
+_LENGTH_MASK = ~1
 # The last bin of an open scale takes all that is beyond: 100 bits.
 _LAST_BITS_PER_BYTE = int(100 / BIN_BITS_PER_BYTE) - 1
 _LAST_TOKEN_BITS = int(100 / BIN_TOKEN_BITS) - 1
@@ -60,7 +60,7 @@ def count_documents(records: Sequence[DocumentRecord]) -> pa.Table:
     groups = {
         "source": pa.array([record.source for record in records], pa.string()),
         "language": pa.array([record.language for record in records], pa.string()),
-        "length": pa.array(length & _LENGTH_CLASS),
+        "length": pa.array(length & _LENGTH_MASK),
         "day": pa.array([record.day for record in records], pa.string()),
     }
     sums = {
@@ -108,7 +108,7 @@ class Tokens(NamedTuple):
     def of(cls, score: DocumentScore) -> Tokens:
         """Those of a document. Holds none of the other columns, which may be far larger."""
         record, tokens = score.record, score.tokens
-        length = length_of(record) & _LENGTH_CLASS
+        length = length_of(record) & _LENGTH_MASK
         group = record.source, record.language, record.day, length
         columns = tokens.logprob, tokens.entropy, tokens.top1_logprob, tokens.rank
         return cls(group, *columns, _count_read(score))

@@ -71,8 +71,8 @@ def show_outliers(run: Run, count: int = 5) -> None:
 
     rows = run.summary("outliers").to_pylist()
     lowest, highest = ([r for r in rows if r["kind"] == kind] for kind in (LOWEST, HIGHEST))
-    listed = {row["doc_id"] for row in lowest[:count]}
-    highest = [row for row in highest[:count] if row["doc_id"] not in listed]
+    # Of few documents, half are listed at either end.
+    ends = (lowest[: min(count, -(-len(lowest) // 2))], highest[: min(count, len(highest) // 2)])
     table = Table(box=None, header_style="bold")
     for name, justify in (
         ("", "left"),
@@ -82,7 +82,7 @@ def show_outliers(run: Run, count: int = 5) -> None:
         ("bytes", "right"),
     ):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for end, label in ((lowest[:count], "least surprising"), (highest, "most surprising")):
+    for end, label in zip(ends, ("least surprising", "most surprising"), strict=True):
         for i, row in enumerate(end):
             bits = f"{row['bits_per_byte']:.3f}" if row["bits_per_byte"] is not None else "-"
             table.add_row(

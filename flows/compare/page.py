@@ -318,6 +318,7 @@ def _command(comparison: Comparison) -> str:
     command = ["logitmill", "compare", *(run.uri for run in runs)]
     if len({run.folder.address("").rstrip("/").rpartition("/")[0] for run in runs}) > 1:
         command += ["--out", "compare"]
-    for url in {run.folder.options.get("endpoint_url") for run in runs} - {None}:
-        command += ["--endpoint-url", str(url)]
+    urls = {run.folder.options.get("endpoint_url") for run in runs} - {None}
+    if len(urls) == 1:
+        command += ["--endpoint-url", str(urls.pop())]
     return shlex.join(command)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from ..report.wording import MAX_LABEL, NOTHING, show
@@ -34,11 +35,12 @@ def name_group(source: str, language: str) -> str:
 
 def fit_names(names: Sequence[str]) -> list[str]:
     """Names as an axis has room for, their middles left out; each of its own still."""
-    fitting: list[str] = []
+    seen: Counter[str] = Counter()
+    fitting = []
     for name in names:
         short = show(name, _MAX_AXIS)
-        count = 1 + sum(held.startswith(short) for held in fitting)
-        fitting.append(short if count == 1 else f"{short} ({count})")
+        seen[short] += 1
+        fitting.append(short if seen[short] == 1 else f"{short} ({seen[short]})")
     return fitting
 
 
@@ -52,7 +54,8 @@ def estimate(found: Estimate, sign: str = "") -> str:
     if found.error < 1e-7:
         return f"{found.value:{sign}.3g} \u00b1 {found.error:.2g}"
     decimals = max(0, 1 - math.floor(math.log10(found.error)))
-    return f"{found.value:{sign}z,.{decimals}f} \u00b1 {found.error:,.{decimals}f}"
+    value = signed(found.value, decimals) if sign else f"{found.value:z,.{decimals}f}"
+    return f"{value} \u00b1 {found.error:,.{decimals}f}"
 
 
 def say_omitted(count: int, drawn: int, listed: int) -> list[str]:

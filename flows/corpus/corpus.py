@@ -36,7 +36,7 @@ _WINDOW = 64
 _DATASET = "dataset"
 _ID_SHOWN = 200
 # Rows of which one at least must have a day, and characters of a value that has none.
-_DAYS_READ, _VALUE_SHOWN = 100, 40
+_DAYS_READ, _VALUE_SHOWN = 1000, 40
 
 LeaveOut = Callable[[Input], bool]
 """Whether an input takes no part in a plan; called from several threads."""
@@ -277,21 +277,24 @@ def _fingerprint(spec: CorpusSpec, inputs: list[Input], labels: list[tuple[str, 
 
 
 def _check_days(corpus: _Corpus, pieces: list[Piece], column: str) -> None:
-    """Raises CorpusError if there are values in the first rows, and none of them is a day."""
+    """Raises CorpusError if there are values in the first rows, and none of them is a day.
+
+    Where the path says a day, a column need not.
+    """
     first = next((piece for piece in pieces if piece.format != "text"), None)
-    if first is None:
+    if first is None or corpus.day(first.input):
         return
     with corpus.plain_errors(first.input):
         rows = corpus.reader(first.input).rows(first.start, first.stop, [column])
         taken = [row for _, row in islice(rows, _DAYS_READ) if not isinstance(row, RowError)]
     values = [row[column] for row in taken if row.get(column) is not None]
     if values and not any(map(day_of_value, values)):
-        first_value = values[0]
-        if isinstance(first_value, bytes):
-            first_value = first_value.decode("utf-8", "replace")
+        value = values[0]
+        if isinstance(value, bytes):
+            value = value.decode("utf-8", "replace")
         raise CorpusError(
             f"day_column={column!r}: of the first {len(taken)} rows none has a day there; the "
-            f"first value is {str(first_value)[:_VALUE_SHOWN]!r}. Give dates, timestamps or texts "
+            f"first value is {repr(value)[:_VALUE_SHOWN]}. Give dates, timestamps or texts "
             "that begin with a date, as 2026-11-23."
         )
 

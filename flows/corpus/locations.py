@@ -227,7 +227,8 @@ class Location:
         if self._info is not None:
             return "the folder holds no files (hidden ones and __pycache__ are left out)"
         if not self._is_glob:
-            what = "file or folder" if self.is_local else "file, folder or bucket"
+            is_s3 = self.address.startswith(("s3://", "s3a://"))
+            what = "file, folder or bucket" if is_s3 else "file or folder"
             return f"no such {what}.{self._near(self.path)}"
         if num_listed:
             return "the glob matches only folders or hidden files; end it with /** to go down"

@@ -409,6 +409,8 @@ def test_inspect_and_report(
     assert code == 0 and out.strip() == str(tmp_path / "r.html")
     assert finished.plan["run_key"] in (tmp_path / "r.html").read_text()
     (tmp_path / "folder.html").mkdir()
+    code, _, err = in_process(capsys, "report", finished.uri, "--out", "s3://r.html")
+    assert code == 2 and err.startswith("error: --out: 's3://r.html' names no bucket")
     code, _, err = in_process(capsys, "report", finished.uri, "--base", tmp_path / "nowhere")
     assert code == 2 and err.startswith("error: --base: there is no run in")
     code, _, err = in_process(capsys, "score", demo_folder, "a.py", "--out", "")

@@ -758,6 +758,7 @@ def test_differences_have_a_sign_where_there_is_one_to_see(value: float, said: s
         (3e-9, 2e-10, "", "3e-09 \u00b1 2e-10"),
         (0.25, math.nan, "+", "+0.2500"),
         (0.0, 0.0, "+", "0"),
+        (0.0, 0.001, "+", "0 \u00b1 0.0010"),
         (math.nan, math.nan, "", "\u2013"),
     ],
 )
@@ -772,3 +773,4 @@ def test_names_of_an_axis_are_short_and_unlike() -> None:
     fitting = fit_names(names)
     assert fitting[0] == "short" and len(set(fitting)) == 4
     assert fitting[1] == "very/long/sour\u2026of/many" and fitting[3] == f"{fitting[1]} (3)"
+    assert fit_names(["wiki_en", "wiki", "wiki"]) == ["wiki_en", "wiki", "wiki (2)"]

@@ -146,6 +146,26 @@ def test_sources_stay_longest_then_days_and_the_largest_groups_whole() -> None:
     assert before == after
 
 
+def test_the_largest_sources_are_told_apart_in_every_panel() -> None:
+    """Also where some of their rows are kept before, for they are told apart by length."""
+    rng = np.random.default_rng(5)
+    scores = [
+        make(rng, str(i), int(rng.integers(8, 400)), source=f"s{rng.integers(60):02d}")
+        for i in range(900)
+    ]
+    tokens: Counter[str] = Counter()
+    for score in scores:
+        tokens[score.record.source] += score.record.num_tokens_scored
+    largest = [source for source, _ in tokens.most_common()]
+    counts = summarize(scores).counts()
+    for max_rows in (500, 1500, 4000):
+        small = merge_counts([counts], max_rows)
+        for panel in TOKEN_PANELS:
+            found = small.filter(pc.equal(small["panel"], panel))
+            told = set(found.filter(pc.not_equal(found["source"], OTHER))["source"].to_pylist())
+            assert told <= set(largest[: len(told)]), (panel, max_rows)
+
+
 def test_sums_are_rounded_and_those_of_groups_of_weights_are_not() -> None:
     rng = np.random.default_rng(7)
     scores = many(7, 400)

@@ -183,21 +183,24 @@ def test_columns_that_can_hold_no_day_are_refused(
 
 
 def test_a_column_without_a_day_in_it_is_refused(tmp_path: Path) -> None:
-    """By its first hundred rows, if they say anything at all."""
-    late = [*["en"] * 100, "2026-11-23"]
+    """By its first thousand rows, if they say anything at all."""
+    late = [*["en"] * 1000, "2026-11-23"]
     for values, refused in ((late, True), (late[1:], False), ([None] * 3, False)):
         path = write(tmp_path / "x.parquet", pa.array(values, pa.string()))
         spec = CorpusSpec(uri=str(path), day_column="when")
         if refused:
-            said = "day_column='when': of the first 100 rows none has a day there; .* is 'en'"
+            said = "day_column='when': of the first 1000 rows none has a day there; .* is 'en'"
             with pytest.raises(ValueError, match=said):
                 plan_corpus(spec)
         else:
             plan_corpus(spec)
     lines = tmp_path / "x.jsonl"
     lines.write_text('{"text": "x", "when": 1763856000}\n{"text": "x"}\nnothing\n')
-    with pytest.raises(ValueError, match=r"the first 2 rows none has a day there; .* '1763856"):
+    with pytest.raises(ValueError, match=r"first 2 rows none has a day there; .* is 1763856000"):
         plan_corpus(CorpusSpec(uri=str(lines), day_column="when"))
+    within = tmp_path / "dt=2026-11-23"
+    within.mkdir()
+    plan_corpus(CorpusSpec(uri=str(lines.rename(within / "x.jsonl")), day_column="when"))
 
 
 def test_documents_without_a_day_are_told_of(
