@@ -75,7 +75,8 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 @pytest.fixture
 def page(browser: Any, report: Report) -> Iterator[Any]:
-    with open_page(browser, report.path) as page:
+    # What is pointed at stays where it is: focus scrolls at once.
+    with open_page(browser, report.path, reduced_motion="reduce") as page:
         yield page
 
 
