@@ -288,9 +288,7 @@ def fail(times: int, error: Exception, when: Callable[..., bool]) -> Callable[[A
 def test_a_write_that_fails_once_is_tried_again(
     score: Score, finished: Run, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = fail(
-        1, OSError(5, "Input/output error"), lambda self, local, name: "00001" in name
-    )
+    full = fail(1, OSError(5, "Input/output error"), lambda self, local, name: "00001" in name)
     monkeypatch.setattr(Folder, "publish", full(Folder.publish))
     spec = CorpusSpec(uri=str(corpus), shard_bytes=3000)
     assert digests(score(spec, tiers=["tokens", "logits"])) == digests(finished)
