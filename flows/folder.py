@@ -300,18 +300,28 @@ def open_page(uri: str, field: str, endpoint_url: str | None = None) -> tuple[Fo
     Raises:
         StoreError: if its folder is not there, or cannot be written.
     """
-    within, slash, name = uri.rpartition("/")
-    if within.endswith(":/"):
-        raise StoreError(
-            f"{field}: {uri!r} names no bucket; give one, as in {within}/bucket/{name}"
-        )
-    folder = Folder(within or slash or ".", endpoint_options(uri, endpoint_url), field=field)
+    within, name = split_page(uri, field)
+    folder = Folder(within, endpoint_options(uri, endpoint_url), field=field)
     if folder.is_local and not os.path.isdir(folder.path("")):
         raise StoreError(f"{field}: {uri!r} lies in a folder that is not there; make it first")
     if folder.is_local and os.path.isdir(folder.path(name)):
         raise StoreError(f"{field}: {uri!r} is a folder; give the name of a page in it")
     folder.check_writable()
     return folder, name
+
+
+def split_page(uri: str, field: str) -> tuple[str, str]:
+    """Where a page's folder lies, and the page's name in it.
+
+    Raises:
+        StoreError: if it lies in no bucket.
+    """
+    within, slash, name = uri.rpartition("/")
+    if within.endswith(":/"):
+        raise StoreError(
+            f"{field}: {uri!r} names no bucket; give one, as in {within}/bucket/{name}"
+        )
+    return within or slash or ".", name
 
 
 def endpoint_options(uri: str, endpoint_url: str | None) -> dict[str, Any]:

@@ -44,10 +44,10 @@ def report(
         from ..run import open_run
 
         opened = open_run(run, storage_options=endpoint_options(run, endpoint_url))
-        if base is None:
-            typer.echo(rewrite_report(opened, out, endpoint_url=endpoint_url))
-            return
-        other = open_run(base, storage_options=endpoint_options(base, endpoint_url), field="base")
+        other = None
+        if base is not None:
+            options = endpoint_options(base, endpoint_url)
+            other = open_run(base, storage_options=options, field="base")
         with show_counts() as on_progress:
             place = rewrite_report(
                 opened, out, other, endpoint_url=endpoint_url, on_progress=on_progress

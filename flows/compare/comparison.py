@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..folder import Folder, endpoint_options
+from ..folder import Folder, endpoint_options, split_page
 from ..run import Run, open_run
 from .choice import find_latest
 from .distributions import Distributions, compare_distributions, find_shared_tier
@@ -164,6 +164,12 @@ def why_no_pairs(documents: Documents) -> str:
     return "no document is in both runs; ids made alike (--id-column) are what pairs them"
 
 
+def split_address(run: Run) -> tuple[str, str]:
+    """The folder that a run lies in, as a full URI, and its name there."""
+    root, _, key = run.folder.address("").rstrip("/").rpartition("/")
+    return root, key
+
+
 def describe_run(run: Run) -> dict[str, Any]:
     """What a run is: what was scored by what, how and where."""
     plan, manifest = run.plan, run.manifest or {}
@@ -226,9 +232,7 @@ def _find_place(base: Run, other: Run, out: str | None, endpoint_url: str | None
     """ValueError if there is no place, or it cannot be written."""
     stem, page = PAGE.removesuffix(".html"), PAGE
     if out is None:
-        (root, key), (other_root, other_key) = (
-            run.folder.address("").rstrip("/").rsplit("/", 1) for run in (base, other)
-        )
+        (root, key), (other_root, other_key) = map(split_address, (base, other))
         if root != other_root:
             raise ValueError(
                 f"out: {base.uri!r} and {other.uri!r} are in different folders; say where the "
@@ -238,8 +242,8 @@ def _find_place(base: Run, other: Run, out: str | None, endpoint_url: str | None
         within = base.uri.rsplit("/", 1)[0] if "/" in base.uri else "."
         out = f"{within}/compare/{key}-{other_key}"
     elif out.endswith(".html"):
-        out, _, page = out.rpartition("/")
-        out, stem = out or ".", page.removesuffix(".html")
+        out, page = split_page(out, "out")
+        stem = page.removesuffix(".html")
     folder = Folder(out, endpoint_options(out, endpoint_url))
     folder.check_writable()
     return _Place(folder, page, f"{stem}.json")

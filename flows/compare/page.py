@@ -21,7 +21,7 @@ from ..document.text import Names, join_bytes
 from ..report.panel import Against
 from ..report.template import REPORT, fill, mark_up
 from ..report.wording import number, percent, plural, show
-from .comparison import NUMBERS, Comparison, describe_run, why_no_pairs
+from .comparison import NUMBERS, Comparison, describe_run, split_address, why_no_pairs
 from .documents import Document
 from .sections import documents_section, scatter_section, shift_section
 from .token_sections import distributions_section, tokens_section
@@ -83,30 +83,25 @@ def render_comparison(
         numbers: what the file of numbers beside the page is called.
     """
     told, spelling = _show_told(comparison, endpoint_url)
-    sections = [section(comparison) for section in SECTIONS]
     provenance = _provenance(comparison)
+    against = show_against(comparison)
     return fill(
         _HERE,
-        styles=[REPORT / "page.css", _HERE / "page.css"],
+        styles=[REPORT / "page.css", against.style],
         scripts=[REPORT / "page.js"],
-        sides=[_name_side(comparison, side) for side in ("base", "other")],
-        tiles=_tiles(comparison),
-        alerts=find_alerts(comparison),
-        gaps=find_gaps(comparison),
-        sections=[section for section in sections if section is not None],
+        against=against,
         told=told,
         spelling=spelling,
         links={document.doc_id: document.id for document in told},
         levels=_name_levels(),
         provenance=provenance,
         num_differ=sum(ours != theirs for _, ours, theirs in provenance),
-        command=show(_command(comparison), 4000),
         numbers=show(numbers),
     )
 
 
 def show_against(comparison: Comparison) -> Against:
-    """What the report of run B shows of a comparison."""
+    """What a comparison's own page and the report of run B both show of it."""
     sections = [section(comparison) for section in SECTIONS]
     return Against(
         base=show(comparison.base.uri, 4000),
@@ -316,7 +311,7 @@ def _flatten(value: Any, name: str) -> dict[str, str]:
 def _command(comparison: Comparison) -> str:
     runs = (comparison.base, comparison.other)
     command = ["logitmill", "compare", *(run.uri for run in runs)]
-    if len({run.folder.address("").rstrip("/").rpartition("/")[0] for run in runs}) > 1:
+    if len({split_address(run)[0] for run in runs}) > 1:
         command += ["--out", "compare"]
     urls = {run.folder.options.get("endpoint_url") for run in runs} - {None}
     if len(urls) == 1:

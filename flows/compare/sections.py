@@ -13,7 +13,7 @@ from ..report.wording import NOTHING, edge, number, plural, show
 from .charts import draw_cells, draw_intervals
 from .comparison import Comparison, why_no_pairs
 from .documents import BIN, Document, Documents, Drift, Few
-from .shift import MIN_DOCUMENTS, Shift
+from .shift import MIN_DOCUMENTS, is_crowd
 from .tokens import Estimate
 from .wording import estimate, fit_names, list_names, name_group, say_omitted, signed, small
 
@@ -247,8 +247,8 @@ def shift_section(comparison: Comparison) -> Panel | None:
             f"{s.other_documents:,}",
             number(s.base_median, 2),
             number(s.other_median, 2),
-            number(s.psi if _is_crowd(s) else None, 4),
-            number(s.psi_by_chance if _is_crowd(s) else None, 4),
+            number(s.psi if is_crowd(s.base_documents, s.other_documents) else None, 4),
+            number(s.psi_by_chance if is_crowd(s.base_documents, s.other_documents) else None, 4),
             number(s.wasserstein, 4),
         )
         for n, s in enumerate(comparison.shifts[: _MAX_LISTED + 1])
@@ -266,8 +266,3 @@ def shift_section(comparison: Comparison) -> Panel | None:
     ]
     tables = [("Bits per byte", Cells(columns, rows))]
     return Panel("shift", "Distribution of documents", about, (), notes, tables)
-
-
-def _is_crowd(shift: Shift) -> bool:
-    """Whether there are documents enough for tenths of them to mean something."""
-    return min(shift.base_documents, shift.other_documents) >= MIN_DOCUMENTS

@@ -56,10 +56,15 @@ def measure_shift(base: pa.Table, other: pa.Table) -> list[Shift]:
     groups = [
         _shift(*key, ours[key], theirs[key])
         for key in sorted(ours.keys() & theirs.keys())
-        if min(ours[key].sum(), theirs[key].sum()) >= MIN_DOCUMENTS
+        if is_crowd(ours[key].sum(), theirs[key].sum())
     ]
     groups.sort(key=lambda shift: -shift.base_documents)
     return shifts + groups
+
+
+def is_crowd(*documents: int) -> bool:
+    """Whether there are documents enough, in each run, for tenths of them to mean something."""
+    return min(documents) >= MIN_DOCUMENTS
 
 
 def population_stability(base: np.ndarray, other: np.ndarray) -> float:

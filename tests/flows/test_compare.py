@@ -316,14 +316,16 @@ def test_what_is_not_paired_is_counted_and_named(tmp_path: Path, base: Corpus) -
     assert found.all.base == found.all.other
 
 
+def make_ids(i: int, record: DocumentRecord) -> None:
+    """Make of a document's record that of a document of ids."""
+    record.num_bytes, record.bits_per_byte = 0, None
+    record.num_words = record.zlib_bytes = None
+
+
 def test_documents_of_ids_compare_in_bits_a_token(
     tmp_path: Path, base: Corpus, other: Corpus
 ) -> None:
-    def change(i: int, record: DocumentRecord) -> None:
-        record.num_bytes, record.bits_per_byte = 0, None
-        record.num_words = record.zlib_bytes = None
-
-    runs = [write_run(tmp_path / n, c, change=change) for n, c in (("a", base), ("b", other))]
+    runs = [write_run(tmp_path / n, c, change=make_ids) for n, c in (("a", base), ("b", other))]
     found = compare(*runs, level="documents").documents
     assert found.measure == "bits/token"
     assert found.all is not None
@@ -343,8 +345,7 @@ def test_text_beside_ids_is_the_same_only_of_as_many_tokens(
     """What one run scored as text and the other as ids, of which half are of another number."""
 
     def change(i: int, record: DocumentRecord) -> None:
-        record.num_bytes, record.bits_per_byte = 0, None
-        record.num_words = record.zlib_bytes = None
+        make_ids(i, record)
         record.num_tokens += i % 2
 
     a = write_run(tmp_path / "a", base)

@@ -135,6 +135,7 @@ def test_mistakes_of_the_command(plain: Run, quantized: Run, tmp_path: Path) -> 
             f"two are compared; name one of its recipe beside it, as {tmp_path}/runs/a",
         ),
         ([plain.uri, plain.uri, "--out", "s3://k:s@bucket/x"], "holds a credential"),
+        ([plain.uri, plain.uri, "--out", "s3://x.html"], "--out: 's3://x.html' names no bucket"),
     ):
         result = runner.invoke(app, ["compare", *arguments])
         assert result.exit_code == 2, result.output
